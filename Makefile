@@ -1,0 +1,51 @@
+# Each target makes .venv first when it is missing or older than what it is made from.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+DEMO := .venv/.demo
+
+.PHONY: help setup demo test test-ray test-gpu check fmt bench clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## .venv with an editable install and the dev extra, at the versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(DEMO)  ## train the recipe ctr-demo on a local Ray with CPU workers, to its report
+	$(BIN)/cl-dist train ctr-demo
+
+$(DEMO): $(STAMP) launcher/recipes/ctr-demo.requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r launcher/recipes/ctr-demo.requirements.txt
+	@touch $@
+
+test: $(STAMP)  ## all tests that run on CPU, with Ray; CI=true also fails on a skip not in tests/allowed_skips.txt
+	$(BIN)/python -m pytest tests -rs -m 'not gpu and not bench'
+
+test-ray: $(STAMP)  ## the tests that start Ray
+	$(BIN)/python -m pytest tests -rs -m ray
+
+test-gpu: $(STAMP)  ## the tests that need a CUDA device
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest tests -rs -m gpu
+
+check: $(STAMP)  ## ruff, mypy, import contracts, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+fmt: $(STAMP)  ## format, and mend what ruff can mend
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## speed ratios, measured in one run
+	$(BIN)/python -m pytest tests/benchmarks -s -m bench --timeout 1800
+
+clean:  ## remove .venv, caches and build output; runs/ stays
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find cl_dist launcher tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,3 @@
+"""Distributed continual learning of transformer language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,35 @@
+"""A row of a task, and a loaded task: plain data, torch-free."""
+
+from dataclasses import dataclass
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One labelled example."""
+
+    id: str
+    text: str
+    text_pair: str | None
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskData:
+    """The checked rows of a task."""
+
+    id: str
+    labels: tuple[str, ...]
+    """Class k of the task's head is labels[k]."""
+    train: tuple[Row, ...]
+    dev: tuple[Row, ...]
+    test: tuple[Row, ...]
+    digests: dict[str, str]
+    """sha256 per split over ids, texts and labels in order: what enters fingerprints."""
+    overlap: int
+    """Dev and test rows whose text is also a train row (after dropping, 0)."""
+
+    def rows(self, split: str) -> tuple[Row, ...]:
+        """Return the rows of one split."""
+        return {"train": self.train, "dev": self.dev, "test": self.test}[split]

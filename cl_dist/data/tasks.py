@@ -1,0 +1,148 @@
+"""Tasks and their sources as settings; torch-free, so that a driver can plan without it."""
+
+import re
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cl_dist.config import Section
+
+
+class Split(Section):
+    """How rows are divided into train, dev and test.
+
+    `field`: a column of the row holds the split's name. `id_hash`: a hash of the row id decides, so a row keeps
+    its split whatever other rows come or go. `files`: the source names one path per split.
+    """
+
+    by: Literal["field", "id_hash", "files"] = "id_hash"
+    field: str = "split"
+    """Column that names the split (by: field)."""
+    names: dict[str, Literal["train", "dev", "test"] | None] = {}
+    """Names used in that column, when they are not train, dev and test: {validation: dev}; null drops rows."""
+    train: float = Field(0.8, gt=0, lt=1)
+    """Share of rows for training (by: id_hash)."""
+    dev: float = Field(0.1, ge=0, lt=1)
+    """Share of rows for selection (by: id_hash); the rest is the test split. 0 says, also of splits that are
+    given, that there need not be any."""
+
+    @model_validator(mode="after")
+    def _shares_leave_a_test_split(self) -> "Split":
+        if self.by == "id_hash" and self.train + self.dev >= 1:
+            raise ValueError(f"train={self.train} + dev={self.dev} leaves no test rows; their sum must stay below 1")
+        return self
+
+
+class Source(Section):
+    """Where the rows of a task are.
+
+    A path may be a local file or `package:NAME/inner/path`, a file inside an installed package, which is found
+    without importing it. With `split.by: files`, `path` is empty and `paths` names one file per split.
+    """
+
+    kind: Literal["jsonl", "csv", "tsv", "parquet", "lines", "datasets"]
+    path: str = ""
+    """File (.gz is read too); for `datasets` a folder written by `save_to_disk`, or the name of a hub set."""
+    paths: dict[Literal["train", "dev", "test"], str] = {}
+    config: str | None = None
+    """Configuration of a hub data set."""
+    revision: str | None = None
+    """Commit of a hub data set: name one, so that the data cannot change under a run."""
+    encoding: str = "utf-8"
+    pattern: str | None = None
+    r"""For `lines`: a regular expression with named groups, such as '(?P<label>\w+):\S+ (?P<text>.*)'."""
+    where: dict[str, str] = {}
+    """Keep only rows whose columns have these values: {domain: laptop}."""
+    columns: dict[str, str] = {}
+    """Rename columns on reading: {old: new}."""
+    label_map: dict[str, str | None] = {}
+    """Rename labels; a label mapped to null drops its rows."""
+    label_thresholds: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = {}
+    """Turn a number into a label: {negative: [-4, -0.5], positive: [0.5, 4]}, both bounds inclusive; rows in no
+    range are dropped. `label_map` sees the labels made here."""
+    dedupe: bool = False
+    """Keep the first row of each (text, text_pair), compared without case and outer white space."""
+    split: Split = Split()
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_compiles(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+        return pattern
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_keeps_line_ends(cls, encoding: str) -> str:
+        try:
+            is_usable = b"\n".decode(encoding) == "\n"  # files are read line by line; not so of UTF-16, for one
+        except (LookupError, UnicodeDecodeError):
+            is_usable = False
+        if not is_usable:
+            raise ValueError("expected an encoding whose line ends are those of ASCII, such as utf-8 or cp1252")
+        return encoding
+
+    @field_validator("label_thresholds")
+    @classmethod
+    def _ranges_are_apart(cls, ranges: dict[str, list[float]]) -> dict[str, list[float]]:
+        spans = sorted((low, high, label) for label, (low, high) in ranges.items())
+        for low, high, label in spans:
+            if low > high:
+                raise ValueError(f"{label}=[{low}, {high}]: expected the lower bound first")
+        for (_, high, label), (low, _, other) in pairwise(spans):
+            if low <= high:
+                raise ValueError(f"{low} would be both {label!r} and {other!r}; both bounds belong to a range")
+        return ranges
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "Source":
+        if (self.kind == "lines") != (self.pattern is not None):
+            raise ValueError("`pattern` belongs to kind: lines, and to no other kind")
+        if self.split.by == "files" and set(self.paths) != {"train", "dev", "test"}:
+            raise ValueError("split.by=files needs paths: {train: ..., dev: ..., test: ...}")
+        if self.split.by != "files" and (not self.path or self.paths):
+            raise ValueError("needs `path` (or split: {by: files} together with `paths`)")
+        return self
+
+
+class TaskConfig(Section):
+    """One task of the sequence: rows of (text, text_pair) -> label, with the words a decoder is asked in."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    """Name of the task; it becomes a folder name, so letters, digits, '_', '.' and '-' only."""
+    source: Source
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    row_id: str | None = None
+    """Column with the row's id; None numbers the rows of the file."""
+    labels: list[str] | None = None
+    """The allowed labels; None takes those of the train split, sorted."""
+    question: str | None = None
+    """What a decoder is asked about the text."""
+    rationale: str | None = None
+    """Column with the spans that justify the label."""
+    metric: Literal["accuracy"] = "accuracy"
+    train: dict[str, Any] = {}
+    """Settings of `science.train` that differ for this task: {epochs: 30}."""
+    rows: dict[Literal["train", "dev", "test"], Annotated[int, Field(gt=0)]] = {}
+    """Upper bound of rows per split, drawn by a hash of the row id, balanced over labels as far as they go."""
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_are_distinct(cls, labels: list[str] | None) -> list[str] | None:
+        if labels is not None and (len(set(labels)) != len(labels) or len(labels) < 2):
+            raise ValueError("expected two or more distinct labels")
+        return labels
+
+
+class DataConfig(Section):
+    """Rules that hold for the data of every task."""
+
+    overlap: Literal["error", "drop", "warn"] = "warn"
+    """What to do with a test or dev row whose text is also a train row of its task: refuse it, drop it, or
+    count it and warn."""

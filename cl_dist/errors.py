@@ -1,0 +1,61 @@
+"""Errors that tell a user what happened, what was expected and what to do; each knows its exit code."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class ClDistError(Exception):
+    """Base of every error this project raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(ClDistError):
+    """A setting is unknown, out of range, or contradicts another one."""
+
+    exit_code = 2
+
+
+class DataError(ClDistError):
+    """A data file is missing or holds rows that cannot be used; the message names file, line and field."""
+
+    exit_code = 3
+
+
+class ClusterError(ClDistError):
+    """The cluster cannot satisfy what the run asks for."""
+
+    exit_code = 4
+
+
+class TrainingError(ClDistError):
+    """A stage failed more often than `cluster.max_failures` allows."""
+
+    exit_code = 5
+
+
+class CheckpointError(ClDistError):
+    """A stored result is missing, damaged, or of another shape than the run expects."""
+
+    exit_code = 6
+
+
+class StageConflictError(CheckpointError):
+    """A finished stage was made with other settings than this run asks for."""
+
+    def __init__(self, stage: str, changed: Mapping[str, tuple[object, object]]) -> None:
+        diff = "\n".join(f"  {key}: finished with {old!r}, now {new!r}" for key, (old, new) in changed.items())
+        super().__init__(
+            f"{stage} is already done with other settings:\n{diff}\n"
+            "Restore these settings, or start a new run with run.name=... to keep both results."
+        )
+        self.stage, self.changed = stage, changed
+
+    def __reduce__(self) -> tuple[Any, ...]:  # without it, Ray cannot bring the error back from a worker
+        return type(self), (self.stage, self.changed)
+
+
+def require(ok: bool, name: str, value: object, expected: str) -> None:
+    """Raise ConfigError naming the field, its value and what was expected, unless ok."""
+    if not ok:
+        raise ConfigError(f"{name}={value!r}: expected {expected}")

@@ -1,0 +1,147 @@
+"""From the run file to what identifies a stage (facts) and what a worker is given (job)."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cl_dist.data.load import load_task
+from cl_dist.data.rows import TaskData
+from cl_dist.errors import ConfigError, DataError
+from cl_dist.ledger import Ledger, sha256
+from cl_dist.methods import METHODS
+from cl_dist.places import resolve
+from cl_dist.run_config import RunConfig
+from cl_dist.stage import SCHEMA_VERSION, Evaluate, Ref, Stage, Train, digest_of, flat
+
+
+class Workbook:
+    """A run's tasks with their rows, its plan, its ledger, and the facts and jobs of its stages."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.tasks = config.science.sequence()
+        self.ledger = Ledger(config.folder, [task.id for task in self.tasks.tasks], self.facts)
+        self._facts: dict[tuple[int, str], dict[str, Any]] = {}
+
+    def plan(self, task: int) -> list[Stage]:
+        """Return the stages of a task."""
+        method = self.config.science.method
+        return METHODS[method.name].plan(method, self.tasks, task)
+
+    def stage(self, ref: Ref) -> Stage:
+        """Return the planned stage of a name."""
+        return next(stage for stage in self.plan(ref.task) if stage.name == ref.stage)
+
+    def data(self, task: int) -> TaskData:
+        """Return the rows of a task, read once.
+
+        Raises:
+            DataError: With every fault, by file, line and field.
+        """
+        return _load(self.tasks.tasks[task].model_dump_json(), self.config.science.data.overlap)
+
+    def check_data(self) -> None:
+        """Read the rows of every task.
+
+        Raises:
+            DataError: With the faults of all tasks.
+        """
+        faults = []
+        for task in range(len(self.tasks)):
+            try:
+                self.data(task)
+            except DataError as error:
+                faults.append(str(error))
+        if faults:
+            raise DataError("\n".join(faults))
+
+    def facts(self, stage: Stage) -> dict[str, Any]:
+        """Return everything that decides a stage's result, flat, so that a difference can be named.
+
+        Settings at their default and tasks that the stage does not see are left out; inputs enter as fingerprints.
+        Nothing of `run` or `cluster` is in it.
+        """
+        key = (stage.task, stage.name)
+        if key not in self._facts:
+            self._facts[key] = self._train_facts(stage) if isinstance(stage, Train) else self._evaluate_facts(stage)
+        return self._facts[key]
+
+    def _train_facts(self, stage: Train) -> dict[str, Any]:
+        science, task = self.config.science, self.tasks.tasks[stage.task]
+        facts = {
+            "schema_version": SCHEMA_VERSION,
+            "stage": stage.changed(),
+            "seed": science.seed,
+            "model": science.model.changed() | {"digest": model_digest(science.model.source, science.model.revision)},
+            "method": science.method.changed() | {"name": science.method.name},
+            "train": science.train_of(task).changed(),
+            "evaluate": {"batch": science.evaluate.batch},  # dev rows are scored in batches of this size
+            "rows": {self.tasks.tasks[u].id: [self.data(u).digests[s] for s in ("train", "dev")] for u in stage.data},
+            "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in stage.data},
+        }
+        return flat(facts | self._inputs(stage))
+
+    def _evaluate_facts(self, stage: Evaluate) -> dict[str, Any]:
+        facts = {
+            "schema_version": SCHEMA_VERSION,
+            "stage": stage.changed(),
+            "evaluate": self.config.science.evaluate.changed(),
+            "rows": {self.tasks.tasks[u].id: self.data(u).digests["test"] for u in stage.tasks},
+        }
+        return flat(facts | self._inputs(stage))
+
+    def _inputs(self, stage: Stage) -> dict[str, Any]:
+        return {"inputs": {self.ledger.key(ref): digest_of(self.facts(self.stage(ref))) for ref in stage.inputs}}
+
+    def job(self, stage: Stage) -> Any:
+        """Return what a worker needs to run a stage (a `stages.job.Job`, imported late: it needs torch)."""
+        from cl_dist.stages.job import Job
+
+        science = self.config.science
+        start = stage.init if isinstance(stage, Train) else stage.model
+        return Job(
+            stage=stage,
+            method=science.method,
+            model=science.model,
+            tasks=self.tasks.tasks[: stage.task + 1],
+            digests=tuple(self.data(u).digests for u in range(stage.task + 1)),
+            data=science.data,
+            train=science.train_of(self.tasks.tasks[stage.task]),
+            evaluate=science.evaluate,
+            engine=self.config.cluster,
+            seed=science.seed,
+            chain=tuple(str(self.ledger.path(ref).absolute()) for ref in self._chain(start)),
+        )
+
+    def _chain(self, ref: Ref | None) -> list[Ref]:
+        """Return the Train stages whose weights make up a model, oldest first."""
+        chain: list[Ref] = []
+        while ref is not None:
+            chain.insert(0, ref)
+            stage = self.stage(ref)
+            assert isinstance(stage, Train)
+            ref = stage.init
+        return chain
+
+
+@lru_cache(maxsize=256)
+def _load(task: str, overlap: str) -> TaskData:
+    from cl_dist.data.tasks import DataConfig, TaskConfig
+
+    return load_task(TaskConfig.model_validate_json(task), DataConfig.model_validate({"overlap": overlap}))
+
+
+@lru_cache(maxsize=8)
+def model_digest(source: str, revision: str | None) -> str:
+    """Return what identifies a backbone's weights: the digest of its files, or the commit of a hub name.
+
+    Raises:
+        ConfigError: If a folder holds no weights.
+    """
+    if not source.startswith(("package:", ".", "/", "~")) and not Path(source).is_dir():
+        return f"{source}@{revision}"
+    folder = resolve(source)
+    files = [p for pattern in ("config.json", "*.safetensors", "tokenizer*", "vocab*") for p in folder.glob(pattern)]
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise ConfigError(f"science.model.source={source!r}: expected a folder with config.json and *.safetensors")
+    return digest_of({p.name: sha256(p) for p in sorted(files)})

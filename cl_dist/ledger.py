@@ -1,0 +1,147 @@
+"""The run folder: which stages are done, with which settings, and how a result becomes real by one rename."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cl_dist.errors import CheckpointError, StageConflictError
+from cl_dist.stage import Ref, Stage, digest_of, ref
+
+Facts = Mapping[str, Any]
+MANIFEST = "manifest.json"
+
+
+class Ledger:
+    """The stages of one run.
+
+    facts_of names everything that decides a stage's result as flat plain data; its digest is the stage's fingerprint.
+    A stage is done when its folder holds a manifest, which is written last and appears by one rename of the folder.
+    """
+
+    def __init__(self, folder: Path, task_ids: Sequence[str], facts_of: Callable[[Stage], Facts]) -> None:
+        self.folder = folder
+        self._task_ids, self._facts_of = task_ids, facts_of
+
+    def key(self, stage: Ref) -> str:
+        """Return the name of a stage as people see it, such as '02-laptop/train'."""
+        return f"{stage.task:02d}-{self._task_ids[stage.task]}/{stage.stage}"
+
+    def path(self, stage: Ref) -> Path:
+        """Return the folder of a finished stage."""
+        return self.folder / "stages" / self.key(stage)
+
+    def fingerprint(self, stage: Stage) -> str:
+        """Return the digest of the stage's facts."""
+        return digest_of(dict(self._facts_of(stage)))
+
+    def manifest(self, stage: Ref) -> dict[str, Any] | None:
+        """Return the manifest of a finished stage, or None.
+
+        Raises:
+            CheckpointError: If it is there but damaged.
+        """
+        path = self.path(stage) / MANIFEST
+        try:
+            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+            manifest["fingerprint"], manifest["facts"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: damaged ({error}); remove the folder {path.parent} to compute the stage again"
+            ) from None
+        return manifest
+
+    def is_done(self, stage: Stage) -> bool:
+        """Return whether the stage has a result made with these settings.
+
+        Raises:
+            StageConflictError: If it has one made with others; the message names the keys that differ.
+        """
+        manifest = self.manifest(ref(stage))
+        if manifest is None:
+            return False
+        facts = dict(self._facts_of(stage))
+        if manifest["fingerprint"] == digest_of(facts):
+            return True
+        old = manifest["facts"]
+        absent = "(default)"
+        changed = {
+            key: (old.get(key, absent), facts.get(key, absent))
+            for key in sorted(old.keys() | facts.keys())
+            if old.get(key, absent) != facts.get(key, absent)
+        }
+        raise StageConflictError(self.key(ref(stage)), changed)
+
+    @contextmanager
+    def publish(self, stage: Stage) -> Iterator[Path]:
+        """Yield a folder to write a stage's result to; on success it becomes the stage's folder.
+
+        Its name carries the fingerprint, so what was begun with other settings is never gone on with.
+        """
+        final, facts = self.path(ref(stage)), dict(self._facts_of(stage))
+        fingerprint = digest_of(facts)
+        partial = final.with_name(f"{final.name}.partial-{fingerprint[:12]}")
+        for stale in final.parent.glob(f"{final.name}.partial-*"):
+            shutil.rmtree(stale)
+        partial.mkdir(parents=True)
+        started, clock = datetime.now(UTC), time.monotonic()
+        yield partial
+        manifest = {
+            "stage": stage.model_dump(mode="json"),
+            "fingerprint": fingerprint,
+            "facts": facts,
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - clock, 3),
+            "files": {str(p.relative_to(partial)): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()},
+        }
+        write_json(partial / MANIFEST, manifest)
+        shutil.rmtree(final, ignore_errors=True)  # a folder without a manifest is not a result
+        partial.rename(final)
+        sync_folder(final.parent)
+
+    def read(self, stage: Ref, name: str) -> Any:
+        """Return a JSON file of a finished stage, checked against the digest in its manifest.
+
+        Raises:
+            CheckpointError: If it is missing or damaged.
+        """
+        manifest, path = self.manifest(stage), self.path(stage) / name
+        if manifest is None:
+            raise CheckpointError(f"{self.key(stage)} has not been computed; `cl-dist resume` computes what is missing")
+        if not path.exists() or sha256(path) != manifest["files"].get(name):
+            raise CheckpointError(f"{path}: missing or damaged; remove the folder {path.parent.name!r} and resume")
+        return json.loads(path.read_text(encoding="utf8"))
+
+
+def sha256(path: Path) -> str:
+    """Return the digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf8") as file:
+        json.dump(data, file, indent=1, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

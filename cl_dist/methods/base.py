@@ -1,0 +1,137 @@
+"""What a method is: a plan (pure, torch-free) and a learner (how one worker trains)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cl_dist.config import Section
+from cl_dist.data.tasks import TaskConfig
+from cl_dist.stage import Evaluate, Ref, Stage, model_after
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from cl_dist.models.classifier import Batch
+    from cl_dist.parallel.engine import GradScale
+
+
+class MethodConfig(Section):
+    """Settings of a method; each method derives its own."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSequence:
+    """The tasks in learned order."""
+
+    tasks: tuple[TaskConfig, ...]
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """An entry of METHODS; nothing inherits from it."""
+
+    config: type[MethodConfig]
+    plan: Callable[[Any, TaskSequence, int], list[Stage]]
+    """(config, tasks, t) -> the stages of task t, in order. Pure: no torch, no Ray, no disk."""
+    learners: Mapping[str, str]
+    """Learner classes by name, as 'module:Class'; resolved in the worker, so that a driver needs no torch."""
+    about: str
+    """One line for `cl-dist list methods`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where training stands; equal on all ranks."""
+
+    step: int
+    """Optimizer steps of this stage so far."""
+    total_steps: int
+    round_step: int
+    """Optimizer steps since this round began: 0 .. round_steps - 1."""
+    round_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Named terms of a loss; their sum is minimised."""
+
+    rows: Mapping[str, Tensor]
+    """Per row (B,), unreduced: the loop weights them and divides by the weight of the *global* batch."""
+    own: Mapping[str, Tensor]
+    """Scalars that depend on parameters alone, such as a sparsity term: equal on all ranks, not summed over them."""
+
+
+class Learner(ABC):
+    """Lives inside one worker, for one stage. A method must `build` and give a `loss`; the rest defaults to nothing.
+
+    num_labels[t] is the number of classes of task t, for the tasks up to the one at hand.
+    """
+
+    model: nn.Module
+    """Set by build."""
+
+    def __init__(self, config: Any, num_labels: tuple[int, ...], pooling: str, seed: int) -> None:
+        self.config, self.num_labels, self.pooling, self.seed = config, num_labels, pooling, seed
+
+    @abstractmethod
+    def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
+        """Shape the model for the tasks 0..task. Stored weights are loaded into it afterwards."""
+
+    @abstractmethod
+    def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:
+        """Return the loss of a micro-batch; model is the engine, the only legal way forward in training.
+
+        Sets whatever training needs (slope, noise, head) itself, since scoring dev rows may have come in between.
+        """
+
+    @abstractmethod
+    def activate(self, task: int, without: str | None = None) -> None:
+        """Prepare for scoring a task (its head, masks, adapters), with one part switched off where asked."""
+
+    def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
+        """Choose what this stage trains, after the earlier weights are in place; tasks are those its rows come from."""
+
+    def grad_scales(self) -> Mapping[str, GradScale]:
+        """Return elementwise gradient factors by parameter name."""
+        return {}
+
+    def learning_rates(self) -> Mapping[str, float]:
+        """Return learning rates of parameters that depart from train.lr, by name."""
+        return {}
+
+    def end_task(self, masters: Mapping[str, Tensor]) -> None:
+        """Consolidate what later tasks need: masks, for example. masters are the selected float32 weights."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a report should know of the finished task, as plain data."""
+        return {}
+
+    def observe(self) -> dict[str, Tensor]:
+        """Return what the last scored batch showed, one row of numbers (B, ...) by name: router decisions, say."""
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything besides weights that must outlive the task."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+def score_seen(task: int, without: tuple[str, ...] = ()) -> Evaluate:
+    """Score the tasks seen so far with the model after this one: the last stage of most plans."""
+    return Evaluate(task=task, model=model_after(task), tasks=tuple(range(task + 1)), without=without)
+
+
+def evaluated(task: int) -> Ref:
+    """Name the Evaluate stage of a task."""
+    return Ref(task=task, stage="evaluate")

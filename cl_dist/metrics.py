@@ -1,0 +1,157 @@
+"""Continual-learning metrics from a matrix of scores, and the scores that fill it.
+
+Notation: a[t,j] is the score on task j after task t was learned, tasks counted from 1; T is the number of tasks
+learned so far, b[j] the score before all training, J[j] that of joint training, ONE[j] that of a model of
+task j alone. A cell that was not measured is nan, and a metric that needs such a cell is None: never 0,
+never an average over the rest.
+Source: Lopez-Paz and Ranzato 2017 (GEM) for bwt and fwt; Chaudhry et al. 2018 (RWalk) for forgetting_max and
+intransigence; Ke et al. 2021 (CTR) for forgetting_first and fwt_one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+Metric = dict[str, Any]
+Scores = ArrayLike | Sequence[float | None] | Sequence[Sequence[float | None]]
+"""Scores as an array, or as the nested lists of `summary.json`, where None is a cell that was not measured."""
+
+FORMULAS: dict[str, str] = {
+    "cl/avg_acc": "1/T sum_j a[T,j]",
+    "cl/avg_inc_acc": "1/T sum_t (1/t sum_{j<=t} a[t,j])",
+    "cl/bwt": "1/(T-1) sum_{j<T} (a[T,j] - a[j,j])",
+    "cl/forgetting_max": "1/(T-1) sum_{j<T} (max_{j<=l<T} a[l,j] - a[T,j])",
+    "cl/forgetting_first": "1/(T-1) sum_{j<T} (a[j,j] - a[T,j])",
+    "cl/learning_acc": "1/T sum_j a[j,j]",
+    "cl/f1_macro": "1/T sum_j f1[T,j]",
+    "cl/fwt": "1/(T-1) sum_{j>=2} (a[j-1,j] - b[j])",
+    "cl/fwt_one": "1/T sum_j (a[j,j] - ONE[j])",
+    "cl/intransigence": "1/T sum_j (J[j] - a[j,j])",
+}
+"""What each number is, in the words of `summary.json`.
+
+forgetting_max looks at a task from when it is learned on: a score taken before (for fwt) must not change it."""
+
+
+def summarize(
+    accuracy: Scores,
+    f1: Scores,
+    *,
+    individual: Scores | None = None,
+    joint: Scores | None = None,
+    before: Scores | None = None,
+) -> dict[str, Metric]:
+    """Return every metric as {"value": number or None, "formula": text}.
+
+    In an unfinished sequence T is the last row with a measured cell, and the metrics cover the tasks up to it.
+
+    Args:
+        accuracy: a, shape (T_after, T_on); nan (or None) where nothing was measured.
+        f1: Macro F1 in the same shape.
+        individual: ONE, the diagonal of a run that trains each task alone, shape (T_on,).
+        joint: J, the final row of a run that trains all tasks together, shape (T_on,).
+        before: b, scores of the untrained model, shape (T_on,). `cl/fwt` is present only if this is given and
+            the cells a[j-1,j] were measured.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    a, macro = _matrix(accuracy, "accuracy"), _matrix(f1, "f1")
+    if a.shape != macro.shape:
+        raise ValueError(f"f1 has shape {macro.shape}: expected that of accuracy, {a.shape}")
+    num_tasks = a.shape[1]
+    one, upper, start = (
+        _vector(given, num_tasks, name)
+        for name, given in (("individual", individual), ("joint", joint), ("before", before))
+    )
+    T = _num_learned(a)
+    a, macro = a[:T, :T], macro[:T, :T]
+    diagonal, last, old = np.diag(a), a[T - 1 :].ravel(), slice(0, max(T - 1, 0))
+    steps = [a[t, : t + 1].mean() for t in range(T)]
+    peak = np.array([a[j : T - 1, j].max() for j in range(T - 1)])
+    values = {
+        "cl/avg_acc": _mean(last),
+        "cl/avg_inc_acc": _mean(np.array(steps)),
+        "cl/bwt": _mean(last[old] - diagonal[old]),
+        "cl/forgetting_max": _mean(peak - last[old]),
+        "cl/forgetting_first": _mean(diagonal[old] - last[old]),
+        "cl/learning_acc": _mean(diagonal),
+        "cl/f1_macro": _mean(macro[T - 1 :].ravel()),
+        "cl/fwt_one": _mean(diagonal - one[:T]),
+        "cl/intransigence": _mean(upper[:T] - diagonal),
+    }
+    transfer = _mean(np.diag(a, k=1) - start[1:T])
+    if transfer is not None:
+        values["cl/fwt"] = transfer
+    return {name: {"value": values[name], "formula": formula} for name, formula in FORMULAS.items() if name in values}
+
+
+def accuracy(labels: Sequence[object], predictions: Sequence[object]) -> float:
+    """Return the fraction of predictions that equal their label."""
+    return sum(label == guess for label, guess in _pairs(labels, predictions)) / len(labels)
+
+
+def f1_macro(labels: Sequence[object], predictions: Sequence[object]) -> float:
+    """Return the unweighted mean of each class's F1 = 2 tp / (2 tp + fp + fn).
+
+    The mean runs over the classes found among labels or predictions, as in scikit-learn: a class of the task
+    that occurs in neither does not count, one that is predicted but never right counts as 0.
+    """
+    pairs = _pairs(labels, predictions)
+    classes = {*labels, *predictions}
+    hits = dict.fromkeys(classes, 0)
+    size = dict.fromkeys(classes, 0)  # labels and predictions of a class: 2 tp + fp + fn
+    for label, guess in pairs:
+        hits[label] += label == guess
+        size[label] += 1
+        size[guess] += 1
+    return sum(2 * hits[name] / size[name] for name in classes) / len(classes)
+
+
+def majority_accuracy(train_labels: Sequence[object], test_labels: Sequence[object]) -> float:
+    """Return the test accuracy of always answering the commonest train label (in a tie, the first sorted)."""
+    if len(train_labels) == 0:
+        raise ValueError("train_labels is empty: expected at least one label")
+    counts: dict[object, int] = {}
+    for label in train_labels:
+        counts[label] = counts.get(label, 0) + 1
+    best = max(counts.values())
+    answer = min((label for label, count in counts.items() if count == best), key=str)
+    return accuracy(test_labels, [answer] * len(test_labels))
+
+
+def _pairs(labels: Sequence[object], predictions: Sequence[object]) -> list[tuple[object, object]]:
+    if len(labels) == 0 or len(labels) != len(predictions):
+        raise ValueError(f"{len(labels)} labels, {len(predictions)} predictions: expected equal counts above 0")
+    return list(zip(labels, predictions, strict=True))
+
+
+def _mean(values: Array) -> float | None:
+    """Return the mean, or None where there is nothing to average or a cell is missing."""
+    return float(values.mean()) if values.size and not np.isnan(values).any() else None
+
+
+def _num_learned(a: Array) -> int:
+    measured = np.flatnonzero(~np.isnan(a).all(axis=1))
+    return int(measured[-1]) + 1 if a.size and measured.size else 0
+
+
+def _matrix(given: Scores, name: str) -> Array:
+    matrix = np.array(given, dtype=np.float64)
+    if matrix.size == 0:
+        return np.empty((0, 0))
+    if matrix.ndim != 2 or matrix.shape[0] > matrix.shape[1]:
+        raise ValueError(f"{name} has shape {matrix.shape}: expected (T_after, T_on) with T_after <= T_on")
+    return matrix
+
+
+def _vector(given: Scores | None, num_tasks: int, name: str) -> Array:
+    if given is None:
+        return np.full(num_tasks, np.nan)
+    vector = np.array(given, dtype=np.float64)
+    if vector.shape != (num_tasks,):
+        raise ValueError(f"{name} has shape {vector.shape}: expected one score per task, ({num_tasks},)")
+    return vector

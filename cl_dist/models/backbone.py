@@ -1,0 +1,112 @@
+"""Backbones: loading them from a folder, a package or the hub, and where an architecture has its sub-blocks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from cl_dist.errors import ConfigError
+from cl_dist.models.config import ModelConfig
+from cl_dist.places import resolve
+
+
+@dataclass(frozen=True, slots=True)
+class SubBlock:
+    """A sub-block of a transformer layer: what computes its output, and the norm after the residual sum."""
+
+    name: str
+    output: str
+    """Module whose output is about to be added to the residual stream; a plugin goes behind it."""
+    norm: str
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the parts of an architecture are, as module paths."""
+
+    layers: str
+    sub_blocks: tuple[SubBlock, ...]
+
+
+_BERT = Places(
+    layers="encoder.layer",
+    sub_blocks=(
+        SubBlock("attention", "attention.output.dropout", "attention.output.LayerNorm"),
+        SubBlock("ffn", "output.dropout", "output.LayerNorm"),
+    ),
+)
+PLACES: dict[str, Places] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "distilbert": Places(
+        layers="transformer.layer",
+        sub_blocks=(
+            SubBlock("attention", "attention.out_lin", "sa_layer_norm"),
+            SubBlock("ffn", "ffn.dropout", "output_layer_norm"),
+        ),
+    ),
+}
+"""One row per `model_type` of transformers: to support an architecture, add its row here."""
+
+
+def places(backbone: PreTrainedModel) -> Places:
+    """Return the row of PLACES for a backbone.
+
+    Raises:
+        ConfigError: If the architecture has no row.
+    """
+    kind = backbone.config.model_type
+    if kind not in PLACES:
+        raise ConfigError(
+            f"model_type={kind!r}: expected one of {', '.join(PLACES)}; "
+            "to support it, add a row to PLACES in cl_dist/models/backbone.py"
+        )
+    return PLACES[kind]
+
+
+def location(config: ModelConfig) -> str:
+    """Return what transformers should load: a folder on this machine, or the name on the hub.
+
+    Raises:
+        DataError: If the source names a package or a folder that is not there.
+    """
+    if config.source.startswith(("package:", ".", "/", "~")) or Path(config.source).is_dir():
+        return str(resolve(config.source))
+    return config.source
+
+
+def load_backbone(config: ModelConfig) -> PreTrainedModel:
+    """Load a backbone in float32 with every dropout rate replaced by `dropout`; the engine lowers the precision later.
+
+    Raises:
+        ConfigError: If transformers cannot load the source.
+    """
+    where = location(config)
+    try:
+        hf = AutoConfig.from_pretrained(where, revision=config.revision)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+            if hasattr(hf, name):
+                setattr(hf, name, config.dropout)
+        return AutoModel.from_pretrained(where, revision=config.revision, config=hf, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"science.model.source={config.source!r}: cannot be loaded: {error}") from error
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside the weights.
+
+    Raises:
+        ConfigError: If transformers cannot load it.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(location(config), revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"science.model.source={config.source!r}: no tokenizer: {error}") from error
+
+
+def replace(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path below root."""
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)

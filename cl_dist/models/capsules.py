@@ -1,0 +1,187 @@
+"""Knowledge sharing between tasks: task capsules, pre-routing vectors, similarity estimator, task router.
+
+Axes: B rows, L tokens, H hidden units, U seen tasks (the last is the current one), d capsule width, M capsule middle
+width, J transfer capsules, D = d * J, C filters of one kernel size.
+Source: Ke et al. 2021 (CTR), section 3. Dynamic routing: Sabour et al. 2017, used by B-CL (Ke et al. 2021, NAACL).
+Departs from the CTR release, whose reshapes mix tasks, tokens and rows: every result here is a function of its own row,
+and all tasks are computed by the same handful of operations, whatever their number.
+"""
+
+import re
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl_dist.models.config import SharingShape
+
+
+def squash(v: Tensor) -> Tensor:
+    """Shrink vectors along the last axis to a length below 1: v * |v| / (1 + |v|^2), computed in float32."""
+    v32 = v.float()
+    square = (v32 * v32).sum(-1, keepdim=True)
+    return (v32 * torch.sqrt(square + 1e-12) / (1.0 + square)).to(v.dtype)
+
+
+def task_capsules(x_BLH: Tensor, weight_UdH: Tensor, bias_Ud: Tensor) -> Tensor:
+    """Return the squashed capsules of all seen tasks, by one matrix product: (B, U, L, d)."""
+    num_tasks, size, hidden = weight_UdH.shape
+    p_BLX = F.linear(x_BLH, weight_UdH.reshape(num_tasks * size, hidden), bias_Ud.reshape(-1))
+    return squash(p_BLX.unflatten(-1, (num_tasks, size)).transpose(1, 2))
+
+
+def max_conv(u_XDL: Tensor, weight_CDk: Tensor, token_mask_XL: Tensor) -> Tensor:
+    """Return the maximum of a convolution over windows that start at a real token: (X, C).
+
+    Windows read zeros beyond the last token, so the result does not depend on how far a batch is padded. Bias and ReLU
+    commute with the maximum and are applied after it, by the caller.
+    """
+    kernel = weight_CDk.shape[-1]
+    out_XCL = F.conv1d(F.pad(u_XDL, (0, kernel - 1)), weight_CDk)
+    return out_XCL.masked_fill(~token_mask_XL[:, None, :], float("-inf")).amax(-1)
+
+
+def dynamic_routing(u_BULJd: Tensor, rounds: int = 3) -> Tensor:
+    """Route task capsules to transfer capsules by agreement: (B, L, J, d).
+
+        c_ij = softmax_j(b_ij);  v_j = squash(sum_i c_ij u_ij);  b_ij += u_ij . v_j
+
+    The coupling logits get no gradient before the last round, as in Sabour et al. 2017's public implementations.
+    """
+    logits_BULJ = torch.zeros(u_BULJd.shape[:-1], dtype=torch.float32, device=u_BULJd.device)
+    fixed_BULJd = u_BULJd.detach().float()
+    for _ in range(rounds - 1):
+        v_BLJd = squash((logits_BULJ.softmax(-1)[..., None] * fixed_BULJd).sum(1))
+        logits_BULJ = logits_BULJ + (fixed_BULJd * v_BLJd[:, None]).sum(-1)
+    return squash((logits_BULJ.softmax(-1)[..., None].to(u_BULJd.dtype) * u_BULJd).sum(1))
+
+
+class Router(nn.Module):
+    """One task's similarity estimator, router and up-projection.
+
+    Given the pre-routing vectors u_i of all seen tasks, a text CNN compares each with the current task's:
+        q = W_c concat_k max ReLU(conv_cur_k(u_t));   z_i = concat_k max ReLU(conv_sim_k(u_i) + q)
+        a_i = W_a z_i + b_a (how much is passed on);  g_i = W_g z_i + b_g (whether anything is)
+    An open gate passes a_i * u_i; the current task's own gate is always open.
+    """
+
+    def __init__(self, shape: SharingShape, hidden: int) -> None:
+        super().__init__()
+        width, filters = shape.capsule_size * shape.transfer_capsules, shape.filters
+        for k in shape.kernels:
+            for kind in ("cur", "sim"):
+                self.register_parameter(f"{kind}{k}_weight", nn.Parameter(torch.empty(filters, width, k)))
+                self.register_parameter(f"{kind}{k}_bias", nn.Parameter(torch.zeros(filters)))
+                nn.init.kaiming_uniform_(getattr(self, f"{kind}{k}_weight"), a=5**0.5)
+        self.kernels = shape.kernels
+        self.current = nn.Linear(filters * len(shape.kernels), filters, bias=False)
+        self.amount = nn.Linear(filters * len(shape.kernels), width)
+        self.gate = nn.Linear(filters * len(shape.kernels), 2)
+
+    def forward(self, u_BULD: Tensor, token_mask_BL: Tensor, noise_BU2: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return v (B, L, D), the sum of what the open gates pass, and the gates delta (B, U) in {0, 1}.
+
+        noise_BU2 is the Gumbel noise of the U - 1 earlier tasks' gates; None decides by argmax.
+        """
+        batch, num_tasks, length, width = u_BULD.shape
+        u_XDL = (u_BULD * token_mask_BL[:, None, :, None].to(u_BULD.dtype)).reshape(-1, length, width).transpose(1, 2)
+        mask_XL = token_mask_BL.repeat_interleave(num_tasks, 0)
+        own_BDL = u_XDL.unflatten(0, (batch, num_tasks))[:, -1]
+        cur_BX = torch.cat([self._pool("cur", k, own_BDL, token_mask_BL) for k in self.kernels], -1)
+        q_BC = self.current(F.relu(cur_BX))
+        q_XC = q_BC.repeat_interleave(num_tasks, 0)
+        z_XZ = torch.cat([F.relu(self._pool("sim", k, u_XDL, mask_XL) + q_XC) for k in self.kernels], -1)
+        z_BUZ = z_XZ.unflatten(0, (batch, num_tasks))
+        delta_BU = hard_gate(self.gate(z_BUZ[:, :-1]).float(), noise_BU2)
+        delta_BU = torch.cat([delta_BU, torch.ones_like(z_BUZ[:, :1, 0], dtype=torch.float32)], 1)
+        passed_BUD = self.amount(z_BUZ) * delta_BU[..., None].to(z_BUZ.dtype)
+        return (passed_BUD[:, :, None, :] * u_BULD).sum(1), delta_BU
+
+    def _pool(self, kind: str, k: int, u_XDL: Tensor, mask_XL: Tensor) -> Tensor:
+        pooled: Tensor = max_conv(u_XDL, getattr(self, f"{kind}{k}_weight"), mask_XL)
+        return pooled + getattr(self, f"{kind}{k}_bias")
+
+
+def hard_gate(logits_BU2: Tensor, noise_BU2: Tensor | None) -> Tensor:
+    """Return the straight-through decision (1 = open) of each gate: Gumbel-softmax at temperature 1, or argmax.
+
+    Shapes: (B, U, 2) -> (B, U). The forward value is exactly 0 or 1; the gradient is that of the softmax.
+    """
+    soft_BU = (logits_BU2 if noise_BU2 is None else logits_BU2 + noise_BU2).softmax(-1)[..., 0]
+    hard_BU = (soft_BU > 0.5).to(soft_BU.dtype)
+    return hard_BU + (soft_BU - soft_BU.detach())
+
+
+class Sharing(nn.Module):
+    """The knowledge-sharing module of one plugin, with a capsule and a router per task.
+
+    Capsule parameters of all tasks lie directly on this module, since its forward reads all of them at once: under
+    ZeRO-3 a module gathers just its own parameters. What only one task needs is a child, gathered when it is used.
+    """
+
+    def __init__(self, shape: SharingShape, hidden: int) -> None:
+        super().__init__()
+        self.shape, self.hidden, self.num_tasks = shape, hidden, 0
+        self.routers = nn.ModuleDict()
+        self.ups = nn.ModuleDict()
+
+    def add_task(self) -> None:
+        """Append a capsule, a row of routing matrices, a router and an up-projection for the next task."""
+        shape, task = self.shape, self.num_tasks
+        size, num = shape.capsule_size, shape.transfer_capsules
+        widths = [self.hidden, size] if shape.capsule_layers == 1 else [self.hidden, shape.capsule_mid, size]
+        for layer, (fan_in, fan_out) in enumerate(pairwise(widths)):
+            map_ = nn.Linear(fan_in, fan_out)
+            self.register_parameter(f"capsule{task}_weight{layer}", map_.weight)
+            self.register_parameter(f"capsule{task}_bias{layer}", map_.bias)
+        route = nn.Parameter(torch.empty(num, size, size))
+        nn.init.normal_(route, std=size**-0.5)
+        self.register_parameter(f"route{task}", route)
+        if shape.routing == "transfer":
+            self.routers[str(task)] = Router(shape, self.hidden)
+        self.ups[str(task)] = nn.Linear(size * num, self.hidden)
+        self.num_tasks += 1
+
+    def inherit(self, task: int) -> None:
+        """Start the router, up-projection and routing row of a task from the previous task's."""
+        previous = task - 1
+        with torch.no_grad():
+            getattr(self, f"route{task}").copy_(getattr(self, f"route{previous}"))
+        self.ups[str(task)].load_state_dict(self.ups[str(previous)].state_dict())
+        if self.shape.routing == "transfer":
+            self.routers[str(task)].load_state_dict(self.routers[str(previous)].state_dict())
+
+    def task_parameters(self, task: int) -> list[nn.Parameter]:
+        """Return the parameters that belong to one task."""
+        modules = [group[str(task)] for group in (self.routers, self.ups) if str(task) in group]
+        return self.capsule_parameters(task) + [p for module in modules for p in module.parameters()]
+
+    def capsule_parameters(self, task: int) -> list[nn.Parameter]:
+        """Return one task's capsule and routing row: what `backward_transfer` lets later tasks improve."""
+        own = re.compile(rf"(capsule{task}_|route{task}$)")
+        return [p for name, p in self.named_parameters(recurse=False) if own.match(name)]
+
+    def _composed(self, num_tasks: int) -> tuple[Tensor, Tensor]:
+        """Return each capsule as one linear map: weight (U, d, H) and bias (U, d)."""
+        tasks = range(num_tasks)
+        weight = torch.stack([getattr(self, f"capsule{i}_weight0") for i in tasks])
+        bias = torch.stack([getattr(self, f"capsule{i}_bias0") for i in tasks])
+        if self.shape.capsule_layers == 2:
+            weight1 = torch.stack([getattr(self, f"capsule{i}_weight1") for i in tasks])
+            bias1 = torch.stack([getattr(self, f"capsule{i}_bias1") for i in tasks])
+            weight, bias = torch.bmm(weight1, weight), torch.bmm(weight1, bias[..., None])[..., 0] + bias1
+        return weight, bias
+
+    def forward(
+        self, x_BLH: Tensor, task: int, token_mask_BL: Tensor, noise_BU2: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the seen tasks know of x (B, L, H), and the gates (B, U), None with dynamic routing."""
+        weight_UdH, bias_Ud = self._composed(task + 1)
+        route_UJde = torch.stack([getattr(self, f"route{i}") for i in range(task + 1)])
+        p_BULd = task_capsules(x_BLH, weight_UdH, bias_Ud)
+        u_BULJd = torch.einsum("buld,ujde->bulje", p_BULd, route_UJde)
+        if self.shape.routing == "dynamic":
+            return self.ups[str(task)](dynamic_routing(u_BULJd).flatten(-2)), None
+        v_BLD, delta_BU = self.routers[str(task)](u_BULJd.flatten(-2), token_mask_BL, noise_BU2)
+        return self.ups[str(task)](v_BLD), delta_BU

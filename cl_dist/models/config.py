@@ -1,0 +1,48 @@
+"""Which backbone, in which precision; torch-free."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from cl_dist.config import Section
+
+
+class ModelConfig(Section):
+    """The backbone that every task starts from."""
+
+    source: str
+    """Folder, `package:NAME/inner/path` (a folder inside an installed package), or a name on the model hub."""
+    revision: str | None = None
+    """Commit on the hub: name one, so that the weights cannot change under a run."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward pass; bfloat16 keeps float32 masters in the optimizer (ZeRO stages 1-3)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Replaces every dropout rate of the backbone. Above 0, results depend on how rows meet ranks."""
+    pooling: Literal["mean", "cls", "pooler"] = "mean"
+    """Sentence vector: mean over tokens, the first token, or the pretrained tanh pooler of the first token."""
+
+
+class SharingShape(Section):
+    """Sizes of the knowledge-sharing part of a CTR plugin; defaults as in the CTR release."""
+
+    capsule_layers: Literal[1, 2] = 2
+    """A task capsule is one linear map H -> d, or two, H -> capsule_mid -> d, without a nonlinearity in between."""
+    capsule_mid: int = Field(100, gt=0)
+    capsule_size: int = Field(3, gt=0)
+    transfer_capsules: int = Field(3, gt=0)
+    filters: int = Field(100, gt=0)
+    kernels: tuple[int, ...] = (3, 4, 5)
+    routing: Literal["transfer", "dynamic"] = "transfer"
+    """transfer: estimator and router of CTR; dynamic: three rounds of routing by agreement, as in B-CL."""
+
+
+class PluginShape(SharingShape):
+    """Sizes of a whole CTR plugin."""
+
+    tsm_size: int = Field(2000, gt=0)
+    """Gated units between the two layers of the task-specific module."""
+    s_max: float = Field(400.0, gt=1)
+    """Gate slope at the end of each annealing cycle."""
+    mask_mean: float = 0.0
+    mask_std: float = Field(1.0, ge=0)
+    """A new task's gate embeddings are drawn from N(mask_mean, mask_std); units with e > 0 are open."""

@@ -1,0 +1,266 @@
+"""CTR's CL-plugin: knowledge sharing, then a gated task-specific module, inside a frozen backbone.
+
+Axes: B rows, L tokens, H hidden units, A units of the task-specific module, U seen tasks, P plugins.
+Source: Ke et al. 2021 (CTR), sections 3-4. One plugin sits behind each sub-block, before the residual sum and norm:
+    h = x + KSM(x);  k1 = ReLU(W1 h + b1) * m1;  k2 = ReLU(W2 k1 + b2) * m2;  Plugin(x) = x + k2
+Departs from the release: norms are copied per task instead of being trained by every task without protection.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cl_dist.models.backbone import places, replace
+from cl_dist.models.capsules import Sharing
+from cl_dist.models.classifier import Batch, Classifier, freeze
+from cl_dist.models.config import PluginShape
+from cl_dist.models.gates import Gate, binary, sparsity
+
+
+@dataclass
+class Context:
+    """What all plugins must know about a forward pass besides the hidden states; one object, shared by them."""
+
+    task: int = 0
+    slope: float | None = None
+    """Slope of the gates of a task in training; None uses binary masks."""
+    share: bool = True
+    """Whether knowledge sharing is on; off is the ablation."""
+    noise_PBU2: Tensor | None = None
+    """Gumbel noise of the routers; None decides by argmax."""
+    token_mask_BL: Tensor | None = None
+    masks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Written by a forward pass in training: (mask, union of earlier masks) of every gate, for the sparsity term."""
+    gates: list[Tensor] = field(default_factory=list)
+    """Written by a forward pass: decisions (B, U) of each plugin's router."""
+
+
+class Plugin(nn.Module):
+    """The plugin behind one sub-block. Its two layers are shared by all tasks; gates say which units a task uses."""
+
+    mask1: Tensor
+    mask2: Tensor
+
+    def __init__(self, inner: nn.Module, hidden: int, shape: PluginShape, context: Context, index: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.shape, self.context, self.index = shape, context, index
+        self.sharing = Sharing(shape, hidden)
+        self.fc1 = nn.Linear(hidden, shape.tsm_size)
+        self.fc2 = nn.Linear(shape.tsm_size, hidden)
+        for layer in (self.fc1, self.fc2):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        # Binary masks of finished tasks, one row a task. They are no parameters: nothing can train them.
+        self.register_buffer("mask1", torch.zeros(0, shape.tsm_size, dtype=torch.bool), persistent=False)
+        self.register_buffer("mask2", torch.zeros(0, hidden, dtype=torch.bool), persistent=False)
+
+    def add_task(self) -> None:
+        """Append the gates and sharing parts of the next task."""
+        task = self.sharing.num_tasks
+        self.sharing.add_task()
+        for number, layer in ((1, self.fc1), (2, self.fc2)):
+            gate = torch.empty(layer.out_features).normal_(self.shape.mask_mean, self.shape.mask_std)
+            self.register_parameter(f"gate{number}_{task}", nn.Parameter(gate))
+
+    def gates(self, task: int) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return the two gate embeddings (A,) and (H,) of a task."""
+        return getattr(self, f"gate1_{task}"), getattr(self, f"gate2_{task}")
+
+    def used(self, task: int) -> tuple[Tensor, Tensor]:
+        """Return which units the tasks before `task` use, as float32 masks (A,) and (H,)."""
+        return self.mask1[:task].any(0).float(), self.mask2[:task].any(0).float()
+
+    def _masks(self) -> tuple[Tensor, Tensor]:
+        task, s, s_max = self.context.task, self.context.slope, self.shape.s_max
+        if task < self.mask1.shape[0]:
+            return self.mask1[task].float(), self.mask2[task].float()
+        gate1, gate2 = self.gates(task)
+        if s is None:
+            return binary(gate1), binary(gate2)
+        masks = Gate.apply(gate1, s, s_max), Gate.apply(gate2, s, s_max)
+        self.context.masks.extend(zip(masks, self.used(task), strict=True))
+        return masks
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Return the sub-block's output with the plugin's contribution added: (B, L, H)."""
+        x_BLH: Tensor = self.inner(*args, **kwargs)
+        context, h_BLH = self.context, x_BLH
+        if context.share:
+            assert context.token_mask_BL is not None  # set by CtrClassifier.forward
+            noise_BU2 = None if context.noise_PBU2 is None else context.noise_PBU2[self.index]
+            shared_BLH, delta_BU = self.sharing(x_BLH, context.task, context.token_mask_BL, noise_BU2)
+            h_BLH = x_BLH + shared_BLH
+            if delta_BU is not None:
+                context.gates.append(delta_BU.detach())
+        mask1_A, mask2_H = (mask.to(x_BLH.dtype) for mask in self._masks())
+        k1_BLA = F.relu(self.fc1(h_BLH)) * mask1_A
+        k2_BLH = F.relu(self.fc2(k1_BLA)) * mask2_H
+        return x_BLH + k2_BLH
+
+
+class TaskNorms(nn.Module):
+    """A layer norm per task, each started from the previous task's."""
+
+    def __init__(self, base: nn.LayerNorm, context: Context) -> None:
+        super().__init__()
+        self.base, self.context = base, context
+        self.norms = nn.ModuleList()
+
+    def add_task(self) -> None:
+        """Append the norm of the next task, as a copy of the backbone's."""
+        norm = nn.LayerNorm(self.base.normalized_shape, eps=self.base.eps)
+        norm.load_state_dict(self.base.state_dict())
+        self.norms.append(norm)
+
+    def forward(self, x_BLH: Tensor) -> Tensor:
+        """Normalise with the active task's scale and shift: (B, L, H)."""
+        return self.norms[self.context.task](x_BLH)
+
+
+class CtrClassifier(Classifier):
+    """A frozen backbone with a CL-plugin behind every sub-block, and a head per task.
+
+    Usable without the rest of this project:
+        model = CtrClassifier(AutoModel.from_pretrained(...), PluginShape(tsm_size=256))
+        model.add_task(num_labels=2); model.start_task(0)
+        ... an ordinary training loop over `model(batch)`, with `model.context.slope` set at each step ...
+        model.finish_task(); model.save_plugins("plugins.safetensors")
+    """
+
+    def __init__(self, backbone: PreTrainedModel, shape: PluginShape, pooling: str = "mean") -> None:
+        super().__init__(backbone, pooling)
+        freeze(backbone)
+        self.shape, self.context = shape, Context()
+        self.plugins: list[Plugin] = []
+        self.norms: list[TaskNorms] = []
+        self.plugin_names: list[str] = []
+        where = places(backbone)
+        for number, layer in enumerate(backbone.get_submodule(where.layers)):
+            for block in where.sub_blocks:
+                inner = layer.get_submodule(block.output)
+                plugin = Plugin(inner, backbone.config.hidden_size, shape, self.context, len(self.plugins))
+                norms = TaskNorms(layer.get_submodule(block.norm), self.context)
+                replace(layer, block.output, plugin)
+                replace(layer, block.norm, norms)
+                self.plugins.append(plugin)
+                self.norms.append(norms)
+                self.plugin_names.append(f"{number}.{block.name}")
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks the model has parts for."""
+        return len(self.heads)
+
+    def add_task(self, num_labels: int) -> None:
+        """Append the parts of the next task to every plugin and norm, and its head."""
+        for part in (*self.plugins, *self.norms):
+            part.add_task()
+        self.add_head(num_labels)
+
+    def task_parameters(self, task: int) -> list[nn.Parameter]:
+        """Return what belongs to one task alone: its sharing parts, gates, norms and head."""
+        own = [p for plugin in self.plugins for p in (*plugin.sharing.task_parameters(task), *plugin.gates(task))]
+        own += [p for norms in self.norms for p in norms.norms[task].parameters()]
+        return own + list(self.heads[task].parameters())
+
+    def start_task(self, task: int, backward_transfer: bool = False) -> None:
+        """Choose what task `task` may train.
+
+        Always: its own parts and the plugins' shared layers (whose used units the caller protects with `keep`).
+        With backward_transfer also the earlier tasks' capsules, which then learn through open gates.
+        """
+        freeze(self)
+        trained = self.task_parameters(task)
+        for plugin in self.plugins:
+            trained += [*plugin.fc1.parameters(), *plugin.fc2.parameters()]
+            if backward_transfer:
+                trained += [p for i in range(task) for p in plugin.sharing.capsule_parameters(i)]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self.activate(task)
+
+    def inherit(self, task: int) -> None:
+        """Start the router, up-projection, routing row and norms of a task from the previous task's."""
+        for plugin in self.plugins:
+            plugin.sharing.inherit(task)
+        for norms in self.norms:
+            norms.norms[task].load_state_dict(norms.norms[task - 1].state_dict())
+
+    def activate(self, task: int) -> None:
+        """Select the task whose masks, capsules, norms and head the next forward passes use."""
+        self.task = self.context.task = task
+
+    def finish_task(self, gates: list[tuple[Tensor, Tensor]] | None = None) -> None:
+        """Binarise the masks of the task in training and count their units as used.
+
+        gates are the float32 masters of the gate embeddings, where the parameters themselves are of lower precision.
+        """
+        for number, plugin in enumerate(self.plugins):
+            gate1, gate2 = plugin.gates(self.context.task) if gates is None else gates[number]
+            plugin.mask1 = torch.cat([plugin.mask1, (gate1.detach() > 0)[None].to(plugin.mask1.device)])
+            plugin.mask2 = torch.cat([plugin.mask2, (gate2.detach() > 0)[None].to(plugin.mask2.device)])
+
+    def sparsity(self) -> Tensor:
+        """Return the sparsity term of the masks that the last forward pass used."""
+        return sparsity(self.context.masks)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the logits (B, K) of the active task."""
+        self.context.token_mask_BL = batch["attention_mask"].bool()
+        self.context.masks, self.context.gates = [], []
+        return super().forward(batch)
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return the binary masks of the finished tasks by plugin: uint8, eight units a byte."""
+        return {
+            f"{name}.{kind}": pack(mask)
+            for name, plugin in zip(self.plugin_names, self.plugins, strict=True)
+            for kind, mask in (("mask1", plugin.mask1), ("mask2", plugin.mask2))
+        }
+
+    def load_masks(self, masks: dict[str, Tensor]) -> None:
+        """Restore what `masks` returned."""
+        for name, plugin in zip(self.plugin_names, self.plugins, strict=True):
+            plugin.mask1 = unpack(masks[f"{name}.mask1"], plugin.mask1.shape[1]).to(plugin.mask1.device)
+            plugin.mask2 = unpack(masks[f"{name}.mask2"], plugin.mask2.shape[1]).to(plugin.mask2.device)
+
+    def save_plugins(self, path: Path | str) -> None:
+        """Write plugins, norms, heads and masks, without the backbone, as safetensors."""
+        owned = {name: p.detach().contiguous() for name, p in self.named_parameters() if self._is_ours(name)}
+        save_file({**owned, **{f"masks.{k}": v for k, v in self.masks().items()}}, str(path))
+
+    def load_plugins(self, path: Path | str) -> None:
+        """Load what `save_plugins` wrote into a model that has had the same tasks added."""
+        state = load_file(str(path))
+        self.load_masks({k.removeprefix("masks."): v for k, v in state.items() if k.startswith("masks.")})
+        rest = {k: v for k, v in state.items() if not k.startswith("masks.")}
+        _, unexpected = self.load_state_dict(rest, strict=False)
+        missing = [name for name, _ in self.named_parameters() if self._is_ours(name) and name not in rest]
+        if unexpected or missing:
+            raise ValueError(
+                f"{path}: made for another model or task count: missing {missing[:3]}, extra {unexpected[:3]}"
+            )
+
+    @staticmethod
+    def _is_ours(name: str) -> bool:
+        return name.startswith("heads.") or any(
+            part in name for part in (".sharing.", ".fc1.", ".fc2.", ".gate", ".norms.")
+        )
+
+
+def pack(mask_TU: Tensor) -> Tensor:
+    """Pack a boolean mask (T, U) into uint8 (T, ceil(U / 8)), least significant bit first."""
+    padded = F.pad(mask_TU.to(torch.uint8), (0, -mask_TU.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (padded << torch.arange(8, dtype=torch.uint8, device=mask_TU.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack(bits_TX: Tensor, units: int) -> Tensor:
+    """Undo `pack`: boolean (T, units)."""
+    bits = (bits_TX[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits_TX.device)) & 1
+    return bits.flatten(1)[:, :units].bool()

@@ -1,0 +1,19 @@
+"""How a Train stage is spread over workers: the settings of the engine; torch-free."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from cl_dist.config import Section
+
+
+class EngineConfig(Section):
+    """What one gang of workers needs to know. None of it may change a result beyond float rounding."""
+
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """torch: one worker, float32, no ZeRO: the reference that everything else is compared with."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    micro_batch: int | Literal["auto"] = "auto"
+    """Rows a worker holds at once; auto takes its whole share of the global batch, up to 32."""
+    persistence_threshold: int = Field(100_000, ge=0)
+    """ZeRO-3 keeps parameters with fewer elements whole on every rank."""

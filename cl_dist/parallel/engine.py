@@ -1,0 +1,257 @@
+"""One optimizer step over a gang, with DeepSpeed ZeRO 0-3 or with plain torch on one worker.
+
+Both engines have the same few methods, so the training loop does not know which one it drives. The loss they are given
+is this rank's share of a sum over the global batch: DeepSpeed's averaging over ranks and micro-batches is undone here.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cl_dist.errors import ConfigError
+from cl_dist.parallel import params
+from cl_dist.parallel.config import EngineConfig
+from cl_dist.parallel.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class GradScale:
+    """An elementwise factor on a parameter's gradient: scale * max(row[:, None], column[None, :]).
+
+    Equal on all ranks and constant within a stage, so it commutes with accumulation and with ZeRO's reductions.
+    """
+
+    row: Tensor | None = None
+    column: Tensor | None = None
+    scale: float = 1.0
+
+    def factor(self, like: Tensor) -> Tensor:
+        """Return the factor in the shape, type and place of a gradient."""
+        row, column = self.row, self.column
+        if row is None:
+            return torch.full_like(like, self.scale)
+        keep = row if like.dim() == 1 else row[:, None] if column is None else torch.maximum(row[:, None], column)
+        return (keep * self.scale).to(like).expand_as(like)
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizing:
+    """How the weights move: AdamW with linear warm-up and decay, equal for both engines."""
+
+    lr: float
+    lr_of: Mapping[str, float]
+    """Learning rates of parameters that depart from lr, by name."""
+    no_decay: frozenset[str]
+    """Parameters that weight decay must not touch, besides biases and norms."""
+    weight_decay: float
+    clip: float
+    total_steps: int
+    warmup_steps: int
+
+    def factor(self, step: int) -> float:
+        """Return the learning rate at an optimizer step, as a share of its peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        return max(0.0, (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps))
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups: one per (learning rate, decay), in a fixed order."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                plain = parameter.dim() < 2 or name in self.no_decay
+                key = (self.lr_of.get(name, self.lr), 0.0 if plain else self.weight_decay)
+                groups.setdefault(key, []).append(parameter)
+        return [{"params": groups[key], "lr": key[0], "weight_decay": key[1]} for key in sorted(groups)]
+
+
+class Engine(Protocol):
+    """What the training loop needs of an engine."""
+
+    module: nn.Module
+    world: World
+
+    def __call__(self, batch: Any) -> Any:
+        """Run the model forward; the only legal way during training (the wrapper hooks live here)."""
+
+    def backward(self, rows_term: Tensor, own_term: Tensor) -> None:
+        """Accumulate gradients of (sum over ranks and micro-batches of rows_term) + (mean of own_term)."""
+
+    def step(self) -> None:
+        """End a micro-batch; at the accumulation boundary clip, update the weights, advance the schedule."""
+
+    def grad_norm(self) -> float:
+        """Return the gradient norm before clipping of the last update."""
+
+    def close(self) -> None:
+        """Free what the engine holds; the module stays."""
+
+
+def build_engine(
+    config: EngineConfig,
+    model: nn.Module,
+    optimizing: Optimizing,
+    *,
+    num_micro: int,
+    micro_batch: int,
+    bf16: bool,
+    grad_scales: Mapping[str, GradScale],
+) -> Engine:
+    """Put a model under an engine; gradient factors are attached to the parameters first.
+
+    Raises:
+        ConfigError: If the settings contradict each other.
+    """
+    world = World.current()
+    check_engine(config, world.size, bf16)
+    attach(model, grad_scales)
+    if config.engine == "torch":
+        return TorchEngine(model.to(world.device), optimizing, num_micro, world)
+    return DeepSpeedEngine(config, model, optimizing, num_micro, micro_batch, bf16, world)
+
+
+def check_engine(config: EngineConfig, workers: int, bf16: bool) -> None:
+    """Raise ConfigError for settings that cannot work together."""
+    if config.engine == "torch" and (workers != 1 or bf16):
+        raise ConfigError("cluster.engine='torch': expected cluster.workers=1 and science.model.dtype='float32'")
+    if bf16 and config.zero_stage == 0:
+        raise ConfigError(
+            "cluster.zero_stage=0 with science.model.dtype='bfloat16': expected zero_stage 1, 2 or 3, "
+            "since DeepSpeed keeps no float32 master weights at stage 0"
+        )
+
+
+def attach(model: nn.Module, grad_scales: Mapping[str, GradScale]) -> None:
+    """Multiply gradients as they are produced: under ZeRO `p.grad` is None after backward, so it is too late then."""
+    named = dict(model.named_parameters())
+    for name, scale in grad_scales.items():
+        named[name].register_hook(lambda grad, scale=scale: grad * scale.factor(grad))
+
+
+class TorchEngine:
+    """Plain torch on one worker."""
+
+    def __init__(self, model: nn.Module, optimizing: Optimizing, num_micro: int, world: World) -> None:
+        self.module, self.world = model, world
+        self._optimizing, self._num_micro = optimizing, num_micro
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer, self._schedule = _adamw(model, optimizing)
+        self._micro, self._norm = 0, 0.0
+
+    def __call__(self, batch: Any) -> Any:
+        """See Engine."""
+        return self.module(batch)
+
+    def backward(self, rows_term: Tensor, own_term: Tensor) -> None:
+        """See Engine."""
+        (rows_term + own_term / self._num_micro).backward()
+
+    def step(self) -> None:
+        """See Engine."""
+        self._micro += 1
+        if self._micro % self._num_micro:
+            return
+        clip = self._optimizing.clip or float("inf")
+        self._norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, clip))
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+
+    def grad_norm(self) -> float:
+        """See Engine."""
+        return self._norm
+
+    def close(self) -> None:
+        """See Engine."""
+        self._optimizer.state.clear()
+
+
+class DeepSpeedEngine:
+    """DeepSpeed ZeRO 0-3 over the gang of this process."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: nn.Module,
+        optimizing: Optimizing,
+        num_micro: int,
+        micro_batch: int,
+        bf16: bool,
+        world: World,
+    ) -> None:
+        deepspeed = start_deepspeed(world)
+        self.world = world
+        self._undo_mean = world.size * num_micro
+        optimizer, schedule = _adamw(model, optimizing)
+        settings = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": num_micro,
+            "gradient_clipping": optimizing.clip,  # DeepSpeed's default is 1.0, not off
+            "steps_per_print": 10**9,
+            "bf16": {"enabled": bf16},
+            "zero_optimization": {
+                "stage": config.zero_stage,
+                "stage3_param_persistence_threshold": config.persistence_threshold,
+                "contiguous_gradients": config.zero_stage > 1,
+            },
+            "zero_allow_untested_optimizer": True,
+        }
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
+        )
+        self.module: nn.Module = self._engine.module
+
+    def __call__(self, batch: Any) -> Any:
+        """See Engine."""
+        return self._engine(batch)
+
+    def backward(self, rows_term: Tensor, own_term: Tensor) -> None:
+        """See Engine."""
+        self._engine.backward(rows_term * self._undo_mean + own_term)
+
+    def step(self) -> None:
+        """See Engine."""
+        self._engine.step()
+
+    def grad_norm(self) -> float:
+        """See Engine."""
+        norm = self._engine.get_global_grad_norm()
+        return 0.0 if norm is None else float(norm)
+
+    def close(self) -> None:
+        """See Engine."""
+        self._engine.destroy()
+
+
+def _adamw(model: nn.Module, optimizing: Optimizing) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(optimizing.groups(model), lr=optimizing.lr, eps=1e-8)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, optimizing.factor)
+
+
+def start_deepspeed(world: World) -> Any:
+    """Import DeepSpeed and join its process group, without compiling any of its operators."""
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    if world.device.type == "cpu":
+        # Used for inference only, but compiled (100 s) by every init on a CPU; there is no public switch.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.size == 1 and not torch.distributed.is_initialized():
+        # A gang of one needs no rendezvous: an in-memory store opens no port.
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            os.environ.setdefault(key, value)
+    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
+    return deepspeed
+
+
+def masters(engine: Engine) -> dict[str, Tensor]:
+    """Return the float32 masters of all trainable parameters, on the CPU, on every rank. A collective."""
+    return params.read({name: p for name, p in engine.module.named_parameters() if p.requires_grad})

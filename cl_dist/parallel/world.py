@@ -1,0 +1,41 @@
+"""The gang as one rank sees it, and the process settings that DeepSpeed needs before it starts."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+PROCESS_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Some virtual CPUs announce AMX and fault on it: "Illegal instruction" in the first bfloat16 matmul.
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+}
+"""Set in every worker process before torch starts, unless the user has set them."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Rank, number of ranks, and the device of this rank."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def current(cls) -> "World":
+        """Return this process's place in the gang; alone where torch.distributed is not initialised."""
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if torch.cuda.is_available():
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            return cls(rank, size, torch.device("cuda", local % torch.cuda.device_count()))
+        return cls(rank, size, torch.device("cpu"))
+
+    def gather(self, value: object) -> list[object]:
+        """Return every rank's value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values

@@ -1,0 +1,192 @@
+"""The run file as a whole: run, science (decides results) and cluster (must not), and its baselines."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from cl_dist.config import Section, Tree, apply_overrides, did_you_mean, merged, parse, read_yaml
+from cl_dist.data.orders import check_order, read_orders
+from cl_dist.data.tasks import DataConfig, TaskConfig
+from cl_dist.errors import ConfigError
+from cl_dist.methods import METHODS
+from cl_dist.methods.base import MethodConfig, TaskSequence
+from cl_dist.models.config import ModelConfig
+from cl_dist.parallel.config import EngineConfig
+from cl_dist.stage import EvaluateConfig, TrainConfig
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
+
+
+class RunSection(Section):
+    """Name and place of the run."""
+
+    name: Annotated[str, Field(pattern=NAME)]
+    dir: str = "runs"
+    """Folder that holds run folders; on a cluster, one that every node sees."""
+
+
+class Science(Section):
+    """Everything that decides results, and nothing else: what stages are identified by."""
+
+    schema_version: Literal[1] = 1
+    seed: int = Field(0, ge=0)
+    model: ModelConfig
+    method: SerializeAsAny[MethodConfig]
+    tasks: list[TaskConfig] = Field(min_length=1)
+    orders: dict[str, list[str]] = {}
+    """Task orders by name."""
+    order_file: str | None = None
+    """File of orders: one task id per line, or PyContinual's lines of one whole order each; named row0, row1, ..."""
+    order: list[str] | str | None = None
+    """Task ids in the order they are learned, or the name of an order; None takes the tasks as listed."""
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    data: DataConfig = DataConfig()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_by_name(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        name = given.get("name")
+        if name not in METHODS:
+            raise ValueError(f"name={name!r} is no method{did_you_mean(str(name), list(METHODS))}")
+        return METHODS[str(name)].config.model_validate(given)
+
+    @model_validator(mode="after")
+    def _tasks_fit_together(self) -> "Science":
+        ids = [task.id for task in self.tasks]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"tasks: ids must be distinct, got {ids}")
+        for task in self.tasks:
+            self.train_of(task)
+        return self
+
+    def train_of(self, task: TaskConfig) -> TrainConfig:
+        """Return the training settings of one task."""
+        try:
+            return self.train.updated(task.train) if task.train else self.train
+        except ConfigError as error:
+            raise ValueError(f"tasks.{task.id}.train: {error}") from None
+
+    def sequence(self) -> TaskSequence:
+        """Return the tasks in learned order.
+
+        Raises:
+            ConfigError: If the order names an unknown task, or one twice.
+        """
+        by_id = {task.id: task for task in self.tasks}
+        order = self._order(list(by_id))
+        check_order(order, list(by_id))
+        return TaskSequence(tuple(by_id[name] for name in order))
+
+    def _order(self, ids: list[str]) -> list[str]:
+        orders = dict(self.orders)
+        if self.order_file is not None:
+            orders |= {f"row{number}": order for number, order in enumerate(read_orders(self.order_file))}
+        if self.order is None:
+            return orders["row0"] if self.order_file is not None else ids
+        if isinstance(self.order, list):
+            return self.order
+        if self.order not in orders:
+            raise ConfigError(f"science.order={self.order!r}: no such order{did_you_mean(self.order, list(orders))}")
+        return orders[self.order]
+
+
+class ClusterConfig(EngineConfig):
+    """Where and on how many workers the run is computed. Nothing here enters a fingerprint."""
+
+    dispatcher: Literal["ray", "local"] = "ray"
+    """ray: a gang and an actor pool on a Ray cluster; local: everything in this process, on one worker."""
+    address: str | None = None
+    """Ray cluster to join ('auto' finds one on this machine); None starts a local one for the run."""
+    workers: int = Field(1, gt=0)
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+    max_failures: int = Field(3, ge=0)
+    """How often a crashed gang or shard is started again before the run fails."""
+    start_timeout_s: float = Field(300.0, gt=0)
+    """How long to wait for the gang to start before the cluster is reported as too busy."""
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> "ClusterConfig":
+        if self.workers > 1 and (self.dispatcher == "local" or self.engine == "torch"):
+            culprit = "dispatcher: local" if self.dispatcher == "local" else "engine: torch"
+            raise ValueError(f"workers={self.workers} does not work with {culprit}; expected workers: 1")
+        return self
+
+
+class RunConfig(Section):
+    """One run file."""
+
+    run: RunSection
+    science: Science
+    cluster: ClusterConfig = ClusterConfig()
+    baselines: dict[Annotated[str, Field(pattern=NAME)], Tree] = {}
+    """Runs to compare with, by name: what differs from `science`. {sequential: {method: {name: sequential}}}"""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        if self.science.model.dtype == "bfloat16" and (self.cluster.zero_stage == 0 or self.cluster.engine == "torch"):
+            raise ValueError(
+                "science.model.dtype='bfloat16' needs cluster.engine='deepspeed' and zero_stage 1, 2 or 3: "
+                "the others keep no float32 master weights"
+            )
+        for name in self.baselines:
+            self.baseline(name)
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run.dir) / self.run.name
+
+    def baseline(self, name: str) -> "RunConfig":
+        """Return the run file of a baseline: the same tasks and cluster, in a folder inside this run's.
+
+        Raises:
+            ConfigError: If its settings do not parse.
+        """
+        tree = self.tree()
+        over = self.baselines[name]
+        science = merged(tree["science"], over)
+        if "method" in over:
+            science["method"] = over["method"]  # another method has other settings: replaced, not merged
+        run = {"name": name, "dir": str(self.folder / "baselines")}
+        return parse(RunConfig, {"run": run, "science": science, "cluster": tree["cluster"]}, f"baselines.{name}.")
+
+    def tree(self) -> Tree:
+        """Return what was set, as plain data that parses back to an equal run file."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run file and lay dotted overrides over it.
+
+    Raises:
+        ConfigError: With one line per fault.
+    """
+    tree = apply_overrides(read_yaml(path), overrides or [])
+    tree.setdefault("run", {})
+    if isinstance(tree["run"], dict):
+        tree["run"].setdefault("name", path.stem)
+    return parse(RunConfig, tree)
+
+
+def json_schema() -> Tree:
+    """Return the JSON Schema of a run file, with the settings of every method."""
+    schema = RunConfig.model_json_schema()
+    methods = []
+    for method in dict.fromkeys(entry.config for entry in METHODS.values()):
+        inner = method.model_json_schema()
+        schema["$defs"] |= inner.pop("$defs", {})
+        schema["$defs"][method.__name__] = inner
+        methods.append({"$ref": f"#/$defs/{method.__name__}"})
+    schema["$defs"]["Science"]["properties"]["method"] = {
+        "oneOf": methods,
+        "description": "The method and its settings.",
+    }
+    schema["$defs"].pop("MethodConfig", None)
+    return schema

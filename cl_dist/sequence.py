@@ -1,0 +1,45 @@
+"""The loop: every stage of every task, in order, each once."""
+
+import logging
+from typing import Protocol
+
+from cl_dist.jobs import Workbook
+from cl_dist.stage import Stage, ref
+from cl_dist.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+class Dispatcher(Protocol):
+    """Runs one stage somewhere and returns when its files lie in a folder."""
+
+    def run(self, job: object, out: str, tracker: Tracker) -> None:
+        """Run a stage (a `stages.job.Job`) and write its files to out; progress events go to the tracker.
+
+        Raises:
+            ClDistError: If the stage cannot be computed, after retries.
+        """
+
+
+def run(book: Workbook, dispatcher: Dispatcher, tracker: Tracker) -> None:
+    """Compute what is missing of a run.
+
+    A finished stage is skipped when its settings are those asked for now, and refused when they are not, before any
+    other stage is begun. Killed anywhere, the same call goes on at the first stage without a result.
+    """
+    plans = [book.plan(task) for task in range(len(book.tasks))]
+    done = {ref(stage) for plan in plans for stage in plan if book.ledger.is_done(stage)}
+    tracker.begin([stage for plan in plans for stage in plan], done)
+    for stage in (stage for plan in plans for stage in plan):
+        if ref(stage) in done:
+            continue
+        with tracker.stage(stage), book.ledger.publish(stage) as out:
+            dispatcher.run(book.job(stage), str(out), tracker)
+        tracker.stage_done(stage)
+    tracker.finish()
+
+
+def remaining(book: Workbook) -> list[Stage]:
+    """Return the stages that a run has no result of yet."""
+    plans = [stage for task in range(len(book.tasks)) for stage in book.plan(task)]
+    return [stage for stage in plans if not book.ledger.is_done(stage)]

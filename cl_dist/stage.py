@@ -1,0 +1,126 @@
+"""The kinds of stage as frozen data, what they refer to, and the fingerprint that identifies a result."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from cl_dist.config import Section
+
+SCHEMA_VERSION = 1
+"""Enters every fingerprint; raised when a default or the meaning of a stored file changes."""
+
+
+class Ref(Section):
+    """Names a stage by task index (0-based place in the order) and stage name."""
+
+    task: int
+    stage: str
+
+
+def model_after(task: int) -> Ref:
+    """Name the model that task's Train stage leaves behind."""
+    return Ref(task=task, stage="train")
+
+
+class TrainConfig(Section):
+    """How a Train stage optimises, whatever the method."""
+
+    epochs: int = Field(5, gt=0)
+    lr: float = Field(5e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps with a rising learning rate; it falls linearly to 0 afterwards."""
+    clip: float = Field(1.0, ge=0)
+    """Upper bound of the gradient norm; 0 switches clipping off."""
+    global_batch: int = Field(32, gt=0)
+    """Rows behind one optimizer step, over all workers; accumulation follows from it."""
+    max_length: int = Field(128, gt=2)
+    """Longest input in tokens; longer ones are cut."""
+    min_round_steps: int = Field(50, gt=0)
+    """Shortest round in optimizer steps. A round is one epoch or more; gates anneal once per round, and dev rows are
+    scored at its end."""
+    select: Literal["last", "best_dev"] = "best_dev"
+    """Which weights a task leaves behind: those after the last step, or those of the round with the lowest dev loss."""
+
+
+class EvaluateConfig(Section):
+    """The unit of work of scoring. Part of the science half, so that scores do not depend on the workers."""
+
+    batch: int = Field(64, gt=0)
+    """Rows scored together."""
+    shard_rows: int = Field(256, gt=0)
+    """Rows of one shard: the unit of retry."""
+
+
+class Train(Section):
+    """A gang trains one model on the train rows of some tasks; their dev rows select the best weights."""
+
+    kind: Literal["train"] = "train"
+    task: int
+    data: tuple[int, ...]
+    """Tasks whose train rows are used."""
+    init: Ref | None = None
+    """Stage whose model this one starts from; None starts from the backbone."""
+    learner: str = "main"
+
+    @property
+    def name(self) -> str:
+        """Folder name of the stage below its task."""
+        return "train"
+
+    @property
+    def inputs(self) -> tuple[Ref, ...]:
+        """Stages that must be done before this one."""
+        return () if self.init is None else (self.init,)
+
+
+class Evaluate(Section):
+    """Shards score the test rows of some tasks with one model."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    task: int
+    model: Ref
+    tasks: tuple[int, ...]
+    previous: Ref | None = None
+    """Evaluate stage whose scores stand for the other seen tasks, where their models did not change."""
+    without: tuple[str, ...] = ()
+    """Parts of the learner that are switched off for an extra score of `task`: an ablation without retraining."""
+
+    @property
+    def name(self) -> str:
+        """Folder name of the stage below its task."""
+        return "evaluate"
+
+    @property
+    def inputs(self) -> tuple[Ref, ...]:
+        """Stages that must be done before this one."""
+        return (self.model,) if self.previous is None else (self.model, self.previous)
+
+
+Stage = Train | Evaluate
+
+
+def ref(stage: Stage) -> Ref:
+    """Return the name of a stage."""
+    return Ref(task=stage.task, stage=stage.name)
+
+
+def digest_of(data: Any) -> str:
+    """Return the sha256 of plain data in canonical JSON (sorted keys, no spaces)."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted keys, so that a difference can be named."""
+    facts: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            facts |= flat(value, f"{prefix}{key}.")
+        else:
+            facts[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return facts

@@ -1,0 +1,1 @@
+"""Worker side of each stage kind: plain torch, no Ray."""

@@ -1,0 +1,115 @@
+"""Worker side of an Evaluate stage: rows cut into shards that any worker may score, merged into one scores.json."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cl_dist.data.classify import ClassifyRows
+from cl_dist.metrics import accuracy, f1_macro, majority_accuracy
+from cl_dist.models.backbone import load_tokenizer
+from cl_dist.parallel.world import World
+from cl_dist.stage import Evaluate
+from cl_dist.stages.job import Job, build_learner, task_data
+
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shard:
+    """Test rows start..stop-1 of a task, scored with one part of the learner switched off, or none ("")."""
+
+    task: int
+    without: str
+    start: int
+    stop: int
+
+
+Scored = dict[str, Any]
+"""Per row of a shard: predictions (class numbers), logits (float32 bytes in hexadecimal), what the learner observed."""
+
+
+def shards(job: Job) -> list[Shard]:
+    """Cut the stage into shards. They depend on the science settings alone, never on the workers."""
+    stage = job.stage
+    assert isinstance(stage, Evaluate)
+    wanted = [(task, "") for task in stage.tasks] + [(stage.task, part) for part in stage.without]
+    return [
+        Shard(task, without, start, min(start + job.evaluate.shard_rows, len(task_data(job, task).test)))
+        for task, without in wanted
+        for start in range(0, len(task_data(job, task).test), job.evaluate.shard_rows)
+    ]
+
+
+class Scorer:
+    """Holds the stage's model and scores one shard after the other."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._world = job, World.current()
+        self._learner = build_learner(job)
+        self._model = self._learner.model.to(self._world.device).eval()
+        if job.model.dtype == "bfloat16":
+            self._model = self._model.to(torch.bfloat16)
+        self._tokenizer = load_tokenizer(job.model)
+
+    @torch.no_grad()
+    def score(self, shard: Shard) -> Scored:
+        """Score a shard in batches of fixed size, so that its numbers do not depend on who scores it."""
+        data = task_data(self._job, shard.task)
+        rows = ClassifyRows(self._tokenizer, self._job.train.max_length)
+        rows.add(shard.task, data.test[shard.start : shard.stop], data.labels)
+        self._learner.activate(shard.task, shard.without or None)
+        predictions: list[int] = []
+        logits: list[str] = []
+        observed: dict[str, list[Any]] = {}
+        for start in range(0, len(rows), self._job.evaluate.batch):
+            stop = min(start + self._job.evaluate.batch, len(rows))
+            logits_BK = self._model(rows.batch(range(start, stop), self._world.device)).float().cpu()
+            predictions += logits_BK.argmax(-1).tolist()
+            logits += [row.numpy().tobytes().hex() for row in logits_BK]
+            for name, value in self._learner.observe().items():
+                observed.setdefault(name, []).extend(value.cpu().tolist())
+        return {"predictions": predictions, "logits": logits, "observed": observed}
+
+
+def merge(job: Job, results: Iterable[tuple[Shard, Scored]], out: Path) -> None:
+    """Join the shards in row order and write scores.json and predictions of every task to out."""
+    stage = job.stage
+    assert isinstance(stage, Evaluate)
+    parts: dict[tuple[int, str], list[tuple[Shard, Scored]]] = {}
+    for shard, scored in sorted(results, key=lambda result: result[0]):
+        parts.setdefault((shard.task, shard.without), []).append((shard, scored))
+    scores: dict[str, Any] = {"tasks": {}, "without": {}}
+    (out / "predictions").mkdir(exist_ok=True)
+    for (task, without), scored_parts in parts.items():
+        data = task_data(job, task)
+        predictions = [data.labels[k] for _, scored in scored_parts for k in scored["predictions"]]
+        truth = [row.label for row in data.test]
+        numbers = {"accuracy": accuracy(truth, predictions), "f1_macro": f1_macro(truth, predictions)}
+        if without:
+            scores["without"][without] = numbers
+            continue
+        logits = [text for _, scored in scored_parts for text in scored["logits"]]
+        observed = [scored["observed"] for _, scored in scored_parts]
+        scores["tasks"][str(task)] = numbers | {
+            "rows": len(truth),
+            "majority": majority_accuracy([row.label for row in data.train], truth),
+            "logits_sha256": hashlib.sha256("\n".join(logits).encode()).hexdigest(),
+            "observed": {name: _mean(row for part in observed for row in part[name]) for name in observed[0]},
+        }
+        lines = [
+            json.dumps({"id": row.id, "label": row.label, "prediction": prediction}, ensure_ascii=False)
+            for row, prediction in zip(data.test, predictions, strict=True)
+        ]
+        (out / "predictions" / f"{data.id}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf8")
+    (out / SCORES).write_text(json.dumps(scores, indent=1), encoding="utf8")
+
+
+def _mean(rows: Iterable[Any]) -> Any:
+    """Return the mean over rows of equally nested lists of numbers."""
+    values = torch.tensor(list(rows), dtype=torch.float64)
+    return values.mean(0).tolist()

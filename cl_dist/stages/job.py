@@ -1,0 +1,86 @@
+"""What a worker is given: a stage and the settings it uses, and how it builds the model that the stage starts from."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from cl_dist.data.load import load_task
+from cl_dist.data.rows import TaskData
+from cl_dist.data.tasks import DataConfig, TaskConfig
+from cl_dist.errors import CheckpointError, DataError
+from cl_dist.methods import METHODS
+from cl_dist.methods.base import Learner, MethodConfig
+from cl_dist.models.backbone import load_backbone
+from cl_dist.models.config import ModelConfig
+from cl_dist.parallel.config import EngineConfig
+from cl_dist.parallel.seeds import seeded
+from cl_dist.stage import EvaluateConfig, Stage, TrainConfig
+
+WEIGHTS, LEARNER = "trainable.safetensors", "learner.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A stage with everything a worker needs to run it; plain data, sent to workers by any dispatcher."""
+
+    stage: Stage
+    method: MethodConfig
+    model: ModelConfig
+    tasks: tuple[TaskConfig, ...]
+    """The tasks up to the stage's own, in learned order."""
+    digests: tuple[dict[str, str], ...]
+    """What the driver read of each task, by split: a worker that reads something else stops."""
+    data: DataConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    engine: EngineConfig
+    seed: int
+    chain: tuple[str, ...]
+    """Folders of the Train stages whose weights make up the model, oldest first."""
+
+
+def task_data(job: Job, task: int) -> TaskData:
+    """Return the rows of a task, read once per process.
+
+    Raises:
+        DataError: If this machine reads other rows than the driver did.
+    """
+    loaded = _load(job.tasks[task].model_dump_json(), job.data.model_dump_json())
+    if loaded.digests != job.digests[task]:
+        raise DataError(f"task {loaded.id}: its files differ between machines, or changed after the run was started")
+    return loaded
+
+
+@lru_cache(maxsize=128)
+def _load(task: str, data: str) -> TaskData:
+    return load_task(TaskConfig.model_validate_json(task), DataConfig.model_validate_json(data))
+
+
+def build_learner(job: Job) -> Learner:
+    """Return the stage's learner with its model: backbone, parts of all tasks so far, stored weights.
+
+    New parts are drawn from a seed of (run seed, task id), so every rank and every restart draws the same.
+
+    Raises:
+        CheckpointError: If a stored file is missing or does not fit the model.
+    """
+    name = job.stage.learner if job.stage.kind == "train" else "main"
+    module, _, cls = METHODS[job.method.name].learners[name].partition(":")
+    num_labels = tuple(len(task_data(job, task).labels) for task in range(len(job.tasks)))
+    kind: type[Learner] = getattr(import_module(module), cls)
+    learner = kind(job.method, num_labels, job.model.pooling, job.seed)
+    with seeded(job.seed, "build", job.tasks[-1].id):
+        model = learner.build(load_backbone(job.model), job.stage.task)
+    for folder in job.chain:
+        try:
+            _, unexpected = model.load_state_dict(load_file(Path(folder) / WEIGHTS), strict=False)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{folder}/{WEIGHTS}: cannot be loaded: {error}") from error
+        if unexpected:
+            raise CheckpointError(f"{folder}/{WEIGHTS}: holds {unexpected[0]!r}, which this model does not have")
+    if job.chain and (Path(job.chain[-1]) / LEARNER).exists():
+        learner.load_state_dict(load_file(Path(job.chain[-1]) / LEARNER))
+    return learner

@@ -1,0 +1,196 @@
+"""Worker side of a Train stage: the loop that every method shares, run in lock-step by all ranks of a gang."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cl_dist.data.classify import ClassifyRows
+from cl_dist.data.sampler import global_batch, num_micro_batches, num_steps, share
+from cl_dist.methods.base import Learner
+from cl_dist.models.backbone import load_tokenizer
+from cl_dist.models.classifier import count_parameters, cross_entropy
+from cl_dist.parallel.engine import Engine, Optimizing, build_engine, masters
+from cl_dist.parallel.seeds import seeded
+from cl_dist.parallel.world import World
+from cl_dist.stage import Train
+from cl_dist.stages.job import LEARNER, WEIGHTS, Job, build_learner, task_data
+from cl_dist.stages.schedule import Schedule
+
+log = logging.getLogger(__name__)
+Report = Callable[[dict[str, Any]], None]
+AUTO_MICRO = 32
+FACTS = "train.json"
+
+
+def run(job: Job, out: Path, report: Report) -> None:
+    """Train the stage's model and let rank 0 write its weights, learner state and facts to out.
+
+    report receives small progress events on rank 0. Every rank of the gang must call this with the same job.
+    """
+    stage, config, world = job.stage, job.train, World.current()
+    assert isinstance(stage, Train)
+    began = time.monotonic()
+    learner = build_learner(job)
+    learner.start_task(stage.task, stage.data)
+    tokenizer = load_tokenizer(job.model)
+    rows = ClassifyRows(tokenizer, config.max_length)
+    dev = {task: ClassifyRows(tokenizer, config.max_length) for task in stage.data}
+    for task in stage.data:
+        data = task_data(job, task)
+        rows.add(task, data.train, data.labels)
+        dev[task].add(task, data.dev, data.labels)
+    steps_per_epoch = num_steps(len(rows), config.global_batch)
+    schedule = Schedule(config.epochs * steps_per_epoch, steps_per_epoch, config.min_round_steps)
+    engine, micro, num_micro = _engine(job, learner, schedule, world)
+    trainable, total = count_parameters(engine.module)
+    log.info(
+        "train start task=%d rows=%d steps=%d trainable=%d",
+        stage.task,
+        len(rows),
+        schedule.total_steps,
+        trainable,
+    )
+
+    best: tuple[float, dict[str, Tensor]] | None = None
+    rounds: list[dict[str, float]] = []
+    sums = _Sums()
+    for step in range(schedule.total_steps):
+        progress = schedule.at(step)
+        _, indices = global_batch(job.seed, job.tasks[stage.task].id, step, len(rows), config.global_batch)
+        engine.module.train()
+        with seeded(job.seed, "step", step, world.rank):  # for dropout, the one thing that is drawn per rank
+            for places in share(indices, world.rank, world.size, micro, num_micro):
+                batch = rows.batch(places, world.device)
+                loss = learner.loss(engine, batch, progress)
+                terms = {name: (term * batch["weight"]).sum() / len(indices) for name, term in loss.rows.items()}
+                engine.backward(_total(terms, world), _total(loss.own, world))
+                engine.step()
+                sums.add(terms, {name: term / num_micro for name, term in loss.own.items()})
+        if world.rank == 0:
+            report({"event": "step", "step": step + 1, "total_steps": schedule.total_steps})
+        if not schedule.ends_round(step):
+            continue
+        facts = sums.means(progress.round_steps, world) | {
+            "train/grad_norm": engine.grad_norm(),
+            "step": step + 1,
+        }
+        if config.select == "best_dev":
+            facts |= score_dev(engine, learner, dev, job.evaluate.batch)
+            if best is None or facts["dev/loss"] < best[0]:
+                best = facts["dev/loss"], masters(engine)
+        rounds.append(facts)
+        if world.rank == 0:
+            report({"event": "round", "total_steps": schedule.total_steps, **facts})
+
+    weights = masters(engine) if best is None else best[1]
+    engine.close()
+    learner.activate(stage.task)
+    learner.end_task(weights)
+    if world.rank == 0:
+        save_file(weights, out / WEIGHTS)
+        if state := learner.state_dict():
+            save_file({name: value.cpu().contiguous() for name, value in state.items()}, out / LEARNER)
+        selected = min(rounds, key=lambda r: r["dev/loss"]) if best is not None else rounds[-1]
+        seconds = time.monotonic() - began
+        facts = {
+            "metrics": {k: v for k, v in selected.items() if k != "step"} | {"perf/stage_s": seconds},
+            "selected_step": selected["step"],
+            "rounds": rounds,
+            "parameters": {"trainable": trainable, "total": total},
+            "learner": learner.facts(),
+        }
+        (out / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf8")
+
+
+def _engine(job: Job, learner: Learner, schedule: Schedule, world: World) -> tuple[Engine, int, int]:
+    """Return the engine, the rows of a micro-batch and the micro-batches of a step."""
+    config = job.train
+    per_rank = num_micro_batches(config.global_batch, world.size, 1)
+    micro = min(per_rank, AUTO_MICRO if job.engine.micro_batch == "auto" else job.engine.micro_batch)
+    num_micro = num_micro_batches(config.global_batch, world.size, micro)
+    scales = learner.grad_scales()
+    optimizing = Optimizing(
+        lr=config.lr,
+        lr_of=learner.learning_rates(),
+        # AdamW decays a weight even where its gradient is masked to zero.
+        no_decay=frozenset(scales),
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        total_steps=schedule.total_steps,
+        warmup_steps=round(config.warmup * schedule.total_steps),
+    )
+    engine = build_engine(
+        job.engine,
+        learner.model,
+        optimizing,
+        num_micro=num_micro,
+        micro_batch=micro,
+        bf16=job.model.dtype == "bfloat16",
+        grad_scales=scales,
+    )
+    return engine, micro, num_micro
+
+
+def _total(terms: Any, world: World) -> Tensor:
+    return (
+        torch.stack([term.float() for term in terms.values()]).sum() if terms else torch.zeros((), device=world.device)
+    )
+
+
+class _Sums:
+    """Loss terms of a round, kept on the device until the round ends: no synchronisation per step."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}
+
+    def add(self, rows: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+        """Add one micro-batch."""
+        for into, terms in ((self._rows, rows), (self._own, own)):
+            for name, term in terms.items():
+                into[name] = into.get(name, torch.zeros((), device=term.device)) + term.detach().float()
+
+    def means(self, steps: int, world: World) -> dict[str, float]:
+        """Return each term's mean over the steps, summed over ranks where it is a sum over rows, and start anew."""
+        local = {name: float(value) / steps for name, value in self._rows.items()}
+        shares = world.gather(local)
+        means = {f"train/{name}": sum(part[name] for part in shares) for name in local}  # type: ignore[index]
+        means |= {f"train/{name}": float(value) / steps for name, value in self._own.items()}
+        self._rows, self._own = {}, {}
+        return means | {"train/loss": sum(means.values())}
+
+
+@torch.no_grad()
+def score_dev(engine: Engine, learner: Learner, dev: dict[int, ClassifyRows], size: int) -> dict[str, float]:
+    """Return mean loss and accuracy over the dev rows, each rank scoring its stride; every rank gets the same numbers.
+
+    Rows are put back into order before they are summed, so the sums do not depend on the number of ranks.
+    """
+    world, losses, right = engine.world, [], 0
+    engine.module.eval()
+    for task, rows in dev.items():
+        learner.activate(task)
+        mine: list[tuple[int, float, bool]] = []
+        for start in range(0, len(rows), size * world.size):
+            indices = torch.arange(start, min(start + size * world.size, len(rows))).numpy()
+            (places,) = share(indices, world.rank, world.size, size, 1)
+            batch = rows.batch(places, world.device)
+            logits_BK = engine(batch)
+            scored = zip(
+                places.tolist(),
+                cross_entropy(logits_BK, batch).tolist(),
+                (logits_BK.argmax(-1) == batch["label"]).tolist(),
+                strict=True,
+            )
+            mine += [row for row in scored if row[0] >= 0]
+        everyone = sorted(row for part in world.gather(mine) for row in part)  # type: ignore[attr-defined]
+        losses += [loss for _, loss, _ in everyone]
+        right += sum(correct for _, _, correct in everyone)
+    return {"dev/loss": sum(losses) / len(losses), "dev/accuracy": right / len(losses)}

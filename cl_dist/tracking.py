@@ -1,0 +1,253 @@
+"""Driver side of what a run tells: status, events, the matrix R, and a summary from which every figure is drawn."""
+
+import csv
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cl_dist.data.rows import SPLITS
+from cl_dist.errors import CheckpointError
+from cl_dist.jobs import Workbook
+from cl_dist.ledger import write_json
+from cl_dist.metrics import summarize
+from cl_dist.stage import Evaluate, Ref, Stage, Train, ref
+
+log = logging.getLogger(__name__)
+LIBRARIES = ("cl-dist", "torch", "deepspeed", "accelerate", "transformers", "datasets", "ray", "peft")
+Matrix = list[list[float | None]]
+Watcher = Callable[[Mapping[str, Any]], None]
+
+
+class Tracker:
+    """Writes run.json, metrics/ and events as a run goes on; a watcher sees the same events, for a terminal."""
+
+    def __init__(self, book: Workbook, command: str = "", watch: Watcher = lambda event: None) -> None:
+        self._book, self._command, self._watch = book, command, watch
+        self._folder = book.config.folder
+        self._stage: Stage | None = None
+        self._began = time.monotonic()
+
+    def begin(self, stages: Sequence[Stage], done: set[Ref]) -> None:
+        """Note that an attempt at the run begins, and which stages it finds done."""
+        (self._folder / "metrics").mkdir(parents=True, exist_ok=True)
+        state = read_state(self._folder)
+        attempt = {"started": _now(), "pid": os.getpid(), "host": platform.node(), "stages_done": len(done)}
+        self._state = {
+            "schema_version": 1,
+            "run": self._book.config.run.name,
+            "status": "running",
+            "command": state.get("command") or self._command,
+            "versions": {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+            "git": _git(),
+            "attempts": [*state.get("attempts", []), attempt],
+        }
+        write_json(self._folder / "run.json", self._state)
+        self.event({"event": "begin", "stages": len(stages), "done": len(done)})
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[None]:
+        """Frame the events of a stage."""
+        self._stage = stage
+        self.event({"event": "stage_start"})
+        began = time.monotonic()
+        yield
+        self.event({"event": "stage_end", "seconds": round(time.monotonic() - began, 3)})
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Append an event of the current stage to metrics/events.jsonl and show it to the watcher."""
+        line: dict[str, Any] = {"ts": _now()}
+        if self._stage is not None:
+            line |= {
+                "stage": self._book.ledger.key(ref(self._stage)),
+                "task": self._stage.task,
+                "kind": self._stage.kind,
+            }
+        line |= event
+        if event.get("event") != "step":  # thousands of them; the rounds say enough
+            with (self._folder / "metrics" / "events.jsonl").open("a", encoding="utf8") as file:
+                file.write(json.dumps(line) + "\n")
+        self._watch(line)
+
+    def stage_done(self, stage: Stage) -> None:
+        """Bring the matrix and the summary up to date once a stage's result is in place."""
+        self.write_summary()
+        event: dict[str, Any] = {"event": "stage_done"}
+        if isinstance(stage, Evaluate):
+            row = matrix(self._book, "accuracy")[stage.task]
+            event |= {"accuracy": {self._book.tasks.tasks[u].id: row[u] for u in range(stage.task + 1)}}
+        self.event(event)
+        self._stage = None
+
+    def write_summary(self) -> None:
+        """Write R.csv and summary.json."""
+        write_matrix(self._folder / "metrics" / "R.csv", self._book, matrix(self._book, "accuracy"))
+        write_json(self._folder / "metrics" / "summary.json", summary(self._book))
+
+    def finish(self, status: str = "finished") -> None:
+        """Note how the attempt ended."""
+        self._state |= {"status": status, "attempts": self._state["attempts"]}
+        self._state["attempts"][-1] |= {"ended": _now(), "seconds": round(time.monotonic() - self._began, 3)}
+        write_json(self._folder / "run.json", self._state)
+        self.write_summary()
+        self.event({"event": status})
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return run.json of a run folder; empty where there is none.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    try:
+        state: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder / 'run.json'}: damaged: {error}; remove it, the stages do not need it"
+        ) from None
+    return state
+
+
+def matrix(book: Workbook, score: str) -> Matrix:
+    """Return R: the score after task t (row) on task u (column); None where it was not measured."""
+    rows: Matrix = []
+    for t in range(len(book.tasks)):
+        row: list[float | None] = [None] * len(book.tasks)
+        for stage in book.plan(t):
+            if isinstance(stage, Evaluate) and book.ledger.manifest(ref(stage)) is not None:
+                if stage.previous is not None:
+                    row = list(rows[stage.previous.task])
+                for task, numbers in book.ledger.read(ref(stage), "scores.json")["tasks"].items():
+                    row[int(task)] = numbers[score]
+        rows.append(row)
+    return rows
+
+
+def write_matrix(path: Path, book: Workbook, cells: Matrix) -> None:
+    """Write a matrix as CSV, one row per learned task, empty cells where nothing was measured."""
+    names = [task.id for task in book.tasks.tasks]
+    with path.open("w", encoding="utf8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["after", *names])
+        writer.writerows(
+            [name, *("" if cell is None else repr(cell) for cell in row)]
+            for name, row in zip(names, cells, strict=True)
+        )
+
+
+def summary(book: Workbook, individual: Sequence[float | None] | None = None, joint: Any = None) -> dict[str, Any]:
+    """Return all that a run found, as plain data.
+
+    individual[t] is the score of a model of its own for task t, joint[t] that of one trained on all tasks at once.
+    """
+    config, state = book.config, read_state(book.config.folder)
+    accuracy, f1 = matrix(book, "accuracy"), matrix(book, "f1_macro")
+    result: dict[str, Any] = {
+        "schema_version": 1,
+        "run": config.run.name,
+        "status": state.get("status", "running"),
+        "command": state.get("command", ""),
+        "versions": state.get("versions", {}),
+        "method": config.science.method.name,
+        "seed": config.science.seed,
+        "model": config.science.model.source,
+        "cluster": config.cluster.model_dump(mode="json", include={"dispatcher", "engine", "workers", "zero_stage"}),
+        "tasks": [_task_facts(book, t) for t in range(len(book.tasks))],
+        "matrix": {"accuracy": accuracy, "f1_macro": f1},
+        "metrics": summarize(_floats(accuracy), _floats(f1), individual=_row(individual), joint=_row(joint)),
+        "references": {"individual": None, "joint": None},
+        "stages": _stage_facts(book),
+    }
+    if config.science.method.name == "ctr":
+        result["ctr"] = _ctr_facts(book)
+    return result
+
+
+def _task_facts(book: Workbook, t: int) -> dict[str, Any]:
+    from cl_dist.metrics import majority_accuracy
+
+    data = book.data(t)
+    return {
+        "id": data.id,
+        "labels": list(data.labels),
+        "rows": {split: len(data.rows(split)) for split in SPLITS},
+        "majority": majority_accuracy([row.label for row in data.train], [row.label for row in data.test]),
+        "overlap": data.overlap,
+    }
+
+
+def _stage_facts(book: Workbook) -> list[dict[str, Any]]:
+    facts = []
+    for stage in (stage for t in range(len(book.tasks)) for stage in book.plan(t)):
+        manifest = book.ledger.manifest(ref(stage))
+        if manifest is not None:
+            metrics = book.ledger.read(ref(stage), "train.json")["metrics"] if isinstance(stage, Train) else {}
+            facts.append(
+                {
+                    "key": book.ledger.key(ref(stage)),
+                    "task": stage.task,
+                    "kind": stage.kind,
+                    "seconds": manifest["seconds"],
+                    "started": manifest["started"],
+                    "workers": book.config.cluster.workers,
+                    "metrics": metrics,
+                }
+            )
+    return facts
+
+
+def _ctr_facts(book: Workbook) -> dict[str, Any]:
+    facts: dict[str, Any] = {"layers": [], "units": []}
+    lists = ("mask_use", "mask_shared", "free_units")
+    facts |= {name: [] for name in (*lists, "gate_open", "accuracy_without_ksm")}
+    for t in range(len(book.tasks)):
+        train, score = (Ref(task=t, stage=name) for name in ("train", "evaluate"))
+        if book.ledger.manifest(train) is not None:
+            learner = book.ledger.read(train, "train.json")["learner"]
+            facts |= {"layers": learner["layers"]}
+            facts["units"] = [{"hidden": hidden, "output": output} for hidden, output in learner["units"]]
+            for name in lists:
+                facts[name].append(learner[name])
+        if book.ledger.manifest(score) is not None:
+            scores = book.ledger.read(score, "scores.json")
+            facts["gate_open"].append(scores["tasks"][str(t)]["observed"].get("gate_open", []))
+            facts["accuracy_without_ksm"].append(scores["without"].get("sharing", {}).get("accuracy"))
+    return facts
+
+
+def _floats(cells: Matrix) -> list[list[float]]:
+    return [[float("nan") if cell is None else cell for cell in row] for row in cells]
+
+
+def _row(cells: Sequence[float | None] | None) -> list[float] | None:
+    return None if cells is None else _floats([list(cells)])[0]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except ImportError:
+        return None
+
+
+def _git() -> str | None:
+    """Return the commit of the working directory, which is where a user's own files are."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""Everything a person types: the command line, recipes, reports. It composes and holds no algorithm."""

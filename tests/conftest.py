@@ -1,0 +1,34 @@
+"""What every test shares: an environment that computes the same everywhere, and a pool of two ranks."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Before torch and Ray are imported, here and in every process that a test starts.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # `make test-gpu` sets cuda
+os.environ |= {
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "1",
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",  # some virtual machines announce AMX, then die (SIGILL) using it
+    "RAY_AUTH_MODE": "disabled",  # local clusters on loopback; the joining nodes would have no token
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # 2 s by default, waited for at each report
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # 60 s by default, waited for when a node is gone
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ.pop("RAY_ADDRESS", None)  # never somebody's real cluster
+
+from tests.pool import Ranks
+
+pytest_plugins = ["tests.skips"]
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Two processes in one gloo group: `ranks.run(function, *args)` is function(rank, world, *args) on both."""
+    pool = Ranks(world=2)
+    yield pool
+    pool.close()
