@@ -10,6 +10,8 @@ import asyncio
 import logging
 import math
 import os
+import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -97,8 +99,8 @@ class Mailbox:
         self._done = max(self._done, number)
 
     async def fail(self, error: ClDistError) -> None:
-        """Take note of an error that a restart would not cure."""
-        self._error = self._error or error
+        """Take note of an error that a restart would not cure, and take the stage back: nobody shall try it again."""
+        self._error, self._parcel = self._error or error, None
 
     async def news(self) -> dict[str, Any]:
         """Return what happened; events are handed out once."""
@@ -120,6 +122,7 @@ class Mailbox:
 def gang_worker(config: Mapping[str, Any]) -> None:
     """Run on every rank of the gang: fetch a stage, train it, fetch the next; start over at the current one."""
     mailbox, after = config["mailbox"], -1
+    _enter(config["cwd"])
     world = World.current()
     context = ray.get_runtime_context()
     place = Place(world.rank, context.get_node_id(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), os.getpid())
@@ -140,6 +143,12 @@ def gang_worker(config: Mapping[str, Any]) -> None:
         if world.rank == 0:
             ray.get(mailbox.done.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
         after = parcel.number
+
+
+def _enter(folder: str) -> None:
+    """Go where the driver is, so that relative paths of the run file mean the same on a cluster that was joined."""
+    if os.path.isdir(folder):
+        os.chdir(folder)
 
 
 class _Throttled:
@@ -170,7 +179,8 @@ def _log_to(path: Path) -> None:
 class ShardWorker:
     """An actor of the pool: holds one model at a time and works on one shard at a time."""
 
-    def __init__(self, gpus: str | None) -> None:
+    def __init__(self, cwd: str, gpus: str | None) -> None:
+        _enter(cwd)
         if gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # before torch looks
         self._stage: str | None = None
@@ -205,10 +215,23 @@ class RayDispatcher:
         self._gang: _Gang | None = None
         self._pool: _Pool | None = None
         _connect(cluster)
-        _check_fits(cluster)
+        try:
+            _check_fits(cluster)
+        except ClusterError:
+            ray.shutdown()
+            raise
 
     def run(self, job: Job, out: str, tracker: Tracker) -> None:
         """Run a stage; see sequence.Dispatcher."""
+        try:
+            self._run(job, out, tracker)
+        except RayError as error:
+            raise ClusterError(
+                f"the Ray cluster failed under the run: {type(error).__name__}: {_last_lines(error)}\n"
+                "Finished stages are kept: `cl-dist resume` goes on from here."
+            ) from error
+
+    def _run(self, job: Job, out: str, tracker: Tracker) -> None:
         if job.stage.kind == "train":
             if self._pool is not None:
                 self._pool.free(keep_actors=self._pool.borrowed)
@@ -254,22 +277,48 @@ def _connect(cluster: ClusterConfig) -> None:
                 cores,
             )
         settings |= {"num_cpus": max(wanted, cores), "_node_ip_address": "127.0.0.1"}
+    else:
+        _check_reachable(cluster.address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=cluster.address, **settings)
     except (ConnectionError, RuntimeError, ValueError, RayError, TimeoutError) as error:
         where = cluster.address or "a local Ray"
         raise ClusterError(f"cluster.address={cluster.address!r}: cannot reach {where}: {error}") from error
+    except SystemExit:  # from Ray's own handler of SIGTERM
+        signal.signal(signal.SIGTERM, on_sigterm)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _check_reachable(address: str) -> None:
+    """Fail at once where nobody listens: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return  # 'auto', or an address of another kind
+    try:
+        socket.create_connection((host, int(port)), timeout=10.0).close()
+    except OSError as error:
+        raise ClusterError(
+            f"cluster.address={address!r}: cannot reach it: {error}; expected HOST:PORT of a Ray head, 'auto', "
+            "or nothing for a local Ray"
+        ) from error
 
 
 def _check_fits(cluster: ClusterConfig) -> None:
     """Fail at once where waiting would never end."""
-    total = ray.cluster_resources()
+    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
-        have = total.get(resource, 0.0)
-        if cluster.workers * each > have:
+        have = [node.get(resource, 0.0) for node in nodes]
+        places = sum(int(amount / each + 1e-6) for amount in have) if each else cluster.workers  # none spans two nodes
+        if places < cluster.workers:
             raise ClusterError(
-                f"cluster: {cluster.workers} workers with {each:g} {resource} each need {cluster.workers * each:g}, the "
-                f"cluster has {have:g} in all; lower cluster.workers or {resource.lower()}s_per_worker, or add nodes"
+                f"cluster: {cluster.workers} workers with {each:g} {resource} each need {cluster.workers * each:g}, "
+                f"the cluster has {sum(have):g} in all, on nodes of {', '.join(f'{amount:g}' for amount in have)}; "
+                f"lower cluster.workers or {resource.lower()}s_per_worker, or add nodes"
             )
 
 
@@ -278,12 +327,15 @@ class _Gang:
 
     def __init__(self, cluster: ClusterConfig, folder: Path) -> None:
         self._cluster, self._number, self._starts = cluster, 0, 1
-        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000).remote()
+        self._busy = False
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        kind = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)
+        self._mailbox: Any = kind.remote()  # beside the driver, so that no other node can take it along
         use_gpu = cluster.gpus_per_worker > 0
         resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if use_gpu else {})
         trainer = TorchTrainer(
             gang_worker,
-            train_loop_config={"mailbox": self._mailbox},
+            train_loop_config={"mailbox": self._mailbox, "cwd": os.getcwd()},
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=cluster.workers, use_gpu=use_gpu, resources_per_worker=resources
@@ -313,15 +365,17 @@ class _Gang:
         """
         number, self._number = self._number, self._number + 1
         parcel = Parcel(number, job, out, str(Path(out).parents[2] / "logs"))
+        self._busy = True
         ray.get(self._mailbox.post.remote(parcel), timeout=ACTOR_TIMEOUT_S)
         deadline = time.monotonic() + self._cluster.start_timeout_s
         while True:
-            news = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)
+            news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)
             for event in news["events"]:
                 tracker.event(event)
             if news["error"] is not None:
                 raise news["error"]
             if news["done"] >= number:
+                self._busy = False
                 return
             if news["starts"] > self._starts:
                 self._starts = news["starts"]
@@ -346,7 +400,9 @@ class _Gang:
         return places
 
     def close(self) -> None:
-        """Let the ranks return, so that Ray Train ends in order."""
+        """Let the ranks return, so that Ray Train ends in order; in the middle of a stage they end with the driver."""
+        if self._busy:
+            return
         try:
             ray.get(self._mailbox.close.remote(), timeout=ACTOR_TIMEOUT_S)
             self._thread.join(timeout=20.0)
@@ -371,10 +427,10 @@ class _Pool:
         place, cluster = self._places[number], self._cluster
         if place is None:
             kind = ray.remote(ShardWorker).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
-            return kind.remote(None)
+            return kind.remote(os.getcwd(), None)
         here = NodeAffinitySchedulingStrategy(place.node, soft=True)
         kind = ray.remote(ShardWorker).options(num_cpus=0, num_gpus=0, scheduling_strategy=here)
-        return kind.remote(place.gpus if cluster.gpus_per_worker else None)
+        return kind.remote(os.getcwd(), place.gpus if cluster.gpus_per_worker else None)
 
     def map(
         self, tracker: Tracker, job: Job, shards: list[evaluate.Shard]
@@ -386,7 +442,9 @@ class _Pool:
             ClDistError: As raised by a worker.
         """
         stage, shared = f"{id(job)}-{time.monotonic()}", ray.put(job)
-        waiting, running, results = deque(shards), {}, []
+        waiting = deque(shards)
+        running: dict[Any, tuple[int, evaluate.Shard]] = {}
+        results: list[tuple[evaluate.Shard, evaluate.Scored]] = []
         failures: dict[evaluate.Shard, int] = {}
         idle = list(range(len(self._actors)))
         while waiting or running:

@@ -1,8 +1,10 @@
 """From the run file to what identifies a stage (facts) and what a worker is given (job)."""
 
+from __future__ import annotations
+
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cl_dist.data.load import load_task
 from cl_dist.data.rows import TaskData
@@ -12,6 +14,9 @@ from cl_dist.methods import METHODS
 from cl_dist.places import resolve
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import SCHEMA_VERSION, Evaluate, Ref, Stage, Train, digest_of, flat
+
+if TYPE_CHECKING:
+    from cl_dist.stages.job import Job
 
 
 class Workbook:
@@ -82,10 +87,14 @@ class Workbook:
         return flat(facts | self._inputs(stage))
 
     def _evaluate_facts(self, stage: Evaluate) -> dict[str, Any]:
+        science = self.config.science
+        lengths = {u: science.train_of(self.tasks.tasks[u]).max_length for u in (*stage.tasks, stage.task)}
         facts = {
             "schema_version": SCHEMA_VERSION,
             "stage": stage.changed(),
-            "evaluate": self.config.science.evaluate.changed(),
+            "evaluate": science.evaluate.changed(),
+            # Where it is that of the stage's own task, it has come in through the model's fingerprint.
+            "max_length": {self.tasks.tasks[u].id: n for u, n in lengths.items() if n != lengths[stage.task]},
             "rows": {self.tasks.tasks[u].id: self.data(u).digests["test"] for u in stage.tasks},
         }
         return flat(facts | self._inputs(stage))
@@ -93,9 +102,9 @@ class Workbook:
     def _inputs(self, stage: Stage) -> dict[str, Any]:
         return {"inputs": {self.ledger.key(ref): digest_of(self.facts(self.stage(ref))) for ref in stage.inputs}}
 
-    def job(self, stage: Stage) -> Any:
-        """Return what a worker needs to run a stage (a `stages.job.Job`, imported late: it needs torch)."""
-        from cl_dist.stages.job import Job
+    def job(self, stage: Stage) -> Job:
+        """Return what a worker needs to run a stage."""
+        from cl_dist.stages.job import Job  # late: it needs torch
 
         science = self.config.science
         start = stage.init if isinstance(stage, Train) else stage.model
@@ -107,6 +116,7 @@ class Workbook:
             digests=tuple(self.data(u).digests for u in range(stage.task + 1)),
             data=science.data,
             train=science.train_of(self.tasks.tasks[stage.task]),
+            max_length=tuple(science.train_of(task).max_length for task in self.tasks.tasks[: stage.task + 1]),
             evaluate=science.evaluate,
             engine=self.config.cluster,
             seed=science.seed,

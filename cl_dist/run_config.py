@@ -155,7 +155,8 @@ class RunConfig(Section):
         if "method" in over:
             science["method"] = over["method"]  # another method has other settings: replaced, not merged
         run = {"name": name, "dir": str(self.folder / "baselines")}
-        return parse(RunConfig, {"run": run, "science": science, "cluster": tree["cluster"]}, f"baselines.{name}.")
+        parts = {"run": run, "science": science, "cluster": tree.get("cluster", {})}
+        return parse(RunConfig, parts, f"baselines.{name}.")
 
     def tree(self) -> Tree:
         """Return what was set, as plain data that parses back to an equal run file."""

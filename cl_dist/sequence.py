@@ -1,11 +1,16 @@
 """The loop: every stage of every task, in order, each once."""
 
+from __future__ import annotations
+
 import logging
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cl_dist.jobs import Workbook
 from cl_dist.stage import Stage, ref
 from cl_dist.tracking import Tracker
+
+if TYPE_CHECKING:
+    from cl_dist.stages.job import Job  # needs torch, which a driver need not have
 
 log = logging.getLogger(__name__)
 
@@ -13,8 +18,8 @@ log = logging.getLogger(__name__)
 class Dispatcher(Protocol):
     """Runs one stage somewhere and returns when its files lie in a folder."""
 
-    def run(self, job: object, out: str, tracker: Tracker) -> None:
-        """Run a stage (a `stages.job.Job`) and write its files to out; progress events go to the tracker.
+    def run(self, job: Job, out: str, tracker: Tracker) -> None:
+        """Run a stage and write its files to out; progress events go to the tracker.
 
         Raises:
             ClDistError: If the stage cannot be computed, after retries.

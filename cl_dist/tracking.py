@@ -41,7 +41,7 @@ class Tracker:
         (self._folder / "metrics").mkdir(parents=True, exist_ok=True)
         state = read_state(self._folder)
         attempt = {"started": _now(), "pid": os.getpid(), "host": platform.node(), "stages_done": len(done)}
-        self._state = {
+        self._state: dict[str, Any] = {
             "schema_version": 1,
             "run": self._book.config.run.name,
             "status": "running",

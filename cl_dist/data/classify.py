@@ -3,7 +3,7 @@
 Axes: B rows, L tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +41,11 @@ class ClassifyRows:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def by_length(self) -> list[int]:
+        """Return the row numbers from short to long, so that batches of neighbours need little padding."""
+        return sorted(range(len(self)), key=lambda index: (len(self._ids[index]), index))
+
+    def batch(self, indices: Collection[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Return the rows of these numbers as one batch; see `models.classifier.Batch` for its keys and shapes."""
         real = [0 if index == DUMMY else int(index) for index in indices]
         length = max(len(self._ids[index]) for index in real)

@@ -105,7 +105,8 @@ class Ctr(Learner):
         """
         from cl_dist.parallel.engine import GradScale
 
-        scales, names = {}, {parameter: name for name, parameter in self.model.named_parameters()}
+        scales: dict[str, GradScale] = {}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         task = self.model.context.task
         for plugin in self.model.plugins:
             used1, used2 = plugin.used(task)

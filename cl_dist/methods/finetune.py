@@ -64,21 +64,31 @@ class Finetune(Learner):
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
         """See Learner."""
         from cl_dist.models.classifier import Classifier, freeze
+        from cl_dist.parallel.seeds import seeded
 
         if self.config.tune == "head":
             freeze(backbone)
         self.model = Classifier(backbone, self.pooling)
-        for count in self.num_labels:
-            self.model.add_head(count)
+        for number, count in enumerate(self.num_labels):
+            with seeded(self.seed, "head", number):  # whatever heads came before: `individual` knows nothing of them
+                self.model.add_head(count)
         return self.model
 
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
-        """Train the heads of the tasks at hand; a pooler that is not used would be a parameter without a gradient."""
+        """Train the heads of the tasks at hand, and what their logits depend on.
+
+        A pooler that is not used would be a parameter without a gradient. A bias on the keys of an attention shifts all
+        of its logits alike: the softmax takes it out, and what is left of its gradient is rounding noise, which AdamW
+        would scale up to whole steps, other ones on every number of workers.
+        """
         for number, head in enumerate(self.model.heads):
             head.requires_grad_(number in tasks)
         pooler = getattr(self.model.backbone, "pooler", None)
         if pooler is not None and self.pooling != "pooler":
             pooler.requires_grad_(False)
+        for name, parameter in self.model.backbone.named_parameters():
+            if name.endswith((".key.bias", ".k_lin.bias")):
+                parameter.requires_grad_(False)
         self.mixed = len(tasks) > 1
 
     def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:

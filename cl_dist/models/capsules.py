@@ -62,8 +62,14 @@ class Router(nn.Module):
 
     Given the pre-routing vectors u_i of all seen tasks, a text CNN compares each with the current task's:
         q = W_c concat_k max ReLU(conv_cur_k(u_t));   z_i = concat_k max ReLU(conv_sim_k(u_i) + q)
-        a_i = W_a z_i + b_a (how much is passed on);  g_i = W_g z_i + b_g (whether anything is)
+        a_i = W_a z_i + b_a (how much is passed on);  g_i = W_g (z_i - mean_u z_u) + b_g (whether anything is)
     An open gate passes a_i * u_i; the current task's own gate is always open.
+
+    At the start a_i is near 1 and a gate is open as often as not: with the release's initial values the whole module is
+    below 1 % of the hidden states, so that neither the capsules nor the gates get a signal that means anything.
+
+    Departs from the paper, whose gate reads z_i itself. z is not negative and its larger part is common to all tasks, so a
+    step on W_g moves all gates together, far faster than apart: they end up open for every capsule or for none.
     """
 
     def __init__(self, shape: SharingShape, hidden: int) -> None:
@@ -78,6 +84,9 @@ class Router(nn.Module):
         self.current = nn.Linear(filters * len(shape.kernels), filters, bias=False)
         self.amount = nn.Linear(filters * len(shape.kernels), width)
         self.gate = nn.Linear(filters * len(shape.kernels), 2)
+        nn.init.ones_(self.amount.bias)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
 
     def forward(self, u_BULD: Tensor, token_mask_BL: Tensor, noise_BU2: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return v (B, L, D), the sum of what the open gates pass, and the gates delta (B, U) in {0, 1}.
@@ -93,7 +102,8 @@ class Router(nn.Module):
         q_XC = q_BC.repeat_interleave(num_tasks, 0)
         z_XZ = torch.cat([F.relu(self._pool("sim", k, u_XDL, mask_XL) + q_XC) for k in self.kernels], -1)
         z_BUZ = z_XZ.unflatten(0, (batch, num_tasks))
-        delta_BU = hard_gate(self.gate(z_BUZ[:, :-1]).float(), noise_BU2)
+        contrast_BUZ = z_BUZ[:, :-1] - z_BUZ.mean(1, keepdim=True)
+        delta_BU = hard_gate(self.gate(contrast_BUZ).float(), noise_BU2)
         delta_BU = torch.cat([delta_BU, torch.ones_like(z_BUZ[:, :1, 0], dtype=torch.float32)], 1)
         passed_BUD = self.amount(z_BUZ) * delta_BU[..., None].to(z_BUZ.dtype)
         return (passed_BUD[:, :, None, :] * u_BULD).sum(1), delta_BU
@@ -132,25 +142,33 @@ class Sharing(nn.Module):
         size, num = shape.capsule_size, shape.transfer_capsules
         widths = [self.hidden, size] if shape.capsule_layers == 1 else [self.hidden, shape.capsule_mid, size]
         for layer, (fan_in, fan_out) in enumerate(pairwise(widths)):
-            map_ = nn.Linear(fan_in, fan_out)
-            self.register_parameter(f"capsule{task}_weight{layer}", map_.weight)
-            self.register_parameter(f"capsule{task}_bias{layer}", map_.bias)
+            weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(fan_out, fan_in)))
+            self.register_parameter(f"capsule{task}_weight{layer}", weight)
+            self.register_parameter(f"capsule{task}_bias{layer}", nn.Parameter(torch.zeros(fan_out)))
         route = nn.Parameter(torch.empty(num, size, size))
         nn.init.normal_(route, std=size**-0.5)
         self.register_parameter(f"route{task}", route)
         if shape.routing == "transfer":
             self.routers[str(task)] = Router(shape, self.hidden)
-        self.ups[str(task)] = nn.Linear(size * num, self.hidden)
+        up = nn.Linear(size * num, self.hidden)
+        nn.init.zeros_(up.bias)
+        self.ups[str(task)] = up
         self.num_tasks += 1
 
     def inherit(self, task: int) -> None:
-        """Start the router, up-projection and routing row of a task from the previous task's."""
+        """Start the router, up-projection and routing row of a task from the previous task's.
+
+        Its gate starts undecided: what helped the previous task need not help this one, and a gate that has made up its
+        mind gets next to no gradient.
+        """
         previous = task - 1
         with torch.no_grad():
             getattr(self, f"route{task}").copy_(getattr(self, f"route{previous}"))
         self.ups[str(task)].load_state_dict(self.ups[str(previous)].state_dict())
         if self.shape.routing == "transfer":
-            self.routers[str(task)].load_state_dict(self.routers[str(previous)].state_dict())
+            state = self.routers[str(previous)].state_dict()
+            kept = {name: value for name, value in state.items() if not name.startswith("gate.")}
+            self.routers[str(task)].load_state_dict(kept, strict=False)
 
     def task_parameters(self, task: int) -> list[nn.Parameter]:
         """Return the parameters that belong to one task."""
@@ -162,14 +180,20 @@ class Sharing(nn.Module):
         own = re.compile(rf"(capsule{task}_|route{task}$)")
         return [p for name, p in self.named_parameters(recurse=False) if own.match(name)]
 
+    def _stacked(self, kind: str, num_tasks: int) -> Tensor:
+        """Return the parameters of a kind of all seen tasks as one tensor (U, ...), by as many operations for any U."""
+        own = [getattr(self, kind.format(task)) for task in range(num_tasks)]
+        if any(parameter.requires_grad for parameter in own[:-1]):
+            return torch.stack(own)
+        with torch.no_grad():  # frozen tasks cost no backward operation each
+            frozen = torch.stack(own[:-1]) if num_tasks > 1 else own[0].new_empty(0, *own[0].shape)
+        return torch.cat([frozen, own[-1][None]])
+
     def _composed(self, num_tasks: int) -> tuple[Tensor, Tensor]:
         """Return each capsule as one linear map: weight (U, d, H) and bias (U, d)."""
-        tasks = range(num_tasks)
-        weight = torch.stack([getattr(self, f"capsule{i}_weight0") for i in tasks])
-        bias = torch.stack([getattr(self, f"capsule{i}_bias0") for i in tasks])
+        weight, bias = (self._stacked(kind, num_tasks) for kind in ("capsule{}_weight0", "capsule{}_bias0"))
         if self.shape.capsule_layers == 2:
-            weight1 = torch.stack([getattr(self, f"capsule{i}_weight1") for i in tasks])
-            bias1 = torch.stack([getattr(self, f"capsule{i}_bias1") for i in tasks])
+            weight1, bias1 = (self._stacked(kind, num_tasks) for kind in ("capsule{}_weight1", "capsule{}_bias1"))
             weight, bias = torch.bmm(weight1, weight), torch.bmm(weight1, bias[..., None])[..., 0] + bias1
         return weight, bias
 
@@ -178,7 +202,7 @@ class Sharing(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return what the seen tasks know of x (B, L, H), and the gates (B, U), None with dynamic routing."""
         weight_UdH, bias_Ud = self._composed(task + 1)
-        route_UJde = torch.stack([getattr(self, f"route{i}") for i in range(task + 1)])
+        route_UJde = self._stacked("route{}", task + 1)
         p_BULd = task_capsules(x_BLH, weight_UdH, bias_Ud)
         u_BULJd = torch.einsum("buld,ujde->bulje", p_BULd, route_UJde)
         if self.shape.routing == "dynamic":

@@ -44,9 +44,10 @@ class Classifier(nn.Module):
             vector_BH = (output.last_hidden_state * mask_BL1).sum(1) / mask_BL1.sum(1)
         if self.task is not None:
             return self.heads[self.task](vector_BH)
-        widest = max(head.out_features for head in self.heads)
-        logits = [F.pad(head(vector_BH), (0, widest - head.out_features), value=-1e9) for head in self.heads]
-        return torch.stack(logits, 1)[torch.arange(len(vector_BH), device=vector_BH.device), batch["task"]]
+        answers = [head(vector_BH) for head in self.heads]
+        widest = max(logits_BK.shape[1] for logits_BK in answers)
+        padded = [F.pad(logits_BK, (0, widest - logits_BK.shape[1]), value=-1e9) for logits_BK in answers]
+        return torch.stack(padded, 1)[torch.arange(len(vector_BH), device=vector_BH.device), batch["task"]]
 
 
 def cross_entropy(logits_BK: Tensor, batch: Batch) -> Tensor:

@@ -6,7 +6,7 @@ Axes: B rows, P plugins, U earlier tasks; the last axis holds the two logits of 
 import torch
 from torch import Tensor
 
-_MASK_31 = (1 << 31) - 1
+_MASK_31, _MASK_63 = (1 << 31) - 1, (1 << 63) - 1
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -28,7 +28,8 @@ def gumbel(seed: int, step: int, row_B: Tensor, num_plugins: int, num_tasks: int
     Shapes: row_B int64 -> (P, B, U, 2) float32.
     """
     device = row_B.device
-    key = _mix(torch.tensor(seed * 0x9E3779B1 + step, dtype=torch.int64, device=device))
+    word = (seed * 0x9E3779B1 + step) & _MASK_63  # a seed may be of any size
+    key = _mix(torch.tensor(word, dtype=torch.int64, device=device))
     row = _mix(row_B.to(torch.int64) ^ key)[None, :, None, None]
     plugin = torch.arange(num_plugins, device=device)[:, None, None, None]
     task = torch.arange(num_tasks, device=device)[None, None, :, None]

@@ -141,11 +141,13 @@ class CtrClassifier(Classifier):
         self.norms: list[TaskNorms] = []
         self.plugin_names: list[str] = []
         where = places(backbone)
-        for number, layer in enumerate(backbone.get_submodule(where.layers)):
+        for number, layer in enumerate(backbone.get_submodule(where.layers).children()):
             for block in where.sub_blocks:
                 inner = layer.get_submodule(block.output)
                 plugin = Plugin(inner, backbone.config.hidden_size, shape, self.context, len(self.plugins))
-                norms = TaskNorms(layer.get_submodule(block.norm), self.context)
+                norm = layer.get_submodule(block.norm)
+                assert isinstance(norm, nn.LayerNorm)  # what PLACES promises of `norm`
+                norms = TaskNorms(norm, self.context)
                 replace(layer, block.output, plugin)
                 replace(layer, block.norm, norms)
                 self.plugins.append(plugin)
@@ -159,7 +161,8 @@ class CtrClassifier(Classifier):
 
     def add_task(self, num_labels: int) -> None:
         """Append the parts of the next task to every plugin and norm, and its head."""
-        for part in (*self.plugins, *self.norms):
+        parts: list[Plugin | TaskNorms] = [*self.plugins, *self.norms]
+        for part in parts:
             part.add_task()
         self.add_head(num_labels)
 

@@ -186,7 +186,10 @@ class DeepSpeedEngine:
         deepspeed = start_deepspeed(world)
         self.world = world
         self._undo_mean = world.size * num_micro
+        self._norm: Tensor | None = None
         optimizer, schedule = _adamw(model, optimizing)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        exact = params.read(trained) if bf16 else {}
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": num_micro,
@@ -204,6 +207,8 @@ class DeepSpeedEngine:
             model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
         )
         self.module: nn.Module = self._engine.module
+        # DeepSpeed makes its masters from weights that it has rounded to bfloat16: what must not move would move here.
+        params.write(exact, trained, world.rank)
 
     def __call__(self, batch: Any) -> Any:
         """See Engine."""
@@ -215,11 +220,15 @@ class DeepSpeedEngine:
 
     def step(self) -> None:
         """See Engine."""
+        if self._engine.zero_optimization_stage() == 0 and self._engine.is_gradient_accumulation_boundary():
+            # Without ZeRO DeepSpeed tells no norm; the gradients are reduced by now, and gone after the step.
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(grads)
         self._engine.step()
 
     def grad_norm(self) -> float:
         """See Engine."""
-        norm = self._engine.get_global_grad_norm()
+        norm = self._engine.get_global_grad_norm() if self._norm is None else self._norm
         return 0.0 if norm is None else float(norm)
 
     def close(self) -> None:
@@ -244,8 +253,9 @@ def start_deepspeed(world: World) -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if world.size == 1 and not torch.distributed.is_initialized():
         # A gang of one needs no rendezvous: an in-memory store opens no port.
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # public, but torch exports it by an `if`
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             os.environ.setdefault(key, value)
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")

@@ -1,12 +1,14 @@
-"""Reading whole parameters, whatever ZeRO has done to them.
+"""Reading and setting whole parameters, whatever ZeRO has done to them.
 
 Under ZeRO-1/2/3 the values that count are float32 masters, cut up over the ranks; `p.data` is a copy at best, empty at
 worst. Everything here is a collective: every rank calls it with the same names in the same order.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -21,6 +23,23 @@ def _read(parameter: nn.Parameter) -> Tensor:
 
         return safe_get_full_fp32_param(parameter)
     return parameter
+
+
+def write(values: Mapping[str, Tensor], named: Mapping[str, nn.Parameter], rank: int) -> None:
+    """Set the float32 masters of parameters that ZeRO holds: each rank the pieces that are its own.
+
+    The parameters themselves follow at the next optimizer step; until then the two must round to the same values.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    for name, value in values.items():
+        parameter: Any = named[name]
+        if hasattr(parameter, "ds_id"):  # ZeRO-3; its setter of whole values cannot cut what the ranks do not divide
+            size = parameter.ds_tensor.numel()
+            flat = value.flatten()[rank * size : (rank + 1) * size]
+            safe_set_local_fp32_param(parameter, F.pad(flat, (0, size - flat.numel())))
+        else:
+            safe_set_full_fp32_param(parameter, value)
 
 
 def is_managed(parameter: nn.Parameter) -> bool:

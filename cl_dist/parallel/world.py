@@ -2,10 +2,12 @@
 
 import os
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 PROCESS_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -32,10 +34,10 @@ class World:
             return cls(rank, size, torch.device("cuda", local % torch.cuda.device_count()))
         return cls(rank, size, torch.device("cpu"))
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: T) -> list[T]:
         """Return every rank's value, in rank order, on every rank."""
         if self.size == 1:
             return [value]
-        values: list[object] = [None] * self.size
+        values = [value] * self.size
         dist.all_gather_object(values, value)
         return values

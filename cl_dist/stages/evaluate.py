@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cl_dist.data.classify import ClassifyRows
 from cl_dist.metrics import accuracy, f1_macro, majority_accuracy
@@ -30,7 +31,8 @@ class Shard:
 
 
 Scored = dict[str, Any]
-"""Per row of a shard: predictions (class numbers), logits (float32 bytes in hexadecimal), what the learner observed."""
+"""Per row of a shard: predictions (class numbers), logits (float32 bytes in hexadecimal), what the learner observed
+(in any row order, since only its mean is used)."""
 
 
 def shards(job: Job) -> list[Shard]:
@@ -58,22 +60,26 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, shard: Shard) -> Scored:
-        """Score a shard in batches of fixed size, so that its numbers do not depend on who scores it."""
+        """Score a shard in batches of fixed size, cut by length, so that its numbers do not depend on who scores it."""
         data = task_data(self._job, shard.task)
-        rows = ClassifyRows(self._tokenizer, self._job.train.max_length)
+        rows = ClassifyRows(self._tokenizer, self._job.max_length[shard.task])
         rows.add(shard.task, data.test[shard.start : shard.stop], data.labels)
         self._learner.activate(shard.task, shard.without or None)
-        predictions: list[int] = []
-        logits: list[str] = []
+        order, size = rows.by_length(), self._job.evaluate.batch
+        logits: dict[int, Tensor] = {}
         observed: dict[str, list[Any]] = {}
-        for start in range(0, len(rows), self._job.evaluate.batch):
-            stop = min(start + self._job.evaluate.batch, len(rows))
-            logits_BK = self._model(rows.batch(range(start, stop), self._world.device)).float().cpu()
-            predictions += logits_BK.argmax(-1).tolist()
-            logits += [row.numpy().tobytes().hex() for row in logits_BK]
+        for start in range(0, len(rows), size):
+            indices = order[start : start + size]
+            logits_BK = self._model(rows.batch(indices, self._world.device)).float().cpu()
+            logits |= dict(zip(indices, logits_BK, strict=True))
             for name, value in self._learner.observe().items():
                 observed.setdefault(name, []).extend(value.cpu().tolist())
-        return {"predictions": predictions, "logits": logits, "observed": observed}
+        in_order = [logits[index] for index in range(len(rows))]
+        return {
+            "predictions": [int(row_K.argmax()) for row_K in in_order],
+            "logits": [row_K.numpy().tobytes().hex() for row_K in in_order],
+            "observed": observed,
+        }
 
 
 def merge(job: Job, results: Iterable[tuple[Shard, Scored]], out: Path) -> None:

@@ -35,6 +35,9 @@ class Job:
     """What the driver read of each task, by split: a worker that reads something else stops."""
     data: DataConfig
     train: TrainConfig
+    """Settings of the stage's own task."""
+    max_length: tuple[int, ...]
+    """Longest input of each task when it is scored: as its own settings say, whichever task the model has come to."""
     evaluate: EvaluateConfig
     engine: EngineConfig
     seed: int

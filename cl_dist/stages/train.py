@@ -77,17 +77,15 @@ def run(job: Job, out: Path, report: Report) -> None:
             report({"event": "step", "step": step + 1, "total_steps": schedule.total_steps})
         if not schedule.ends_round(step):
             continue
-        facts = sums.means(progress.round_steps, world) | {
-            "train/grad_norm": engine.grad_norm(),
-            "step": step + 1,
-        }
+        means = sums.means(progress.round_steps, world)
+        means |= {"train/grad_norm": engine.grad_norm(), "step": step + 1}
         if config.select == "best_dev":
-            facts |= score_dev(engine, learner, dev, job.evaluate.batch)
-            if best is None or facts["dev/loss"] < best[0]:
-                best = facts["dev/loss"], masters(engine)
-        rounds.append(facts)
+            means |= score_dev(engine, learner, dev, job.evaluate.batch)
+            if best is None or means["dev/loss"] < best[0]:
+                best = means["dev/loss"], masters(engine)
+        rounds.append(means)
         if world.rank == 0:
-            report({"event": "round", "total_steps": schedule.total_steps, **facts})
+            report({"event": "round", "total_steps": schedule.total_steps, **means})
 
     weights = masters(engine) if best is None else best[1]
     engine.close()
@@ -99,7 +97,7 @@ def run(job: Job, out: Path, report: Report) -> None:
             save_file({name: value.cpu().contiguous() for name, value in state.items()}, out / LEARNER)
         selected = min(rounds, key=lambda r: r["dev/loss"]) if best is not None else rounds[-1]
         seconds = time.monotonic() - began
-        facts = {
+        facts: dict[str, Any] = {
             "metrics": {k: v for k, v in selected.items() if k != "step"} | {"perf/stage_s": seconds},
             "selected_step": selected["step"],
             "rounds": rounds,
@@ -161,14 +159,14 @@ class _Sums:
         """Return each term's mean over the steps, summed over ranks where it is a sum over rows, and start anew."""
         local = {name: float(value) / steps for name, value in self._rows.items()}
         shares = world.gather(local)
-        means = {f"train/{name}": sum(part[name] for part in shares) for name in local}  # type: ignore[index]
+        means = {f"train/{name}": sum((part[name] for part in shares), 0.0) for name in local}
         means |= {f"train/{name}": float(value) / steps for name, value in self._own.items()}
         self._rows, self._own = {}, {}
         return means | {"train/loss": sum(means.values())}
 
 
 @torch.no_grad()
-def score_dev(engine: Engine, learner: Learner, dev: dict[int, ClassifyRows], size: int) -> dict[str, float]:
+def score_dev(engine: Engine, learner: Learner, dev: dict[int, ClassifyRows], batch: int) -> dict[str, float]:
     """Return mean loss and accuracy over the dev rows, each rank scoring its stride; every rank gets the same numbers.
 
     Rows are put back into order before they are summed, so the sums do not depend on the number of ranks.
@@ -177,20 +175,21 @@ def score_dev(engine: Engine, learner: Learner, dev: dict[int, ClassifyRows], si
     engine.module.eval()
     for task, rows in dev.items():
         learner.activate(task)
+        size = min(batch, num_micro_batches(len(rows), world.size, 1))
         mine: list[tuple[int, float, bool]] = []
         for start in range(0, len(rows), size * world.size):
             indices = torch.arange(start, min(start + size * world.size, len(rows))).numpy()
             (places,) = share(indices, world.rank, world.size, size, 1)
-            batch = rows.batch(places, world.device)
-            logits_BK = engine(batch)
+            inputs = rows.batch(places, world.device)
+            logits_BK = engine(inputs)
             scored = zip(
                 places.tolist(),
-                cross_entropy(logits_BK, batch).tolist(),
-                (logits_BK.argmax(-1) == batch["label"]).tolist(),
+                cross_entropy(logits_BK, inputs).tolist(),
+                (logits_BK.argmax(-1) == inputs["label"]).tolist(),
                 strict=True,
             )
             mine += [row for row in scored if row[0] >= 0]
-        everyone = sorted(row for part in world.gather(mine) for row in part)  # type: ignore[attr-defined]
+        everyone = sorted(row for part in world.gather(mine) for row in part)
         losses += [loss for _, loss, _ in everyone]
         right += sum(correct for _, _, correct in everyone)
     return {"dev/loss": sum(losses) / len(losses), "dev/accuracy": right / len(losses)}

@@ -1,0 +1,5 @@
+"""`python -m launcher` is `cl-dist`."""
+
+from launcher.cli import main
+
+main()

@@ -1,0 +1,328 @@
+"""The command line: `cl-dist VERB [CONFIG] [dotted.key=value ...] [--json] [-v]`, one function per verb.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 ok, 1 internal, 2 usage or settings, 3 data, 4 cluster,
+5 training failed, 6 stored results, 75 stopped early but resumable, 130 interrupted.
+"""
+
+import json
+import os
+import platform
+import shlex
+import signal
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.table import Table
+
+from cl_dist.errors import ConfigError
+from launcher import console, runs
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Continual learning of transformers, distributed.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at the data of a run file.")
+app.add_typer(data_app, name="data")
+
+Config = Annotated[str, typer.Argument(help="a run file, or the name of a recipe")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings over the file's: science.train.epochs=3")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="the log on stderr, tracebacks with errors")]
+Baselines = Annotated[bool, typer.Option(help="also run the baselines that the run file names")]
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    raise runs.StoppedError("stopped by SIGTERM; `cl-dist resume` goes on with the first unfinished stage")
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    baselines: Baselines = True,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a task sequence; what the run folder already holds is not computed again."""
+    console.start_logging(verbose)
+    from cl_dist.run_config import load_run
+
+    source = runs.run_file(config)
+    _finish(load_run(source, overrides or []), baselines, as_json, source)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path | None, typer.Argument(help="a run folder; the one worked on last if left out")] = None,
+    overrides: Overrides = None,
+    baselines: Baselines = True,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Go on with a run that was stopped or killed; the number of workers may differ (cluster.workers=4)."""
+    console.start_logging(verbose)
+    folder = runs.latest(Path("runs")) if run is None else run
+    _finish(runs.reopen(folder, overrides or []), baselines, as_json)
+
+
+def _finish(run: Any, baselines: bool, as_json: bool, source: Path | None = None) -> None:
+    signal.signal(signal.SIGTERM, _stop)
+    summaries = runs.execute(run, shlex.join(["cl-dist", *sys.argv[1:]]), baselines, source)
+    page = runs.report(run, summaries)
+    if as_json:
+        console.out.print_json(json.dumps({"report": str(page), "runs": summaries}))
+    else:
+        console.out.print(console.comparison(summaries))
+        console.out.print(f"report: {page}", soft_wrap=True)
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print the stages of a run, what each needs, and which are done; starts nothing."""
+    from cl_dist.jobs import Workbook
+    from cl_dist.run_config import load_run
+    from cl_dist.stage import Train, ref
+
+    book = Workbook(load_run(runs.run_file(config), overrides or []))
+    book.check_data()
+    stages = []
+    for stage in (stage for t in range(len(book.tasks)) for stage in book.plan(t)):
+        tasks = stage.data if isinstance(stage, Train) else stage.tasks
+        split = "train" if isinstance(stage, Train) else "test"
+        stages.append(
+            {
+                "stage": book.ledger.key(ref(stage)),
+                "kind": stage.kind,
+                "rows": sum(len(book.data(t).rows(split)) for t in tasks),
+                "inputs": [book.ledger.key(r) for r in stage.inputs],
+                "fingerprint": book.ledger.fingerprint(stage)[:12],
+                "done": book.ledger.is_done(stage),
+            }
+        )
+    if as_json:
+        console.out.print_json(json.dumps({"run": book.config.run.name, "stages": stages}))
+        return
+    table = Table("stage", "kind", "rows", "after", "fingerprint", "state", title=f"plan of {book.config.run.name}")
+    for line in stages:
+        state = "done" if line["done"] else "to do"
+        inputs = ", ".join(line["inputs"]) or "backbone"  # type: ignore[arg-type]
+        table.add_row(line["stage"], line["kind"], str(line["rows"]), inputs, line["fingerprint"], state)  # type: ignore[arg-type]
+    console.out.print(table)
+    for name in book.config.baselines:
+        console.out.print(f"then baseline {name}: {book.config.baseline(name).science.method.name} on the same tasks")
+
+
+@app.command()
+def status(
+    run: Annotated[Path | None, typer.Argument(help="a run folder; the one worked on last if left out")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell how far a run is."""
+    from cl_dist.jobs import Workbook
+    from cl_dist.stage import ref
+    from cl_dist.tracking import read_state
+
+    config = runs.reopen(runs.latest(Path("runs")) if run is None else run, [])
+    lines = []
+    for each in [config, *(config.baseline(name) for name in config.baselines)]:
+        book, state = Workbook(each), read_state(each.folder)
+        stages = [stage for t in range(len(book.tasks)) for stage in book.plan(t)]
+        manifests = [book.ledger.manifest(ref(stage)) for stage in stages]
+        lines.append(
+            {
+                "run": each.run.name,
+                "status": _alive(state),
+                "done": sum(m is not None for m in manifests),
+                "stages": len(stages),
+                "next": next(
+                    (book.ledger.key(ref(s)) for s, m in zip(stages, manifests, strict=True) if m is None), None
+                ),
+                "attempts": len(state.get("attempts", [])),
+                "seconds": round(sum(m["seconds"] for m in manifests if m is not None), 1),
+            }
+        )
+    if as_json:
+        console.out.print_json(json.dumps(lines))
+        return
+    table = Table("run", "status", "stages done", "next", "attempts", "seconds in stages")
+    for line in lines:
+        done = f"{line['done']}/{line['stages']}"
+        table.add_row(
+            str(line["run"]),
+            str(line["status"]),
+            done,
+            str(line["next"] or "-"),
+            str(line["attempts"]),
+            str(line["seconds"]),
+        )
+    console.out.print(table)
+
+
+def _alive(state: dict[str, Any]) -> str:
+    """Return a run's status; one whose driver is gone is not running, whatever it wrote last."""
+    if state.get("status") != "running":
+        return str(state.get("status", "not begun"))
+    attempt = state["attempts"][-1]
+    if attempt["host"] != platform.node():
+        return f"running on {attempt['host']}"
+    try:
+        os.kill(attempt["pid"], 0)
+    except ProcessLookupError:
+        return "killed"
+    except PermissionError:
+        pass
+    return "running"
+
+
+@app.command()
+def report(
+    run: Annotated[list[Path], typer.Argument(help="run folders; the first is the main one")],
+    reference: Annotated[list[str] | None, typer.Option(help="individual=RUN or joint=RUN")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained page with the matrix, its metrics and what the method did."""
+    references: dict[str, Path] = {}
+    for text in reference or []:
+        kind, equals, folder = text.partition("=")
+        if kind not in ("individual", "joint") or not equals:
+            raise ConfigError(f"--reference {text!r}: expected individual=RUN or joint=RUN")
+        references[kind] = Path(folder)
+    config = runs.reopen(run[0], [])
+    summaries = runs.conclude(config, references)
+    for other in run[1:]:
+        summaries += runs.conclude(runs.reopen(other, []))
+    page = runs.report(config, summaries)
+    if as_json:
+        console.out.print_json(json.dumps({"report": str(page), "runs": summaries}))
+    else:
+        console.out.print(console.comparison(summaries))
+        console.out.print(f"report: {page}", soft_wrap=True)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, recipes or metrics")],
+    as_json: AsJson = False,
+) -> None:
+    """List what can be named in a run file."""
+    from cl_dist.methods import METHODS
+    from cl_dist.metrics import FORMULAS
+
+    known = {
+        "methods": lambda: {name: method.about for name, method in METHODS.items()},
+        "recipes": lambda: {name: _first_comment(path) for name, path in runs.recipes().items()},
+        "metrics": lambda: FORMULAS,
+    }
+    if what not in known:
+        raise ConfigError(f"list {what}: expected one of {', '.join(known)}")
+    entries = known[what]()
+    if as_json:
+        console.out.print_json(json.dumps(entries))
+        return
+    for name, about in entries.items():
+        console.out.print(f"{name:24} {about}", markup=False, soft_wrap=True)
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text(encoding="utf8").splitlines()[0].removeprefix("#").strip()
+
+
+@data_app.command("check")
+def data_check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Read every row of every task; name file, line and field of each fault; exit 3 if there is one."""
+    from cl_dist.data.load import check_task
+    from cl_dist.data.rows import SPLITS
+    from cl_dist.data.sources import listing
+    from cl_dist.errors import DataError
+    from cl_dist.run_config import load_run
+
+    science = load_run(runs.run_file(config), overrides or []).science
+    checked = {task.id: check_task(task, science.data) for task in science.sequence().tasks}
+    if as_json:
+        tasks = {
+            name: {
+                "rows": {split: len(task.data.rows(split)) for split in SPLITS},
+                "labels": list(task.data.labels),
+                "faults": [str(fault) for fault in task.faults],
+                "warnings": list(task.warnings),
+                "counts": task.counts,
+            }
+            for name, task in checked.items()
+        }
+        console.out.print_json(json.dumps(tasks))
+    else:
+        table = Table("task", *SPLITS, "labels", "faults", "warnings")
+        for name, task in checked.items():
+            counts = [str(len(task.data.rows(split))) for split in SPLITS]
+            labels = ", ".join(f"{k} {n}" for k, n in task.label_counts("train").items())
+            table.add_row(name, *counts, labels, str(len(task.faults)), "\n".join(task.warnings))
+        console.out.print(table)
+    faults = [f"task {name}: {listing(task.faults)}" for name, task in checked.items() if task.faults]
+    if faults and as_json:
+        raise typer.Exit(DataError.exit_code)  # the document names them
+    if faults:
+        raise DataError("\n".join(faults))
+
+
+@data_app.command("show")
+def data_show(config: Config, overrides: Overrides = None) -> None:
+    """Print the first train row of each task as an encoder reads it."""
+    from cl_dist.jobs import Workbook
+    from cl_dist.models.backbone import load_tokenizer
+    from cl_dist.run_config import load_run
+
+    run = load_run(runs.run_file(config), overrides or [])
+    book = Workbook(run)
+    book.check_data()
+    tokenizer = load_tokenizer(run.science.model)
+    for number, task in enumerate(book.tasks.tasks):
+        data = book.data(number)
+        row = data.train[0]
+        length = run.science.train_of(task).max_length
+        ids = tokenizer(row.text, row.text_pair, truncation=True, max_length=length)["input_ids"]
+        console.out.rule(f"{task.id}: row {row.id}")
+        console.out.print(f"encoder reads  {tokenizer.decode(ids)}", markup=False, soft_wrap=True)
+        console.out.print(f"tokens         {len(ids)} of at most {length}: {ids}", markup=False, soft_wrap=True)
+        console.out.print(
+            f"class          {data.labels.index(row.label)} = {row.label} of {list(data.labels)}", markup=False
+        )
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a run file."""
+    from cl_dist.run_config import json_schema
+
+    console.out.print_json(json.dumps(json_schema()))
+
+
+@app.command()
+def env(as_json: AsJson = False) -> None:
+    """Print what a bug report needs: versions and machine."""
+    names = ("cl-dist", "torch", "deepspeed", "accelerate", "transformers", "datasets", "ray", "peft", "safetensors")
+    facts = {"python": platform.python_version(), "platform": platform.platform(), "cpus": str(os.cpu_count())}
+    for name in names:
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = "not installed"
+    if as_json:
+        console.out.print_json(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        console.out.print(f"{name:14} {value}", markup=False)
+
+
+def main() -> None:
+    """Run the command line and turn errors into messages and exit codes."""
+    as_json, verbose = "--json" in sys.argv, "-v" in sys.argv or "--verbose" in sys.argv
+    try:
+        sys.exit(app(standalone_mode=False))  # it returns the code of a typer.Exit, else what the verb returns: None
+    except (KeyboardInterrupt, typer.Abort):
+        console.err.print("interrupted; `cl-dist resume` goes on with the first unfinished stage")
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "show"):  # a usage error; typer brings its own copy of click's classes
+            error.show()
+            sys.exit(2)
+        sys.exit(console.show_error(error, verbose, as_json))

@@ -1,0 +1,206 @@
+"""A run with its baselines: finding run files and folders, running, and bringing the results together."""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cl_dist import sequence
+from cl_dist.config import apply_overrides, did_you_mean, parse
+from cl_dist.errors import ClDistError, ConfigError, DataError
+from cl_dist.jobs import Workbook
+from cl_dist.ledger import write_json
+from cl_dist.run_config import RunConfig
+from cl_dist.tracking import Tracker, read_state, summary
+from launcher import console
+from launcher.report import write_report
+
+RECIPES = files("launcher") / "recipes"
+
+
+class StoppedError(ClDistError):
+    """The run was asked to stop; what is finished is kept."""
+
+    exit_code = 75
+
+
+def recipes() -> dict[str, Path]:
+    """Return the named run files that come with the package."""
+    return {
+        Path(str(entry)).stem: Path(str(entry))
+        for entry in sorted(RECIPES.iterdir(), key=str)
+        if entry.name.endswith(".yaml")
+    }
+
+
+def run_file(name: str) -> Path:
+    """Return the run file of a path or recipe name.
+
+    Raises:
+        ConfigError: If there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = recipes()
+    if name not in known:
+        raise ConfigError(
+            f"CONFIG={name!r}: expected a run file or the name of a recipe{did_you_mean(name, list(known))}"
+        )
+    return known[name]
+
+
+def reopen(folder: Path, overrides: list[str]) -> RunConfig:
+    """Read the run file of an existing run folder.
+
+    The run is looked for where the folder is now, so that a folder may be moved.
+
+    Raises:
+        ConfigError: If it is no run folder.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"RUN={str(folder)!r}: expected a run folder, with config.yaml in it; `cl-dist train` makes one"
+        )
+    tree = yaml.safe_load(path.read_text(encoding="utf8"))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping; restore it from config.source.yaml")
+    tree["run"] = {"name": folder.resolve().name, "dir": str(folder.parent)}
+    return parse(RunConfig, apply_overrides(tree, overrides))
+
+
+def latest(root: Path) -> Path:
+    """Return the run folder below root that was worked on last.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    found = sorted(root.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ConfigError(f"no run below {str(root)!r}: name a run folder")
+    return found[-1].parent
+
+
+def save(config: RunConfig, source: Path | None = None) -> None:
+    """Write the resolved run file, and its source, to its folder, once its settings have been accepted."""
+    config.folder.mkdir(parents=True, exist_ok=True)
+    copy = config.folder / "config.source.yaml"
+    if source is not None and source.resolve() != copy.resolve():
+        shutil.copyfile(source, copy)
+    text = yaml.safe_dump(config.tree(), sort_keys=False, allow_unicode=True)
+    (config.folder / "config.yaml").write_text(text, encoding="utf8")
+
+
+def execute(
+    config: RunConfig, command: str, baselines: bool = True, source: Path | None = None
+) -> list[dict[str, Any]]:
+    """Compute what is missing of a run and its baselines; return their summaries, the run's own first.
+
+    Nothing is started before every setting and every row has been checked, nor where nothing is missing.
+    """
+    configs = [config, *(config.baseline(name) for name in config.baselines if baselines)]
+    books = [Workbook(each) for each in configs]
+    books[0].check_data()
+    missing = [bool(sequence.remaining(book)) for book in books]  # refuses conflicts before anything is written
+    for each in configs:
+        save(each, source if each is config else None)
+    handler = console.log_to(config.folder / "logs" / "driver.log")
+    dispatcher: Any = None
+    try:
+        with console.Watch() as watch:
+            if any(missing):
+                dispatcher = _dispatcher(config)
+            for book, needed in zip(books, missing, strict=True):
+                tracker = Tracker(book, command, watch)
+                if needed:
+                    _run(book, dispatcher, tracker)
+                elif read_state(book.config.folder).get("status") != "finished":
+                    tracker.begin([], set())  # killed between the last stage and the end
+                    tracker.finish()
+    finally:
+        if dispatcher is not None:
+            dispatcher.close()
+        logging.getLogger("cl_dist").removeHandler(handler)
+    return conclude(config)
+
+
+def _run(book: Workbook, dispatcher: Any, tracker: Tracker) -> None:
+    try:
+        sequence.run(book, dispatcher, tracker)
+    except (KeyboardInterrupt, StoppedError) as error:
+        tracker.finish("stopped" if isinstance(error, StoppedError) else "interrupted")
+        raise
+    except BaseException:
+        tracker.finish("failed")
+        raise
+
+
+def _dispatcher(config: RunConfig) -> Any:
+    """Return the dispatcher that the run file names; imported late, since both need torch."""
+    if config.cluster.dispatcher == "local":
+        from cl_dist.dispatch_local import LocalDispatcher
+
+        return LocalDispatcher()
+    from cl_dist.dispatch_ray import RayDispatcher
+
+    return RayDispatcher(config.cluster, config.folder)
+
+
+def conclude(config: RunConfig, references: Mapping[str, Path] | None = None) -> list[dict[str, Any]]:
+    """Return the summaries of a run and of its baselines, and write the run's with its references filled in.
+
+    A baseline of the method `individual` or `joint` serves as reference; `references` names other runs.
+
+    Raises:
+        ConfigError: If a reference is of another method.
+        DataError: If a reference was computed on other rows.
+    """
+    book = Workbook(config)
+    others = [Workbook(each) for each in _begun_baselines(config)]
+    sources = {other.config.science.method.name: other for other in others}
+    sources |= {kind: Workbook(reopen(folder, [])) for kind, folder in (references or {}).items()}
+    for kind, folder in (references or {}).items():
+        if (method := sources[kind].config.science.method.name) != kind:
+            raise ConfigError(f"{kind}={folder}: its method is {method!r}; expected a run of the method {kind!r}")
+    found: dict[str, list[float | None]] = {}
+    for kind in ("individual", "joint"):
+        if kind in sources:
+            found[kind] = _reference(book, sources[kind], kind)
+    main = summary(book, **found)
+    main["references"] = {
+        kind: sources[kind].config.run.name if kind in found else None for kind in ("individual", "joint")
+    }
+    if (config.folder / "metrics").is_dir():
+        write_json(config.folder / "metrics" / "summary.json", main)
+    return [main, *(summary(other) for other in others)]
+
+
+def _begun_baselines(config: RunConfig) -> list[RunConfig]:
+    return [each for name in config.baselines if ((each := config.baseline(name)).folder / "run.json").exists()]
+
+
+def _reference(book: Workbook, other: Workbook, kind: str) -> list[float | None]:
+    """Return the reference score of each task: of a model of its own, or of the joint model."""
+    cells = summary(other)["matrix"]["accuracy"]
+    place = {task.id: number for number, task in enumerate(other.tasks.tasks)}
+    scores: list[float | None] = []
+    for number, task in enumerate(book.tasks.tasks):
+        there = place.get(task.id)
+        if there is None:
+            scores.append(None)
+            continue
+        if book.data(number).digests != other.data(there).digests:
+            raise DataError(
+                f"{kind}={other.config.run.name}: task {task.id} has other rows there; the scores do not compare"
+            )
+        scores.append(cells[there if kind == "individual" else -1][there])
+    return scores
+
+
+def report(config: RunConfig, summaries: list[dict[str, Any]]) -> Path:
+    """Write the page of a run and return its path."""
+    return write_report(summaries, config.folder / "report")

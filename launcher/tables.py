@@ -1,0 +1,91 @@
+"""README tables, written from the summaries of runs: no figure in it is typed in.
+
+python -m launcher.tables keep NAME RUN...   store the summaries of runs under tests/results/NAME.json
+python -m launcher.tables write              fill the marked blocks of README.md from tests/results/*.json
+"""
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS, README = Path("tests/results"), Path("README.md")
+BLOCK = r"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+COLUMNS = {
+    "cl/avg_acc": "accuracy",
+    "cl/f1_macro": "macro F1",
+    "cl/forgetting_max": "forgetting",
+    "cl/bwt": "backward transfer",
+    "cl/fwt_one": "transfer vs. own model",
+}
+
+
+def kept(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a table needs of a summary."""
+    seconds = sum(stage["seconds"] for stage in summary["stages"])
+    fields = ("run", "method", "seed", "model", "cluster", "versions", "metrics", "matrix")
+    tasks = [{key: task[key] for key in ("id", "rows", "majority")} for task in summary["tasks"]]
+    return {key: summary[key] for key in fields} | {"tasks": tasks, "seconds": round(seconds, 1)}
+
+
+def keep(name: str, folders: list[Path]) -> Path:
+    """Store the summaries of run folders, and of the baselines inside them."""
+    found = [
+        kept(json.loads(path.read_text(encoding="utf8")))
+        for folder in folders
+        for path in (folder / "metrics/summary.json", *sorted(folder.glob("baselines/*/metrics/summary.json")))
+    ]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
+    return path
+
+
+def table(summaries: list[dict[str, Any]]) -> str:
+    """Return the Markdown table of some runs: one row per method and seed."""
+    lines = [f"| method | seed | {' | '.join(COLUMNS.values())} | seconds |", "| --- " * (len(COLUMNS) + 3) + "|"]
+    for summary in sorted(summaries, key=lambda s: (s["method"], s["seed"])):
+        values = [summary["metrics"].get(name, {}).get("value") for name in COLUMNS]
+        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        lines.append(f"| {summary['method']} | {summary['seed']} | {' | '.join(cells)} | {summary['seconds']:.0f} |")
+    first = summaries[0]
+    chance = sum(task["majority"] for task in first["tasks"]) / len(first["tasks"])
+    rows = first["tasks"][0]["rows"]
+    tasks = ", ".join(task["id"] for task in first["tasks"])
+    lines.append("")
+    lines.append(
+        f"Tasks in this order: {tasks}. Always answering the commonest label: {chance:.4f}. "
+        f"First task: {rows['train']} train, {rows['dev']} dev, {rows['test']} test rows. "
+        f"{first['cluster']['workers']} Ray workers, ZeRO-{first['cluster']['zero_stage']}, "
+        f"torch {first['versions']['torch']}; seconds are the stages' own."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def filled(readme: str) -> str:
+    """Return the README with every marked block written from its results file."""
+    for path in sorted(RESULTS.glob("*.json")):
+        block = table(json.loads(path.read_text(encoding="utf8")))
+
+        def put(match: re.Match[str], block: str = block) -> str:
+            return match[1] + block + match[2]
+
+        readme = re.sub(BLOCK.format(name=re.escape(path.stem)), put, readme, flags=re.DOTALL)
+    return readme
+
+
+def main() -> None:
+    """Store results or write the README."""
+    match sys.argv[1:]:
+        case ["keep", name, *folders] if folders:
+            keep(name, [Path(folder) for folder in folders])
+        case ["write"]:
+            README.write_text(filled(README.read_text(encoding="utf8")), encoding="utf8")
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
