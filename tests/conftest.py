@@ -21,7 +21,13 @@ os.environ |= {
 }
 os.environ.pop("RAY_ADDRESS", None)  # never somebody's real cluster
 
+from hypothesis import HealthCheck, settings
+
 from tests.pool import Ranks
+
+# How long an example takes says how busy the machine is, and nothing about the code.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 pytest_plugins = ["tests.skips"]
 

@@ -1,0 +1,102 @@
+"""Speed of knowledge sharing, as ratios measured in one run; operation counts are exact."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cl_dist.models.capsules import Sharing, hard_gate, squash
+from cl_dist.models.config import SharingShape
+
+pytestmark = pytest.mark.bench
+HIDDEN, LENGTH, ROWS, TASKS = 768, 128, 8, 19
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.ops += 1
+        return func(*args, **(kwargs or {}))
+
+
+def looped(sharing: Sharing, x_BLH: Tensor, task: int, mask_BL: Tensor) -> Tensor:
+    """Knowledge sharing one task after the other, over all tasks, unseen ones times zero, as the release does."""
+    router: Any = sharing.routers[str(task)]
+
+    def capsule(i: int) -> Tensor:
+        p = F.linear(x_BLH, getattr(sharing, f"capsule{i}_weight0"), getattr(sharing, f"capsule{i}_bias0"))
+        p = squash(F.linear(p, getattr(sharing, f"capsule{i}_weight1"), getattr(sharing, f"capsule{i}_bias1")))
+        return torch.einsum("bld,jde->blje", p, getattr(sharing, f"route{i}")).flatten(-2)
+
+    def pooled(kind: str, k: int, u_BLD: Tensor) -> Tensor:
+        weight, bias = getattr(router, f"{kind}{k}_weight"), getattr(router, f"{kind}{k}_bias")
+        out = F.conv1d(F.pad(u_BLD.transpose(1, 2), (0, k - 1)), weight)
+        return out.masked_fill(~mask_BL[:, None], float("-inf")).amax(-1) + bias
+
+    total = torch.zeros(())
+    for i in range(sharing.num_tasks):
+        u, own = capsule(i), capsule(task)
+        q = router.current(F.relu(torch.cat([pooled("cur", k, own) for k in router.kernels], -1)))
+        z = torch.cat([F.relu(pooled("sim", k, u) + q) for k in router.kernels], -1)
+        delta = torch.ones(len(x_BLH)) if i == task else hard_gate(router.gate(z), None)
+        passed = (router.amount(z) * delta[:, None])[:, None] * u
+        total = total + passed * float(i <= task)
+    return sharing.ups[str(task)](total)
+
+
+def seconds(function: Callable[[], Tensor]) -> float:
+    """Return the median processor time of a forward and backward pass."""
+    times = []
+    for _ in range(6):
+        began = time.process_time()
+        function().square().sum().backward()
+        times.append(time.process_time() - began)
+    return median(times[1:])
+
+
+@pytest.fixture(scope="module")
+def sharing() -> Sharing:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    module = Sharing(SharingShape(), HIDDEN)
+    for _ in range(TASKS):
+        module.add_task()
+    return module
+
+
+@pytest.mark.parametrize(("task", "budget"), [(0, 8.0), (TASKS - 1, 2.5)])
+def test_sharing_against_a_loop_over_all_tasks(sharing: Sharing, task: int, budget: float) -> None:
+    x_BLH = torch.randn(ROWS, LENGTH, HIDDEN, requires_grad=True)
+    mask_BL = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    ours = sharing(x_BLH, task, mask_BL, None)[0]
+    torch.testing.assert_close(ours, looped(sharing, x_BLH, task, mask_BL), atol=1e-4, rtol=1e-4)
+    ratio = seconds(lambda: looped(sharing, x_BLH, task, mask_BL)) / seconds(
+        lambda: sharing(x_BLH, task, mask_BL, None)[0]
+    )
+    print(f"\nKSM at task {task} of {TASKS}: {ratio:.1f}x faster than a loop over all tasks (budget {budget}x)")
+    assert ratio >= budget
+
+
+def test_operations_do_not_grow_with_tasks(sharing: Sharing) -> None:
+    counts = {}
+    for task in (2, 9, TASKS - 1):
+        for number in range(TASKS):  # as in training without forgetting: only this task's own parts are trained
+            for parameter in sharing.task_parameters(number):
+                parameter.requires_grad_(number == task)
+        x_BLH = torch.randn(2, 16, HIDDEN, requires_grad=True)
+        with Count() as count:
+            sharing(x_BLH, task, torch.ones(2, 16, dtype=torch.bool), None)[0].square().sum().backward()
+        counts[task] = count.ops
+    print(f"\nKSM operations, forward and backward, by task: {counts}")
+    assert len(set(counts.values())) == 1

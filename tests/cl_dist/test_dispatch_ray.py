@@ -1,0 +1,113 @@
+"""What of the Ray dispatcher can be seen without Ray; the rest is in tests/integration."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cl_dist import dispatch_ray
+from cl_dist.dispatch_ray import Mailbox, Parcel
+from cl_dist.errors import ClusterError, DataError
+from cl_dist.run_config import ClusterConfig
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch_ray, "POLL_S", 0.0)
+
+
+def parcel(number: int) -> Any:
+    return Parcel(number=number, job=None, out="", logs="")  # type: ignore[arg-type]  # the mailbox does not look inside
+
+
+def test_a_restarted_gang_is_given_the_current_stage_and_none_that_is_done() -> None:
+    async def story() -> None:
+        mailbox = Mailbox()
+        assert await mailbox.fetch(-1) == "wait"
+        await mailbox.post(parcel(0))
+        assert await mailbox.fetch(-1) == parcel(0)
+        assert await mailbox.fetch(-1) == parcel(0)  # asked by a gang that has been started again
+        await mailbox.done(0)
+        assert await mailbox.fetch(-1) == "wait"
+        await mailbox.post(parcel(1))
+        assert await mailbox.fetch(0) == parcel(1)
+        await mailbox.close()
+        assert await mailbox.fetch(0) == "closed"
+
+    asyncio.run(story())
+
+
+def test_a_stage_that_failed_for_good_is_not_given_to_a_restarted_gang() -> None:
+    async def story() -> None:
+        mailbox = Mailbox()
+        await mailbox.post(parcel(0))
+        await mailbox.fail(DataError("first"))
+        await mailbox.fail(DataError("second"))
+        assert await mailbox.fetch(-1) == "wait"
+        assert str((await mailbox.news())["error"]) == "first"
+
+    asyncio.run(story())
+
+
+@pytest.fixture
+def _own_handler() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("during_the_start", [True, False])
+def test_sigterm_keeps_the_meaning_it_had_before_ray(
+    monkeypatch: pytest.MonkeyPatch, _own_handler: None, during_the_start: bool
+) -> None:
+    """ray.init puts a handler of its own there, which exits with 15."""
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    def init(**_: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        if during_the_start:
+            signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    monkeypatch.setattr(dispatch_ray.ray, "init", init)
+    with pytest.raises(Stopped):
+        dispatch_ray._connect(ClusterConfig())
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_cluster_that_is_not_there_is_named_at_once() -> None:
+    with pytest.raises(ClusterError, match=r"cluster.address='127.0.0.1:1': cannot reach it: .*refused"):
+        dispatch_ray._connect(ClusterConfig(address="127.0.0.1:1"))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "fits"),
+    [
+        ([2.0], {"workers": 2}, True),
+        ([2.0], {"workers": 3}, False),
+        ([2.0, 2.0], {"workers": 3}, True),
+        ([2.0, 2.0], {"workers": 1, "cpus_per_worker": 3.0}, False),  # four in all, but none has three
+        ([0.6], {"workers": 3, "cpus_per_worker": 0.2}, True),  # 0.6 / 0.2 is a little less than 3
+        ([2.0], {"workers": 1, "gpus_per_worker": 1.0}, False),
+    ],
+)
+def test_workers_must_fit_on_the_nodes(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[float], asked: dict[str, Any], fits: bool
+) -> None:
+    gone = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
+    alive = [{"Alive": True, "Resources": {"CPU": cpus}} for cpus in nodes]
+    monkeypatch.setattr(dispatch_ray.ray, "nodes", lambda: [gone, *alive])
+    if fits:
+        dispatch_ray._check_fits(ClusterConfig(**asked))
+        return
+    with pytest.raises(ClusterError, match=r"cluster: \d workers with .* each need .*, the cluster has .* on nodes of"):
+        dispatch_ray._check_fits(ClusterConfig(**asked))

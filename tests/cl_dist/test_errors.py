@@ -1,0 +1,44 @@
+import pickle
+
+import pytest
+
+from cl_dist import errors
+from cl_dist.errors import ClDistError, ConfigError, StageConflictError, require
+
+ALL = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ClDistError)]
+
+
+def test_exit_codes_are_those_of_the_command_line() -> None:
+    codes = {kind.__name__: kind.exit_code for kind in ALL}
+    assert codes == {
+        "ClDistError": 1,
+        "ConfigError": 2,
+        "DataError": 3,
+        "ClusterError": 4,
+        "TrainingError": 5,
+        "CheckpointError": 6,
+        "StageConflictError": 6,
+    }
+
+
+def test_a_conflict_names_each_setting_with_both_values_and_what_to_do() -> None:
+    error = StageConflictError("01-film/train", {"train.lr": (0.1, 0.2), "seed": (0, 1)})
+    assert "01-film/train is already done with other settings" in str(error)
+    assert "  train.lr: finished with 0.1, now 0.2" in str(error)
+    assert "  seed: finished with 0, now 1" in str(error)
+    assert "run.name=" in str(error)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_errors_survive_the_way_back_from_a_worker(kind: type[ClDistError]) -> None:
+    error = StageConflictError("a/b", {"seed": (0, 1)}) if kind is StageConflictError else kind("what happened")
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is kind
+    assert str(copy) == str(error)
+    assert vars(copy) == vars(error)
+
+
+def test_require_names_the_field_its_value_and_what_was_expected() -> None:
+    require(True, "lr", 1.0, "anything")
+    with pytest.raises(ConfigError, match=r"^lr=-1: expected a number above 0$"):
+        require(False, "lr", -1, "a number above 0")

@@ -1,0 +1,171 @@
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cl_dist.errors import CheckpointError, StageConflictError
+from cl_dist.ledger import Ledger, write_json
+from cl_dist.stage import Ref, Stage, Train, ref
+
+STAGE = Train(task=1, data=(1,))
+Make = Callable[..., Ledger]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def ledger(**facts: Any) -> Ledger:
+        def facts_of(stage: Stage) -> dict[str, Any]:
+            return {"seed": 0, "train.lr": 0.1} | facts
+
+        return Ledger(tmp_path / "run", ["food", "film"], facts_of)
+
+    return ledger
+
+
+def publish(ledger: Ledger, text: str = '{"loss": 1}') -> Path:
+    with ledger.publish(STAGE) as out:
+        (out / "deep").mkdir()
+        (out / "train.json").write_text(text)
+        (out / "deep" / "rows.jsonl").write_text("{}\n")
+    return ledger.path(ref(STAGE))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_a_stage_lies_under_the_number_and_id_of_its_task(make: Make, tmp_path: Path) -> None:
+    assert make().path(ref(STAGE)) == tmp_path / "run" / "stages" / "01-film" / "train"
+
+
+def test_a_result_appears_by_one_rename_with_its_manifest_written_before(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, renamed = make(), list[tuple[list[str], bool]]()
+    final, rename = ledger.path(ref(STAGE)), Path.rename
+
+    def watch(self: Path, target: Path) -> Path:
+        renamed.append((names(self), final.exists()))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watch)
+    with ledger.publish(STAGE) as out:
+        (out / "train.json").write_text("{}")
+        assert not ledger.is_done(STAGE)
+        assert out.parent == final.parent  # on the same file system
+    assert renamed == [(["manifest.json", "train.json"], False)]
+    assert ledger.is_done(STAGE)
+    assert names(final.parent) == ["train"]
+
+
+def test_the_manifest_names_stage_settings_and_every_file_with_its_digest(make: Make) -> None:
+    ledger = make()
+    publish(ledger)
+    manifest = ledger.manifest(ref(STAGE))
+    assert manifest is not None
+    assert manifest["stage"] == STAGE.model_dump(mode="json")
+    assert manifest["fingerprint"] == ledger.fingerprint(STAGE)
+    assert manifest["facts"] == {"seed": 0, "train.lr": 0.1}
+    # printf '{}\n' | sha256sum
+    assert manifest["files"]["deep/rows.jsonl"] == "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
+    assert sorted(manifest["files"]) == ["deep/rows.jsonl", "train.json"]
+
+
+def test_a_failure_inside_leaves_no_stage(make: Make) -> None:
+    ledger = make()
+    with pytest.raises(FileNotFoundError), ledger.publish(STAGE) as out:
+        (out / "train.json").write_text("{}") and (out / "gone").read_text()
+    assert not ledger.is_done(STAGE)
+    assert not ledger.path(ref(STAGE)).exists()
+    with ledger.publish(STAGE) as out:
+        assert names(out) == []  # nothing of the failed attempt is gone on with
+
+
+def test_partial_folders_are_named_after_the_settings_and_stale_ones_removed(make: Make) -> None:
+    old, new = make(seed=1), make(seed=2)
+    with pytest.raises(RuntimeError), old.publish(STAGE) as begun:
+        raise RuntimeError
+    assert begun.exists()
+    assert old.fingerprint(STAGE)[:12] in begun.name
+    with new.publish(STAGE) as out:
+        assert out.name != begun.name
+        assert not begun.exists()
+
+
+def test_a_folder_without_a_manifest_is_no_result_and_is_replaced(make: Make) -> None:
+    ledger = make()
+    folder = ledger.path(ref(STAGE))
+    folder.mkdir(parents=True)
+    (folder / "rubbish").write_text("")
+    assert not ledger.is_done(STAGE)
+    publish(ledger)
+    assert names(folder) == ["deep", "manifest.json", "train.json"]
+
+
+def test_a_result_of_other_settings_is_a_conflict_that_names_the_keys_that_differ(make: Make) -> None:
+    publish(make(**{"method.share": False}))
+    with pytest.raises(StageConflictError) as caught:
+        make(**{"train.lr": 0.2, "method.name": "ctr"}).is_done(STAGE)
+    assert caught.value.stage == "01-film/train"
+    assert caught.value.changed == {
+        "method.name": ("(default)", "ctr"),
+        "method.share": (False, "(default)"),
+        "train.lr": (0.1, 0.2),
+    }
+
+
+def test_a_finished_file_is_read_back(make: Make) -> None:
+    ledger = make()
+    publish(ledger)
+    assert ledger.read(ref(STAGE), "train.json") == {"loss": 1}
+
+
+def test_a_stage_that_is_not_computed_is_named(make: Make) -> None:
+    with pytest.raises(CheckpointError, match=r"00-food/evaluate has not been computed"):
+        make().read(Ref(task=0, stage="evaluate"), "scores.json")
+
+
+def test_one_flipped_byte_is_found_and_its_file_named(make: Make) -> None:
+    ledger = make()
+    file = publish(ledger) / "train.json"
+    file.write_bytes(file.read_bytes().replace(b"1", b"2"))
+    with pytest.raises(CheckpointError, match=r"01-film/train/train.json: missing or damaged"):
+        ledger.read(ref(STAGE), "train.json")
+
+
+def test_a_missing_file_is_named(make: Make) -> None:
+    ledger = make()
+    (publish(ledger) / "train.json").unlink()
+    with pytest.raises(CheckpointError, match=r"train.json: missing or damaged"):
+        ledger.read(ref(STAGE), "train.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"fingerprint": ""}', "null"])
+def test_a_damaged_manifest_is_named_and_never_taken_for_a_missing_one(make: Make, text: str) -> None:
+    ledger = make()
+    (publish(ledger) / "manifest.json").write_text(text)
+    for ask in (lambda: ledger.is_done(STAGE), lambda: ledger.read(ref(STAGE), "train.json")):
+        with pytest.raises(CheckpointError, match=r"01-film/train/manifest.json: damaged .*; remove the folder"):
+            ask()
+
+
+def test_a_reader_sees_the_old_json_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    write_json(path, {"status": "running"})
+    seen: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append(path.read_text()))
+    write_json(path, {"status": "done"})
+    assert [json.loads(text) for text in seen] == [{"status": "running"}]
+    assert json.loads(path.read_text()) == {"status": "done"}
+    assert names(tmp_path) == ["run.json"]
+
+
+def test_a_json_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    write_json(path, {"loss": 1.0})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"loss": float("nan")})
+    assert json.loads(path.read_text()) == {"loss": 1.0}

@@ -1,0 +1,159 @@
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cl_dist.dispatch_local import LocalDispatcher
+from cl_dist.errors import CheckpointError
+from cl_dist.jobs import Workbook
+from cl_dist.metrics import summarize
+from cl_dist.sequence import run
+from cl_dist.stage import Ref
+from cl_dist.stages.job import Job
+from cl_dist.tracking import Tracker, matrix, read_state, summary
+from tests import tiny
+
+FAST = {"train": {"epochs": 1, "min_round_steps": 1}}
+SEQUENTIAL = FAST | {"method": {"name": "sequential"}}
+
+
+class Watching(LocalDispatcher):
+    """Looks at run.json before each stage; fails at the given one."""
+
+    def __init__(self, folder: Path, fail_at: int = 99) -> None:
+        self.folder, self.fail_at, self.seen = folder, fail_at, list[dict[str, Any]]()
+
+    def run(self, job: Job, out: str, tracker: Tracker) -> None:
+        self.seen.append(read_state(self.folder))
+        if len(self.seen) == self.fail_at:
+            raise InterruptedError
+        super().run(job, out, tracker)
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+    """A finished run."""
+    return tiny.compute(tiny.book(tmp_path_factory.mktemp("tracking"), {"science": SEQUENTIAL}))
+
+
+def read(book: Workbook, name: str) -> Any:
+    return json.loads((book.config.folder / name).read_text())
+
+
+def events(book: Workbook) -> list[dict[str, Any]]:
+    lines = (book.config.folder / "metrics" / "events.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_r_csv_holds_the_accuracy_of_every_scored_cell_and_nothing_elsewhere(book: Workbook) -> None:
+    with (book.config.folder / "metrics" / "R.csv").open(newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["after", *tiny.TASKS]
+    for after, (name, *cells) in enumerate(lines):
+        scores = book.ledger.read(Ref(task=after, stage="evaluate"), "scores.json")["tasks"]
+        assert name == tiny.TASKS[after]
+        measured = [float(cell) if cell else None for cell in cells]
+        assert measured == [scores[str(on)]["accuracy"] if on <= after else None for on in range(3)]
+
+
+def test_metrics_of_the_summary_are_those_of_its_matrix(book: Workbook) -> None:
+    stored = read(book, "metrics/summary.json")
+    assert stored["matrix"]["accuracy"] == matrix(book, "accuracy")
+    assert stored["matrix"]["f1_macro"] == matrix(book, "f1_macro")
+    assert stored["metrics"] == summarize(stored["matrix"]["accuracy"], stored["matrix"]["f1_macro"])
+    # by hand: the mean of the last row
+    last = stored["matrix"]["accuracy"][-1]
+    assert stored["metrics"]["cl/avg_acc"]["value"] == pytest.approx(sum(last) / 3)
+    assert stored["metrics"]["cl/fwt_one"]["value"] is None  # needs a reference, which this run has not
+
+
+def test_references_fill_the_metrics_that_need_them(book: Workbook) -> None:
+    found = summary(book, individual=[0.5, 0.5, 0.5], joint=[1.0, None, 1.0])
+    learned = [row[t] for t, row in enumerate(matrix(book, "accuracy"))]
+    assert all(score is not None for score in learned)
+    expected = sum(score - 0.5 for score in learned if score is not None) / 3
+    assert found["metrics"]["cl/fwt_one"]["value"] == pytest.approx(expected)
+    assert found["metrics"]["cl/intransigence"]["value"] is None  # a missing cell is never an average over the rest
+
+
+def test_the_summary_tells_tasks_and_stages(book: Workbook) -> None:
+    stored = read(book, "metrics/summary.json")
+    assert stored["status"] == "finished"
+    assert [(task["id"], task["rows"]) for task in stored["tasks"]] == [
+        (name, {"train": 20, "dev": 6, "test": 10}) for name in tiny.TASKS
+    ]
+    assert [stage["key"] for stage in stored["stages"]] == [
+        f"{number:02d}-{task}/{kind}" for number, task in enumerate(tiny.TASKS) for kind in ("train", "evaluate")
+    ]
+    assert all(stage["metrics"]["train/loss"] > 0 for stage in stored["stages"] if stage["kind"] == "train")
+    assert "ctr" not in stored
+
+
+def test_a_ctr_summary_tells_masks_gates_and_the_ablation(tmp_path: Path) -> None:
+    book = tiny.compute(tiny.book(tmp_path, {"science": FAST}, tasks=("food", "film")))
+    facts = read(book, "metrics/summary.json")["ctr"]
+    assert facts["layers"] == ["0.attention", "0.ffn", "1.attention", "1.ffn"]
+    assert facts["units"] == [{"hidden": 24, "output": 32}] * 4
+    assert [len(facts[name]) for name in ("mask_use", "mask_shared", "free_units", "accuracy_without_ksm")] == [2] * 4
+    assert facts["mask_shared"][0] == [[0.0, 0.0]] * 4  # nobody to share with
+    assert [[len(gates) for gates in layer] for layer in facts["gate_open"]] == [[0] * 4, [1] * 4]
+
+
+def test_a_run_is_running_until_it_is_finished(tmp_path: Path) -> None:
+    book = tiny.book(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
+    assert read_state(book.config.folder) == {}
+    watching = Watching(book.config.folder)
+    tiny.compute(book, watching)
+    assert [state["status"] for state in watching.seen] == ["running", "running"]
+    state = read_state(book.config.folder)
+    assert state["status"] == "finished"
+    (attempt,) = state["attempts"]
+    assert attempt["stages_done"] == 0
+    assert attempt["started"] <= attempt["ended"]
+
+
+def test_every_attempt_is_noted_with_what_it_found_done_and_how_it_ended(tmp_path: Path) -> None:
+    book = tiny.book(tmp_path, {"science": SEQUENTIAL}, tasks=("food", "film"))
+    folder = book.config.folder
+    tracker = Tracker(book, command="cl-dist train tiny")
+    with pytest.raises(InterruptedError):
+        run(book, Watching(folder, fail_at=3), tracker)
+    assert read_state(folder)["status"] == "running"  # as after a power cut
+    tracker.finish("failed")
+    assert read_state(folder)["status"] == "failed"
+    partial = read(book, "metrics/summary.json")
+    assert partial["status"] == "failed"
+    assert partial["matrix"]["accuracy"][1] == [None, None]
+    assert partial["metrics"]["cl/avg_acc"]["value"] == partial["matrix"]["accuracy"][0][0]
+
+    again = Workbook(book.config)
+    run(again, LocalDispatcher(), Tracker(again, command="cl-dist resume tiny"))
+    state = read_state(folder)
+    assert (state["status"], state["command"]) == ("finished", "cl-dist train tiny")
+    assert [attempt["stages_done"] for attempt in state["attempts"]] == [0, 2]
+    assert all("ended" in attempt for attempt in state["attempts"])
+
+
+def test_events_frame_each_stage_and_steps_are_shown_but_not_stored(tmp_path: Path) -> None:
+    book = tiny.book(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
+    shown: list[Mapping[str, Any]] = []
+    run(book, LocalDispatcher(), Tracker(book, watch=shown.append))
+    stored = events(book)
+    assert [event["event"] for event in stored if event["event"] != "round"] == [
+        "begin", "stage_start", "stage_end", "stage_done", "stage_start", "stage_end", "stage_done", "finished",
+    ]  # fmt: skip
+    assert stored == [event for event in shown if event["event"] != "step"]
+    steps = [event["step"] for event in shown if event["event"] == "step"]
+    assert steps == [1, 2, 3]  # 20 rows in batches of 8
+    training = [event for event in shown if event.get("kind") == "train"]
+    assert {(event["stage"], event["task"]) for event in training} == {("00-food/train", 0)}
+    assert stored[-2]["accuracy"] == {"food": matrix(book, "accuracy")[0][0]}
+
+
+def test_a_damaged_run_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"run.json: damaged"):
+        read_state(tmp_path)

@@ -1,0 +1,140 @@
+"""Tiny runs on two Ray workers, and the command line as a process that can be stopped and killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cl_dist.config import merged
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+START_S = 90.0
+"""How long Ray and a gang may take to start on a busy machine."""
+SETTINGS = {
+    "run": {"dir": "runs"},  # relative, as a user has it
+    "science": {"train": {"epochs": 16}},  # some seconds, so that a stage has a middle
+    "cluster": {"dispatcher": "ray", "engine": "deepspeed", "workers": 2, "zero_stage": 2},
+}
+
+
+def tree(folder: Path, over: Mapping[str, Any]) -> Any:
+    """Return a run file of three tasks; all that are made in one folder share model and data, so also results."""
+    return tiny.tree(folder, merged(SETTINGS, over))
+
+
+def save_run(folder: Path, name: str) -> Path:
+    """Write a run file for the command line."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree(folder, {"run": {"name": name}})), encoding="utf8")
+    return path
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    """Return the events of a run so far, whole lines only."""
+    try:
+        text = (run / "metrics" / "events.jsonl").read_text(encoding="utf8")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not within {timeout_s:g} s")
+        time.sleep(0.05)
+
+
+def environment() -> dict[str, str]:
+    """Return an environment in which the packages are found, installed or not."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+
+
+class Command:
+    """`cl-dist` in a process and session of its own."""
+
+    def __init__(self, folder: Path, *args: str) -> None:
+        self._log = folder / f"{'-'.join(args).replace('/', '_')}-{time.monotonic_ns()}.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "launcher", *args],
+                cwd=folder,
+                env=environment(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait until a condition holds, but not for a process that has ended."""
+        wait_for(lambda: condition() or self._process.poll() is not None, START_S, f"{what}\n{self.output}")
+        assert condition(), f"ended with {self._process.returncode} before {what}:\n{self.output}"
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def end(self, timeout_s: float = START_S) -> int:
+        """Wait for the process to end and return its exit code."""
+        try:
+            return self._process.wait(timeout_s)
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            raise
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(encoding="utf8", errors="replace")
+
+    def family(self) -> dict[int, str]:
+        """Return the processes below this one: (pid, what it runs)."""
+        parents: dict[int, int] = {}
+        for pid in _pids():
+            if (stat := _stat(pid)) is not None:
+                parents[pid] = int(stat[1])
+        found: dict[int, str] = {}
+        front = {self._process.pid}
+        while front:
+            front = {pid for pid, parent in parents.items() if parent in front}
+            found |= {pid: identity(pid) for pid in front}
+        return found
+
+
+def identity(pid: int) -> str:
+    """Return what tells a process from a later one with the same id; '' for one that is gone."""
+    stat = _stat(pid)
+    return "" if stat is None or stat[0] == "Z" else f"{stat[19]} {_command(pid)}"
+
+
+def is_alive(pid: int, who: str) -> bool:
+    """Return whether a process that `family` found is still there."""
+    return identity(pid).split(" ")[0] == who.split(" ")[0] != ""
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _stat(pid: int) -> list[str] | None:
+    """Return the fields of /proc/PID/stat after the name: state, parent, ..., and as the 20th the start time."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf8").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -1,0 +1,229 @@
+"""Gang and pool on a Ray cluster that all tests share: what dies is done again, to equal bytes; errors arrive as ours.
+
+Stages are compared with those of the run that the command line computed undisturbed: the fingerprints are the same.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree, rmtree
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from cl_dist.config import parse
+from cl_dist.dispatch_local import LocalDispatcher
+from cl_dist.dispatch_ray import RayDispatcher
+from cl_dist.errors import ClDistError, ClusterError, DataError, TrainingError
+from cl_dist.jobs import Workbook
+from cl_dist.run_config import RunConfig
+from cl_dist.sequence import run
+from cl_dist.tracking import Tracker
+from tests import tiny
+from tests.integration import ray_runs
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+Event = Mapping[str, Any]
+
+
+@pytest.fixture(scope="module")
+def address(undisturbed: Path) -> Iterator[str]:
+    """The address of a Ray cluster with two CPUs, started where pytest was: not where the runs below are."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray takes a loopback address to join for the machine's public one; this keeps the cluster off the network.
+        patch.setattr("ray._private.services.get_node_ip_address", lambda address=None: "127.0.0.1")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "node_ip_address": "127.0.0.1"})
+        yield cluster.address
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(undisturbed: Path) -> Iterator[Path]:
+    """The working directory of these tests: that of the undisturbed run, with its model and data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(undisturbed.parents[1])
+        patch.setenv("PYTHONPATH", ray_runs.environment()["PYTHONPATH"])
+        yield undisturbed.parents[1]
+
+
+def book(folder: Path, name: str, cluster: Mapping[str, Any]) -> Workbook:
+    return Workbook(parse(RunConfig, ray_runs.tree(folder, {"run": {"name": name}, "cluster": cluster})))
+
+
+def compute(workbook: Workbook, watch: Callable[[RayDispatcher, Event], None] = lambda ray, event: None) -> None:
+    """Compute what is missing of a run on Ray; watch sees every event, with the dispatcher."""
+    dispatcher = RayDispatcher(workbook.config.cluster, workbook.config.folder)
+    try:
+        run(workbook, dispatcher, Tracker(workbook, watch=lambda event: watch(dispatcher, event)))
+    finally:
+        dispatcher.close()
+
+
+def gang_pids(dispatcher: RayDispatcher) -> list[int]:
+    assert dispatcher._gang is not None
+    return [place.pid for place in dispatcher._gang.places()]
+
+
+# --------------------------------------------------------------------------------------------------------------- gang
+
+
+@dataclass(frozen=True)
+class GangStory:
+    """A run with max_failures=1 whose gang loses a rank in its first task, and another one in its third."""
+
+    run: Path
+    pids: Mapping[str, list[int]]
+    """The gang after each stage, and when a rank was killed."""
+    error: ClDistError
+
+
+@pytest.fixture(scope="module")
+def gang(address: str, folder: Path) -> GangStory:
+    workbook = book(folder, "gang", {"address": address, "max_failures": 1})
+    pids: dict[str, list[int]] = {}
+
+    def watch(dispatcher: RayDispatcher, event: Event) -> None:
+        if event["event"] == "round" and event["task"] in (0, 2) and f"killed {event['task']}" not in pids:
+            pids[f"killed {event['task']}"] = gang_pids(dispatcher)
+            os.kill(gang_pids(dispatcher)[1], signal.SIGKILL)
+        if event["event"] == "stage_end":
+            pids[event["stage"]] = gang_pids(dispatcher)
+
+    with pytest.raises(TrainingError) as caught:
+        compute(workbook, watch)
+    return GangStory(workbook.config.folder, pids, caught.value)
+
+
+def test_a_stage_whose_rank_was_killed_is_trained_again_to_equal_bytes(gang: GangStory, undisturbed: Path) -> None:
+    assert gang.pids["00-food/train"][1] != gang.pids["killed 0"][1]
+    restarts = [event for event in ray_runs.events(gang.run) if event["event"] == "gang_restart"]
+    assert [(event["stage"], event["starts"]) for event in restarts] == [("00-food/train", 2)]
+    for stage in ("00-food/train", "01-film/train"):
+        for name in ("trainable.safetensors", "learner.safetensors"):
+            assert (gang.run / "stages" / stage / name).read_bytes() == (
+                undisturbed / "stages" / stage / name
+            ).read_bytes()
+
+
+def test_one_gang_serves_consecutive_train_stages(gang: GangStory) -> None:
+    assert len(set(gang.pids["00-food/train"])) == 2
+    assert gang.pids["00-food/train"] == gang.pids["01-film/train"] == gang.pids["killed 2"]
+
+
+def test_more_failures_than_allowed_end_the_run_with_their_cause(gang: GangStory) -> None:
+    assert gang.error.exit_code == 5
+    assert "cluster.max_failures=1" in str(gang.error)
+    assert "worker died" in str(gang.error) or "actor died" in str(gang.error)
+    assert "`cl-dist resume` goes on from here" in str(gang.error)
+    finished = {path.parent.parent.name for path in gang.run.glob("stages/*/evaluate/manifest.json")}
+    assert finished == {"00-food", "01-film"}
+
+
+def test_an_error_that_no_restart_would_cure_arrives_as_it_was_raised(address: str, tmp_path: Path) -> None:
+    settings = {"dispatcher": "ray", "engine": "deepspeed", "address": address}
+    workbook = tiny.book(tmp_path, {"cluster": settings}, tasks=("food",))
+    workbook.check_data()  # the driver has read it
+    tiny.save_rows(tmp_path / "food.jsonl", tiny.rows("food", train=23))
+    seen: list[str] = []
+    with pytest.raises(DataError, match=r"^task food: its files differ between machines, or changed") as caught:
+        compute(workbook, lambda _, event: seen.append(event["event"]))
+    assert type(caught.value) is DataError  # not Ray's wrapping of it
+    assert seen == ["begin", "stage_start"]
+
+
+# --------------------------------------------------------------------------------------------------------------- pool
+
+
+@dataclass(frozen=True)
+class PoolStory:
+    """A run whose last Evaluate stage was missing, and whose pool lost all its actors at the first shard."""
+
+    run: Path
+    events: list[Event]
+    gangs: list[bool]
+    """At each event, whether there was a gang."""
+
+
+@pytest.fixture(scope="module")
+def pool(address: str, folder: Path, undisturbed: Path) -> PoolStory:
+    workbook = book(folder, "pool", {"address": address})
+    copytree(undisturbed / "stages", workbook.config.folder / "stages")
+    rmtree(workbook.config.folder / "stages/02-topic/evaluate")
+    seen: list[Event] = []
+    gangs: list[bool] = []
+
+    def watch(dispatcher: RayDispatcher, event: Event) -> None:
+        seen.append(event)
+        gangs.append(dispatcher._gang is not None)
+        if (event["event"], event.get("step")) == ("step", 1):
+            assert dispatcher._pool is not None
+            pids = [actor.__ray_call__.remote(lambda worker: os.getpid()) for actor in dispatcher._pool._actors]
+            for pid in ray.get(pids, timeout=60):
+                os.kill(pid, signal.SIGKILL)
+
+    compute(workbook, watch)
+    return PoolStory(workbook.config.folder, seen, gangs)
+
+
+def test_shards_of_dead_actors_are_scored_again_and_counted_once(pool: PoolStory) -> None:
+    retries = [event for event in pool.events if event["event"] == "shard_retry"]
+    assert retries
+    assert all(event["attempt"] == 2 for event in retries)
+    steps = [(event["step"], event["total_steps"]) for event in pool.events if event["event"] == "step"]
+    assert steps == [(number, 8) for number in range(1, 9)]  # 3 tasks and the ablation, 10 rows in shards of 6 each
+
+
+def test_scores_are_those_of_an_undisturbed_pool_and_of_one_worker(
+    pool: PoolStory, undisturbed: Path, folder: Path
+) -> None:
+    alone = book(folder, "alone", {"dispatcher": "local", "engine": "torch", "workers": 1})
+    copytree(undisturbed / "stages", alone.config.folder / "stages")
+    rmtree(alone.config.folder / "stages/02-topic/evaluate")
+    run(alone, LocalDispatcher(), Tracker(alone))
+    for name in ("scores.json", *(f"predictions/{task}.jsonl" for task in tiny.TASKS)):
+        scored = (pool.run / "stages/02-topic/evaluate" / name).read_bytes()
+        assert scored == (undisturbed / "stages/02-topic/evaluate" / name).read_bytes()
+        assert scored == (alone.config.folder / "stages/02-topic/evaluate" / name).read_bytes()
+
+
+def test_a_run_that_only_has_an_evaluate_stage_left_starts_no_gang(pool: PoolStory) -> None:
+    assert not any(pool.gangs)
+    assert [event["stage"] for event in pool.events if event["event"] == "stage_start"] == ["02-topic/evaluate"]
+    assert not (pool.run / "logs" / "ray").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ cluster
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"workers": 3}, "3 workers with 1 CPU each need 3, the cluster has 2 in all"),
+        ({"workers": 1, "cpus_per_worker": 2.5}, "1 workers with 2.5 CPU each need 2.5, the cluster has 2 in all"),
+        ({"gpus_per_worker": 0.5}, "2 workers with 0.5 GPU each need 1, the cluster has 0 in all"),
+    ],
+)
+def test_a_request_that_can_never_fit_fails_at_once(
+    address: str, folder: Path, asked: Mapping[str, Any], message: str
+) -> None:
+    workbook = book(folder, "large", {"address": address, **asked})
+    with pytest.raises(ClusterError, match=message):
+        RayDispatcher(workbook.config.cluster, workbook.config.folder)
+    assert not ray.is_initialized()
+
+
+def test_a_run_whose_ray_fails_says_so(address: str, tmp_path: Path) -> None:
+    """The mailbox is lost with the driver's node; here alone."""
+    workbook = tiny.book(tmp_path, {"cluster": {"dispatcher": "ray", "engine": "deepspeed", "address": address}})
+
+    def watch(dispatcher: RayDispatcher, event: Event) -> None:
+        if event["event"] == "round":
+            assert dispatcher._gang is not None
+            ray.kill(dispatcher._gang._mailbox)
+
+    with pytest.raises(ClusterError, match=r"the Ray cluster failed under the run: ActorDiedError"):
+        compute(workbook, watch)

@@ -1,0 +1,205 @@
+"""Whole sequences in this process: every method to its end, and through every interruption to the same bytes."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cl_dist.dispatch_local import LocalDispatcher
+from cl_dist.errors import StageConflictError
+from cl_dist.jobs import Workbook
+from cl_dist.stage import Evaluate, Ref, ref
+from cl_dist.stages.job import Job
+from cl_dist.tracking import Tracker
+from tests import tiny
+
+METHODS = ("ctr", "sequential", "individual", "joint")
+STAGES = [f"{number:02d}-{task}/{stage}" for number, task in enumerate(tiny.TASKS) for stage in ("train", "evaluate")]
+TRAIN = {"epochs": 2, "min_round_steps": 2}
+
+
+class PowerCutError(Exception):
+    """Ends an attempt at a run."""
+
+
+class Flaky(LocalDispatcher):
+    """Runs the given number of stages, then fails before or after computing the next one."""
+
+    def __init__(self, good: int, when: str = "before") -> None:
+        self.good, self.when, self.ran = good, when, list[Ref]()
+
+    def run(self, job: Job, out: str, tracker: Tracker) -> None:
+        if len(self.ran) == self.good and self.when == "before":
+            raise PowerCutError
+        super().run(job, out, tracker)
+        if len(self.ran) == self.good:
+            raise PowerCutError
+        self.ran.append(ref(job.stage))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sequence")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Callable[[str], Workbook]:
+    done: dict[str, Workbook] = {}
+
+    def compute(method: str) -> Workbook:
+        if method not in done:
+            done[method] = tiny.compute(book(folder, method, f"whole-{method}"))
+        return done[method]
+
+    return compute
+
+
+def book(folder: Path, method: str, name: str, over: Mapping[str, Any] | None = None) -> Workbook:
+    settings = dict(tiny.CTR) if method == "ctr" else {"name": method}
+    science: dict[str, Any] = {"method": settings, "train": TRAIN} | dict(over or {})
+    return tiny.book(folder, {"run": {"name": name}, "science": science})
+
+
+def results(book: Workbook) -> dict[str, bytes]:
+    """Return what a run found: weights, learner state, scores, predictions and matrix; not its timings."""
+    folder = book.config.folder
+    kept = [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".csv") or p.name == "scores.json"]
+    kept += folder.rglob("predictions/*.jsonl")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in kept}
+
+
+def scores(book: Workbook, task: int) -> dict[str, Any]:
+    read: dict[str, Any] = book.ledger.read(Ref(task=task, stage="evaluate"), "scores.json")["tasks"]
+    return read
+
+
+def cells(book: Workbook) -> list[list[str]]:
+    lines = (book.config.folder / "metrics" / "R.csv").read_text().splitlines()
+    return [line.split(",")[1:] for line in lines[1:]]
+
+
+def planned(book: Workbook) -> list[Ref]:
+    return [ref(stage) for task in range(len(book.tasks)) for stage in book.plan(task)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_before_every_stage_a_run_ends_with_the_same_bytes(
+    folder: Path, undisturbed: Callable[[str], Workbook], method: str
+) -> None:
+    expected, name = undisturbed(method), f"cut-{method}"
+    ran: list[Ref] = []
+    for _ in planned(expected)[1:]:
+        dispatcher = Flaky(good=1)
+        with pytest.raises(PowerCutError):
+            tiny.compute(book(folder, method, name), dispatcher)
+        assert len(dispatcher.ran) == 1
+        ran += dispatcher.ran
+    dispatcher = Flaky(good=99)
+    found = tiny.compute(book(folder, method, name), dispatcher)
+    assert ran + dispatcher.ran == planned(expected)  # each stage once, in order
+    assert results(found) == results(expected)
+
+
+def test_cut_off_with_its_files_written_but_unpublished_a_stage_is_computed_again(
+    folder: Path, undisturbed: Callable[[str], Workbook]
+) -> None:
+    expected = undisturbed("ctr")
+    for number in range(len(STAGES)):
+        with pytest.raises(PowerCutError):
+            tiny.compute(book(folder, "ctr", "half"), Flaky(good=min(number, 1), when="after"))
+    found = tiny.compute(book(folder, "ctr", "half"))
+    assert results(found) == results(expected)
+    assert not list(found.config.folder.rglob("*.partial-*"))
+
+
+def test_a_finished_run_computes_nothing_again(undisturbed: Callable[[str], Workbook]) -> None:
+    book = undisturbed("ctr")
+    before = results(book)
+    tiny.compute(Workbook(book.config), dispatcher := Flaky(good=0))
+    assert dispatcher.ran == []
+    assert results(book) == before
+
+
+def test_a_task_appended_to_a_finished_run_is_learned_as_if_it_had_been_there(
+    folder: Path, undisturbed: Callable[[str], Workbook]
+) -> None:
+    tiny.compute(book(folder, "ctr", "grown", {"order": list(tiny.TASKS[:2])}))
+    dispatcher = Flaky(good=99)
+    found = tiny.compute(book(folder, "ctr", "grown"), dispatcher)
+    assert [stage.task for stage in dispatcher.ran] == [2, 2]
+    assert results(found) == results(undisturbed("ctr"))
+
+
+def test_other_settings_are_refused_before_anything_runs(folder: Path) -> None:
+    with pytest.raises(PowerCutError):
+        tiny.compute(book(folder, "sequential", "changed"), Flaky(good=1))
+    before = results(book(folder, "sequential", "changed"))
+    dispatcher = Flaky(good=99)
+    with pytest.raises(StageConflictError, match=r"00-food/train.*\n  train\.lr: finished with 0\.005, now 0\.001"):
+        tiny.compute(book(folder, "sequential", "changed", {"train": TRAIN | {"lr": 0.001}}), dispatcher)
+    assert dispatcher.ran == []
+    assert results(book(folder, "sequential", "changed")) == before
+
+
+def test_ctr_forgets_nothing_old_tasks_keep_every_bit_of_their_logits(undisturbed: Callable[[str], Workbook]) -> None:
+    book = undisturbed("ctr")
+    for task in range(3):
+        later = [scores(book, after)[str(task)] for after in range(task, 3)]
+        assert later == [later[0]] * len(later)
+    summary = json.loads((book.config.folder / "metrics" / "summary.json").read_text())
+    assert summary["metrics"]["cl/forgetting_max"]["value"] == 0.0
+    assert summary["metrics"]["cl/bwt"]["value"] == 0.0
+
+
+def test_ctr_forgets_nothing_when_a_later_task_has_shorter_inputs(tmp_path: Path) -> None:
+    over = tiny.tree(tmp_path, tasks=("food", "film"))["science"]["tasks"]
+    over[1]["train"] = {"max_length": 5}  # cuts rows of both tasks
+    book = tiny.compute(tiny.book(tmp_path, {"science": {"tasks": over, "train": TRAIN}}, tasks=("food", "film")))
+    assert scores(book, 1)["0"] == scores(book, 0)["0"]
+
+
+def test_sequential_fine_tuning_changes_what_it_knew(undisturbed: Callable[[str], Workbook]) -> None:
+    book = undisturbed("sequential")
+    digests = {scores(book, after)["0"]["logits_sha256"] for after in range(3)}
+    assert len(digests) == 3
+
+
+def test_individual_models_keep_the_scores_of_their_own_task(undisturbed: Callable[[str], Workbook]) -> None:
+    book = undisturbed("individual")
+    assert [list(scores(book, after)) for after in range(3)] == [["0"], ["1"], ["2"]]
+    own = [repr(scores(book, task)[str(task)]["accuracy"]) for task in range(3)]
+    assert cells(book) == [[own[0], "", ""], [own[0], own[1], ""], own]
+
+
+def test_an_individual_model_knows_nothing_of_the_tasks_before(
+    folder: Path, undisturbed: Callable[[str], Workbook]
+) -> None:
+    tasks = tiny.tree(folder)["science"]["tasks"]
+    tasks[0]["labels"] = ["good", "bad", "neither"]  # a wider head for the first task
+    first, other = undisturbed("individual"), book(folder, "individual", "other", {"tasks": tasks})
+    for wanted in (Ref(task=1, stage="train"), Ref(task=2, stage="train")):
+        assert other.facts(other.stage(wanted)) == first.facts(first.stage(wanted))
+    tiny.compute(other)
+    same = {name: data for name, data in results(first).items() if "/train/" in name and "00-food" not in name}
+    assert same
+    assert {name: results(other)[name] for name in same} == same
+
+
+def test_joint_training_scores_all_tasks_once_at_the_end(undisturbed: Callable[[str], Workbook]) -> None:
+    book = undisturbed("joint")
+    assert planned(book) == [Ref(task=2, stage="train"), Ref(task=2, stage="evaluate")]
+    assert cells(book)[:2] == [["", "", ""], ["", "", ""]]
+    assert cells(book)[2] == [repr(scores(book, 2)[str(task)]["accuracy"]) for task in range(3)]
+    train = json.loads((book.ledger.path(Ref(task=2, stage="train")) / "train.json").read_text())
+    assert train["selected_step"] <= 2 * -(-60 // 8)  # two epochs over the rows of all three tasks
+    assert len(train["rounds"]) == 2
+
+
+def test_ctr_scores_a_new_task_also_without_knowledge_sharing(undisturbed: Callable[[str], Workbook]) -> None:
+    book = undisturbed("ctr")
+    for task in range(3):
+        stage = book.stage(Ref(task=task, stage="evaluate"))
+        assert isinstance(stage, Evaluate)
+        assert list(book.ledger.read(ref(stage), "scores.json")["without"]) == list(stage.without) == ["sharing"]
