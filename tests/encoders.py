@@ -3,6 +3,8 @@
 Two layers of width 32, with weights of a size as if trained: with std 0.02 the layers of so narrow a model say nothing.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -30,16 +32,21 @@ SHAPE = PluginShape(tsm_size=24, capsule_mid=6, filters=5, s_max=50.0)
 
 def encoder(kind: str = "bert", layers: int = 2) -> PreTrainedModel:
     """Return an encoder with random weights: equal ones at each call."""
-    width = {"vocab_size": WORDS, "pad_token_id": PAD, "max_position_embeddings": MAX_LENGTH + PAD + 1}
-    bert = {"hidden_size": WIDTH, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 48}
-    distil = {"dim": WIDTH, "n_layers": layers, "n_heads": 2, "hidden_dim": 48}
+    width: dict[str, Any] = {"vocab_size": WORDS, "pad_token_id": PAD, "max_position_embeddings": MAX_LENGTH + PAD + 1}
+    bert: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
+    distil: dict[str, Any] = {"dim": WIDTH, "n_layers": layers, "n_heads": 2, "hidden_dim": 48}
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model: PreTrainedModel
         if kind == "bert":
             model = BertModel(BertConfig(**width, **bert, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
         elif kind == "roberta":
-            no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
             model = RobertaModel(RobertaConfig(**width, **bert, **no_dropout))
         else:
             model = DistilBertModel(DistilBertConfig(**width, **distil, dropout=0.0, attention_dropout=0.0))

@@ -68,8 +68,8 @@ class Router(nn.Module):
     At the start a_i is near 1 and a gate is open as often as not: with the release's initial values the whole module is
     below 1 % of the hidden states, so that neither the capsules nor the gates get a signal that means anything.
 
-    Departs from the paper, whose gate reads z_i itself. z is not negative and its larger part is common to all tasks, so a
-    step on W_g moves all gates together, far faster than apart: they end up open for every capsule or for none.
+    Departs from the paper, whose gate reads z_i itself. z is not negative and its larger part is common to all tasks:
+    a step on W_g moves all gates together, far faster than apart, and they end up open for every capsule or for none.
     """
 
     def __init__(self, shape: SharingShape, hidden: int) -> None:

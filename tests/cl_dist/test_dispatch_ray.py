@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from cl_dist import dispatch_ray
-from cl_dist.dispatch_ray import Mailbox, Parcel
+from cl_dist.dispatch_ray import Mailbox, Parcel, RayDispatcher
 from cl_dist.errors import ClusterError, DataError
 from cl_dist.run_config import ClusterConfig
 
@@ -59,18 +60,17 @@ def _own_handler() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
+@pytest.mark.usefixtures("_own_handler")
 @pytest.mark.parametrize("during_the_start", [True, False])
-def test_sigterm_keeps_the_meaning_it_had_before_ray(
-    monkeypatch: pytest.MonkeyPatch, _own_handler: None, during_the_start: bool
-) -> None:
+def test_sigterm_keeps_the_meaning_it_had_before_ray(monkeypatch: pytest.MonkeyPatch, during_the_start: bool) -> None:
     """ray.init puts a handler of its own there, which exits with 15."""
 
     def stop(*_: Any) -> None:
-        raise Stopped
+        raise StoppedError
 
     def init(**_: Any) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
@@ -79,7 +79,7 @@ def test_sigterm_keeps_the_meaning_it_had_before_ray(
 
     signal.signal(signal.SIGTERM, stop)
     monkeypatch.setattr(dispatch_ray.ray, "init", init)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):  # noqa: PT012  # from either line, as the parameter says
         dispatch_ray._connect(ClusterConfig())
         signal.raise_signal(signal.SIGTERM)
 
@@ -111,3 +111,12 @@ def test_workers_must_fit_on_the_nodes(
         return
     with pytest.raises(ClusterError, match=r"cluster: \d workers with .* each need .*, the cluster has .* on nodes of"):
         dispatch_ray._check_fits(ClusterConfig(**asked))
+
+
+def test_a_cluster_that_fails_under_a_run_is_a_cluster_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*_: Any) -> None:
+        raise RayActorError(error_msg="the mailbox went with the driver's node")
+
+    monkeypatch.setattr(RayDispatcher, "_run", lose)
+    with pytest.raises(ClusterError, match=r"RayActorError: the mailbox went .*\nFinished stages are kept: .* resume"):
+        object.__new__(RayDispatcher).run(None, "", None)  # type: ignore[arg-type]  # neither is looked at

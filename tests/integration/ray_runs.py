@@ -16,11 +16,11 @@ from cl_dist.config import merged
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
-START_S = 90.0
+START_S = 150.0
 """How long Ray and a gang may take to start on a busy machine."""
 SETTINGS = {
     "run": {"dir": "runs"},  # relative, as a user has it
-    "science": {"train": {"epochs": 16}},  # some seconds, so that a stage has a middle
+    "science": {"train": {"epochs": 10}},  # some seconds, so that a stage has a middle
     "cluster": {"dispatcher": "ray", "engine": "deepspeed", "workers": 2, "zero_stage": 2},
 }
 

@@ -32,9 +32,9 @@ pytestmark = [
 TRAIN = {"epochs": 7, "global_batch": 15, "lr": 1e-3, "weight_decay": 0.01, "min_round_steps": 10}
 ZeroStage = Literal[0, 1, 2, 3]
 SEED = 4
-"""The router takes maxima over windows. Where two windows differ by less than rounding, each sum order takes its own, and
-the weights of that filter go apart by whole steps (6e-4 here with seed 0, at a margin of 6e-8). Of the seeds 0 to 5 this
-one keeps the largest margin, 1.4e-6; a test below looks that it still does."""
+"""The router takes maxima over windows. Where two windows differ by less than rounding, each order of summation takes
+another one, and the weights of that filter go apart by whole steps (6e-4 here with seed 0, at a margin of 6e-8). Of the
+seeds 0 to 5 this one keeps the largest margin, 1.4e-6; a test below looks that there is one."""
 SECOND = Ref(task=1, stage="train")
 
 

@@ -39,7 +39,7 @@ def logits(model: CtrClassifier, task: int, batch: dict[str, Tensor] | None = No
 def pin_gates(model: CtrClassifier, task: int, is_open: bool) -> None:
     """Make the routers of a task open (or close) every gate."""
     for plugin in model.plugins:
-        gate = plugin.sharing.routers[str(task)].gate
+        gate: Any = plugin.sharing.routers[str(task)].get_submodule("gate")
         gate.weight.data.zero_()
         gate.bias.data.copy_(torch.tensor([9.0, -9.0] if is_open else [-9.0, 9.0]))
 
@@ -74,7 +74,7 @@ def test_what_a_plugin_returns_is_added_to_its_sub_blocks_input_and_normalised(k
     for number, (plugin, norms) in enumerate(zip(model.plugins, model.norms, strict=True)):
         plugin.register_forward_hook(note(f"plugin{number}"))
         norms.register_forward_hook(note(f"norm{number}"))
-    model.backbone.embeddings.register_forward_hook(note("embeddings"))
+    model.backbone.get_submodule("embeddings").register_forward_hook(note("embeddings"))
     with torch.no_grad():
         model(batch_of())
     stream = seen["embeddings"][1]
@@ -252,10 +252,10 @@ def test_units_that_an_earlier_task_uses_do_not_move_and_free_ones_do() -> None:
     before = snapshot(learner.model)
     train(learner, 1, [batch_of(seed=seed) for seed in range(3, 9)], weight_decay=0.5)
     moved_free = 0
-    names = {parameter: name for name, parameter in learner.model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in learner.model.named_parameters()}
     for plugin in learner.model.plugins:
         used1, used2 = plugin.mask1[0], plugin.mask2[0]
-        protected = {
+        protected: dict[Tensor, Tensor] = {
             plugin.fc1.weight: used1[:, None].expand_as(plugin.fc1.weight),
             plugin.fc1.bias: used1,
             plugin.fc2.weight: used2[:, None] & used1[None, :],
@@ -276,7 +276,7 @@ def test_the_router_learns_from_the_second_task_on() -> None:
         loss.rows["ce"].sum().backward()
         for plugin in learner.model.plugins:
             for other, router in plugin.sharing.routers.items():
-                gradients = [router.gate.weight.grad, router.gate.bias.grad]
+                gradients = [parameter.grad for parameter in router.get_submodule("gate").parameters()]
                 learns = task == 1 and other == "1"
                 assert all((g is not None and bool(g.abs().max() > 0)) == learns for g in gradients), (task, other)
         learner.model.zero_grad()
@@ -417,7 +417,7 @@ class Operations(TorchDispatchMode):
     """Counts the aten operations of a block, those of its backward pass too."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
