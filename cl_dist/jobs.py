@@ -11,6 +11,7 @@ from cl_dist.data.rows import TaskData
 from cl_dist.errors import ConfigError, DataError
 from cl_dist.ledger import Ledger, sha256
 from cl_dist.methods import METHODS
+from cl_dist.models.config import ModelConfig
 from cl_dist.places import resolve
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import SCHEMA_VERSION, Evaluate, Ref, Stage, Train, digest_of, flat
@@ -77,7 +78,7 @@ class Workbook:
             "schema_version": SCHEMA_VERSION,
             "stage": stage.changed(),
             "seed": science.seed,
-            "model": science.model.changed() | {"digest": model_digest(science.model.source, science.model.revision)},
+            "model": _model_facts(science.model),
             "method": science.method.changed() | {"name": science.method.name},
             "train": science.train_of(task).changed(),
             "evaluate": {"batch": science.evaluate.batch},  # dev rows are scored in batches of this size
@@ -139,6 +140,12 @@ def _load(task: str, overlap: str) -> TaskData:
     from cl_dist.data.tasks import DataConfig, TaskConfig
 
     return load_task(TaskConfig.model_validate_json(task), DataConfig.model_validate({"overlap": overlap}))
+
+
+def _model_facts(model: ModelConfig) -> dict[str, Any]:
+    """Return what decides a backbone: its bytes, wherever they lie, and how it is used."""
+    used = {name: value for name, value in model.changed().items() if name not in ("source", "revision")}
+    return used | {"digest": model_digest(model.source, model.revision)}
 
 
 @lru_cache(maxsize=8)

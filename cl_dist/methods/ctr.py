@@ -77,14 +77,19 @@ class Ctr(Learner):
                     router.gate.requires_grad_(False)
 
     def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:
-        """Return cross-entropy per row and the sparsity of the task's masks; gates anneal once per round."""
+        """Return cross-entropy per row and the sparsity of the task's masks.
+
+        Once per round the mask slope rises to s_max and the routers' noise falls to 0, so that a round ends under the
+        conditions of scoring: binary masks, and gates decided by argmax.
+        """
         from cl_dist.models.classifier import cross_entropy
         from cl_dist.models.gates import slope
         from cl_dist.models.noise import gumbel
 
         context, task = self.model.context, self.model.context.task
         context.slope = slope(progress.round_step, progress.round_steps, self.config.s_max)
-        context.noise_PBU2 = gumbel(self.seed, progress.step, batch["row"], len(self.model.plugins), task)
+        noise_PBU2 = gumbel(self.seed, progress.step, batch["row"], len(self.model.plugins), task)
+        context.noise_PBU2 = noise_PBU2 * (1 - progress.round_step / max(1, progress.round_steps - 1))
         logits_BK = model(batch)
         own = {"sparsity": self.config.sparsity * self.model.sparsity()}
         return Loss(rows={"ce": cross_entropy(logits_BK, batch)}, own=own)

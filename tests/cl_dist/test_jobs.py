@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from cl_dist.config import Section, Tree, merged, parse
 from cl_dist.data.tasks import DataConfig
-from cl_dist.jobs import Workbook
+from cl_dist.jobs import Workbook, _model_facts, model_digest
 from cl_dist.methods.ctr import CtrConfig
 from cl_dist.methods.finetune import FinetuneConfig
 from cl_dist.models.config import ModelConfig
@@ -130,7 +130,7 @@ def test_name_and_place_of_a_run_enter_no_fingerprint(base: Tree, field: str) ->
 def test_every_setting_of_model_method_and_training_enters_all_fingerprints(
     base: Tree, section: type[Section], place: str, values: Tree
 ) -> None:
-    for field in fields(section, besides=("source", "name")):
+    for field in fields(section, besides=("source", "revision", "name")):
         assert changed(base, {"science": {place: {field: values[field]}}}) == ALL, field
 
 
@@ -250,3 +250,18 @@ def test_a_job_knows_the_tasks_so_far_and_the_weights_it_starts_from(base: Tree)
     assert chain(score) == [*chain(train), "stages/02-topic/train"]
     assert [task.id for task in book.job(book.plan(1)[0]).tasks] == ["food", "film"]
     assert book.job(train).engine == book.config.cluster
+
+
+def test_a_moved_backbone_is_the_same_backbone(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"weights")
+    assert model_digest(str(here), None) == model_digest(str(there), None)
+    moved = [_model_facts(ModelConfig(source=str(folder))) for folder in (here, there)]
+    assert moved[0] == moved[1]
+    (there / "model.safetensors").write_bytes(b"others")
+    model_digest.cache_clear()
+    assert _model_facts(ModelConfig(source=str(there))) != moved[0]
+    assert _model_facts(ModelConfig(source=str(here), pooling="cls")) != moved[0]
