@@ -7,6 +7,7 @@ borrows the gang's CPUs and GPUs instead of asking for more; before the gang wor
 """
 
 import asyncio
+import gc
 import logging
 import math
 import os
@@ -143,6 +144,7 @@ def gang_worker(config: Mapping[str, Any]) -> None:
         if world.rank == 0:
             ray.get(mailbox.done.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
         after = parcel.number
+        gc.collect()  # engines hold themselves in cycles, and the next stage builds another
 
 
 def _enter(folder: str) -> None:

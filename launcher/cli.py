@@ -61,8 +61,11 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped or killed; the number of workers may differ (cluster.workers=4)."""
     console.start_logging(verbose)
+    settings = overrides or []
+    if run is not None and "=" in str(run) and not run.exists():  # `cl-dist resume cluster.workers=4`
+        run, settings = None, [str(run), *settings]
     folder = runs.latest(Path("runs")) if run is None else run
-    _finish(runs.reopen(folder, overrides or []), baselines, as_json)
+    _finish(runs.reopen(folder, settings), baselines, as_json)
 
 
 def _finish(run: Any, baselines: bool, as_json: bool, source: Path | None = None) -> None:

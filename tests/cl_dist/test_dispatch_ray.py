@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import RayActorError
 
 from cl_dist import dispatch_ray
@@ -78,7 +79,7 @@ def test_sigterm_keeps_the_meaning_it_had_before_ray(monkeypatch: pytest.MonkeyP
             signal.raise_signal(signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
-    monkeypatch.setattr(dispatch_ray.ray, "init", init)
+    monkeypatch.setattr(ray, "init", init)
     with pytest.raises(StoppedError):  # noqa: PT012  # from either line, as the parameter says
         dispatch_ray._connect(ClusterConfig())
         signal.raise_signal(signal.SIGTERM)
@@ -105,7 +106,7 @@ def test_workers_must_fit_on_the_nodes(
 ) -> None:
     gone = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
     alive = [{"Alive": True, "Resources": {"CPU": cpus}} for cpus in nodes]
-    monkeypatch.setattr(dispatch_ray.ray, "nodes", lambda: [gone, *alive])
+    monkeypatch.setattr(ray, "nodes", lambda: [gone, *alive])
     if fits:
         dispatch_ray._check_fits(ClusterConfig(**asked))
         return

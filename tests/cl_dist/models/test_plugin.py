@@ -251,7 +251,6 @@ def test_units_that_an_earlier_task_uses_do_not_move_and_free_ones_do() -> None:
     train(learner, 0, [batch_of(seed=seed) for seed in range(3)])
     before = snapshot(learner.model)
     train(learner, 1, [batch_of(seed=seed) for seed in range(3, 9)], weight_decay=0.5)
-    moved_free = 0
     names: dict[Tensor, str] = {parameter: name for name, parameter in learner.model.named_parameters()}
     for plugin in learner.model.plugins:
         used1, used2 = plugin.mask1[0], plugin.mask2[0]
@@ -264,8 +263,10 @@ def test_units_that_an_earlier_task_uses_do_not_move_and_free_ones_do() -> None:
         for parameter, kept in protected.items():
             moved = parameter != before[names[parameter]]
             assert not (moved & kept).any()
-            moved_free += int((moved & ~kept).sum())
-    assert moved_free > 100
+            assert (moved & ~kept).any()
+            if parameter is plugin.fc2.weight:  # also where one of its two ends is used
+                assert (moved & used2[:, None] & ~used1[None, :]).any()
+                assert (moved & ~used2[:, None] & used1[None, :]).any()
 
 
 def test_the_router_learns_from_the_second_task_on() -> None:
@@ -278,7 +279,8 @@ def test_the_router_learns_from_the_second_task_on() -> None:
             for other, router in plugin.sharing.routers.items():
                 gradients = [parameter.grad for parameter in router.get_submodule("gate").parameters()]
                 learns = task == 1 and other == "1"
-                assert all((g is not None and bool(g.abs().max() > 0)) == learns for g in gradients), (task, other)
+                assert all((gradient is not None) == learns for gradient in gradients), (task, other)
+                assert not learns or any(gradient is not None and gradient.any() for gradient in gradients)
         learner.model.zero_grad()
         learner.model.activate(task)
         learner.model.finish_task()
@@ -384,6 +386,7 @@ def test_plugins_saved_and_loaded_alone_answer_as_before(kind: str, routing: str
     fresh = with_plugins(kind, num_tasks=2, shape=SHAPE.updated({"routing": routing}), seed=9)
     assert not torch.equal(logits(fresh, 1), logits(learner.model, 1))
     fresh.load_plugins(path)
+    torch.testing.assert_close(fresh.masks(), learner.model.masks(), **EXACT)
     for task in (0, 1):
         torch.testing.assert_close(logits(fresh, task), logits(learner.model, task), **EXACT)
 
