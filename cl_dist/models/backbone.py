@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cl_dist.errors import ConfigError
+from cl_dist.errors import ConfigError, DataError
 from cl_dist.models.config import ModelConfig
 from cl_dist.places import resolve
 
@@ -73,7 +73,10 @@ def location(config: ModelConfig) -> str:
         DataError: If the source names a package or a folder that is not there.
     """
     if config.source.startswith(("package:", ".", "/", "~")) or Path(config.source).is_dir():
-        return str(resolve(config.source))
+        folder = resolve(config.source)
+        if not folder.is_dir():  # `./name` would else be asked for on the hub, as `name`
+            raise DataError(f"science.model.source={config.source!r}: there is no folder {folder}")
+        return str(folder)
     return config.source
 
 
