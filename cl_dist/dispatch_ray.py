@@ -259,9 +259,9 @@ class RayDispatcher:
 def _connect(cluster: ClusterConfig) -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths of the run file mean the same on every worker
     env = {name: os.environ.get(name, value) for name, value in PROCESS_ENV.items()}
-    env |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    env |= {name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith("RAY_TRAIN_")}
+    env["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths of the run file mean the same on every worker
     settings: dict[str, Any] = {
         "runtime_env": {"env_vars": env},
         "log_to_driver": False,
@@ -283,7 +283,8 @@ def _connect(cluster: ClusterConfig) -> None:
         _check_reachable(cluster.address)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=cluster.address, **settings)
+        # "local", since None would join whatever a crashed driver left noted in Ray's temporary folder.
+        ray.init(address=cluster.address or "local", **settings)
     except (ConnectionError, RuntimeError, ValueError, RayError, TimeoutError) as error:
         where = cluster.address or "a local Ray"
         raise ClusterError(f"cluster.address={cluster.address!r}: cannot reach {where}: {error}") from error
@@ -324,8 +325,27 @@ def _check_fits(cluster: ClusterConfig) -> None:
             )
 
 
+def _fit(cluster: ClusterConfig, storage: str, mailbox: Any, cwd: str) -> None:
+    """Run the gang to its end. A Ray task: a thread of the driver would crash it when it leaves Ray in between."""
+    use_gpu = cluster.gpus_per_worker > 0
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if use_gpu else {})
+    TorchTrainer(
+        gang_worker,
+        train_loop_config={"mailbox": mailbox, "cwd": cwd},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"gang-{os.getpid()}-{int(time.time())}",  # a known name would make Ray Train restore its state
+            storage_path=storage,
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+        ),
+    ).fit()
+
+
 class _Gang:
-    """The driver's end of the gang: one `fit` in a thread, fed through the mailbox."""
+    """The driver's end of the gang: one `fit`, fed through the mailbox."""
 
     def __init__(self, cluster: ClusterConfig, folder: Path) -> None:
         self._cluster, self._number, self._starts = cluster, 0, 1
@@ -333,30 +353,8 @@ class _Gang:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         kind = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)
         self._mailbox: Any = kind.remote()  # beside the driver, so that no other node can take it along
-        use_gpu = cluster.gpus_per_worker > 0
-        resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if use_gpu else {})
-        trainer = TorchTrainer(
-            gang_worker,
-            train_loop_config={"mailbox": self._mailbox, "cwd": os.getcwd()},
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=cluster.workers, use_gpu=use_gpu, resources_per_worker=resources
-            ),
-            run_config=ray.train.RunConfig(
-                name=f"gang-{os.getpid()}-{int(time.time())}",  # a known name would make Ray Train restore its state
-                storage_path=str((folder / "logs" / "ray").absolute()),
-                failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            ),
-        )
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._fit, args=(trainer,), name="ray-train", daemon=True)
-        self._thread.start()
-
-    def _fit(self, trainer: TorchTrainer) -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:  # handed to the main thread, which waits in `train`
-            self._error = error
+        fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+        self._fit = fit.remote(cluster, str((folder / "logs" / "ray").absolute()), self._mailbox, os.getcwd())
 
     def train(self, job: Job, out: str, tracker: Tracker) -> None:
         """Hand a Train stage to the gang and wait for it.
@@ -383,8 +381,7 @@ class _Gang:
                 self._starts = news["starts"]
                 tracker.event({"event": "gang_restart", "starts": self._starts})
                 log.warning("gang restarted stage=train starts=%d", self._starts)
-            if not self._thread.is_alive():
-                cause = self._error or RuntimeError("the gang ended by itself")
+            if cause := self._ended():
                 raise TrainingError(
                     f"the gang failed more than cluster.max_failures={self._cluster.max_failures} times; last cause:\n"
                     f"{_last_lines(cause)}\nFinished stages are kept: `cl-dist resume` goes on from here."
@@ -395,6 +392,16 @@ class _Gang:
                     f"{self._cluster.start_timeout_s:g}; free now: {ray.available_resources()}"
                 )
             time.sleep(POLL_S)
+
+    def _ended(self) -> BaseException | None:
+        """Return why the gang has ended, None while it lives."""
+        if not ray.wait([self._fit], timeout=0)[0]:
+            return None
+        try:
+            ray.get(self._fit)
+        except RayTaskError as error:
+            return error.cause if isinstance(error.cause, BaseException) else error
+        return RuntimeError("the gang ended by itself")
 
     def places(self) -> list[Place]:
         """Return where the ranks live."""
@@ -407,7 +414,7 @@ class _Gang:
             return
         try:
             ray.get(self._mailbox.close.remote(), timeout=ACTOR_TIMEOUT_S)
-            self._thread.join(timeout=20.0)
+            ray.wait([self._fit], timeout=20.0)
         except RayError as error:
             log.warning("gang not closed in order: %s", error)
 

@@ -16,7 +16,7 @@ from cl_dist.config import merged
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
-START_S = 150.0
+START_S = 400.0
 """How long Ray and a gang may take to start on a busy machine."""
 SETTINGS = {
     "run": {"dir": "runs"},  # relative, as a user has it

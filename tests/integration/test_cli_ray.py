@@ -16,7 +16,7 @@ import pytest
 from tests.integration import ray_runs
 from tests.integration.ray_runs import Command, events, is_alive, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from cl_dist.tracking import Tracker
 from tests import tiny
 from tests.integration import ray_runs
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 Event = Mapping[str, Any]
 
 
