@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cl_dist.errors import ClDistError
 
-out = Console(highlight=False)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 """Results: stdout."""
 err = Console(stderr=True, highlight=False)
 """Everything else: stderr."""
