@@ -168,7 +168,8 @@ def test_shipped_recipes_fit_the_schema_and_parse(path: Path, monkeypatch: pytes
         monkeypatch.setenv(name, "somewhere")
     recipe: dict[str, Any] = yaml.safe_load(path.read_text())
     Draft202012Validator(json_schema()).validate(recipe)
-    load_run(path).science.sequence()
+    order = [task.id for task in load_run(path).science.sequence().tasks]
+    assert order == [task["id"] for task in recipe["science"]["tasks"]]
 
 
 @pytest.mark.parametrize(
