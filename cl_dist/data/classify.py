@@ -3,7 +3,7 @@
 Axes: B rows, L tokens.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,9 +41,13 @@ class ClassifyRows:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def by_length(self) -> list[int]:
-        """Return the row numbers from short to long, so that batches of neighbours need little padding."""
-        return sorted(range(len(self)), key=lambda index: (len(self._ids[index]), index))
+    def by_length(self, indices: Iterable[int] | None = None) -> list[int]:
+        """Return row numbers, all unless some are given, from long to short: batches of neighbours need little padding.
+
+        The largest batch comes first, so that memory that does not suffice is known at once.
+        """
+        chosen = range(len(self)) if indices is None else [int(index) for index in indices]
+        return sorted(chosen, key=lambda index: (-len(self._ids[index]), index))
 
     def batch(self, indices: Collection[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Return the rows of these numbers as one batch; see `models.classifier.Batch` for its keys and shapes."""
