@@ -83,7 +83,8 @@ class Workbook:
             "train": science.train_of(task).changed(),
             "evaluate": {"batch": science.evaluate.batch},  # dev rows are scored in batches of this size
             "rows": {self.tasks.tasks[u].id: [self.data(u).digests[s] for s in ("train", "dev")] for u in stage.data},
-            "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in stage.data},
+            "replay_rows": {self.tasks.tasks[u].id: self.data(u).digests["train"] for u in stage.replay},
+            "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in (*stage.data, *stage.replay)},
         }
         return flat(facts | self._inputs(stage))
 

@@ -66,6 +66,10 @@ class Train(Section):
     init: Ref | None = None
     """Stage whose model this one starts from; None starts from the backbone."""
     learner: str = "main"
+    replay: tuple[int, ...] = ()
+    """Earlier tasks of which some train rows are used too."""
+    replay_rows: int = 0
+    """How many of each, chosen by the run's seed."""
 
     @property
     def name(self) -> str:

@@ -109,7 +109,7 @@ def train(
         total_steps=len(batches),
         warmup_steps=0,
     )
-    engine = TorchEngine(learner.model, optimizing, 1, World(0, 1, torch.device("cpu")))
+    engine = TorchEngine(learner.model, optimizing, 1, World(0, 1, torch.device("cpu")), learner.pulls())
     schedule = Schedule(total_steps=len(batches), steps_per_epoch=1, min_round_steps=len(batches))
     engine.module.train()
     for step, batch in enumerate(batches):
@@ -117,7 +117,7 @@ def train(
         engine.backward(loss.rows["ce"].mean(), torch.stack(list(loss.own.values())).sum())
         engine.step()
     learner.activate(task)
-    learner.end_task(masters(engine))
+    learner.end_task(masters(engine), ())
     engine.module.eval()
 
 

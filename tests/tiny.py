@@ -48,6 +48,19 @@ CTR: Mapping[str, Any] = {
     "gate_lr": 0.02,
     "head_lr": 0.01,
 }
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "ctr": CTR,
+    "hat": {"name": "hat", "tsm_size": 24, "s_max": 50.0, "head_lr": 0.01},
+    "adapter": {"name": "adapter", "size": 8},
+    "lora": {"name": "lora", "r": 4},
+    "ewc": {"name": "ewc", "strength": 100.0},
+    "replay": {"name": "replay", "rows": 7},
+    "lifelong_embedding": {"name": "lifelong_embedding"},
+    "sequential": {"name": "sequential"},
+    "individual": {"name": "individual"},
+    "joint": {"name": "joint"},
+}
+"""Settings with which each method learns something on these tasks: a new method is tested by adding its line."""
 
 
 def save_model(folder: Path) -> Path:

@@ -52,6 +52,11 @@ def epoch_order(seed: int, task_id: str, epoch: int, num_rows: int) -> Indices:
     return order
 
 
+def sample(seed: int, task_id: str, num_rows: int, count: int) -> list[int]:
+    """Return the numbers of up to `count` rows of a task, in order: always the same ones for a seed."""
+    return sorted(epoch_order(seed, task_id, -1, num_rows)[:count].tolist())
+
+
 def global_batch(seed: int, task_id: str, step: int, num_rows: int, batch: int) -> tuple[int, Indices]:
     """Return the epoch of a step, counted from 0 over the whole stage, and the rows of its global batch.
 

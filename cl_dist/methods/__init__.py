@@ -1,10 +1,16 @@
 """The methods: one explicit registry."""
 
-from cl_dist.methods import ctr, finetune
+from cl_dist.methods import adapter, ctr, ewc, finetune, hat, lifelong_embedding, lora, replay
 from cl_dist.methods.base import Method
 
 METHODS: dict[str, Method] = {
     "ctr": ctr.METHOD,
+    "hat": hat.METHOD,
+    "adapter": adapter.METHOD,
+    "lora": lora.METHOD,
+    "ewc": ewc.METHOD,
+    "replay": replay.METHOD,
+    "lifelong_embedding": lifelong_embedding.METHOD,
     "sequential": finetune.SEQUENTIAL,
     "individual": finetune.INDIVIDUAL,
     "joint": finetune.JOINT,

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cl_dist.config import Section
 from cl_dist.data.tasks import TaskConfig
-from cl_dist.stage import Evaluate, Ref, Stage, model_after
+from cl_dist.stage import Evaluate, Ref, Stage, Train, model_after
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from cl_dist.models.classifier import Batch
-    from cl_dist.parallel.engine import GradScale
+    from cl_dist.parallel.engine import GradScale, Pull
 
 
 class MethodConfig(Section):
@@ -78,6 +78,8 @@ class Learner(ABC):
 
     model: nn.Module
     """Set by build."""
+    end_rows: ClassVar[int] = 0
+    """How many train rows end_task wants to see; above 0 it is given the finished model, whole on every rank."""
 
     def __init__(self, config: Any, num_labels: tuple[int, ...], pooling: str, seed: int) -> None:
         self.config, self.num_labels, self.pooling, self.seed = config, num_labels, pooling, seed
@@ -104,12 +106,19 @@ class Learner(ABC):
         """Return elementwise gradient factors by parameter name."""
         return {}
 
+    def pulls(self) -> Mapping[str, Pull]:
+        """Return quadratic penalties by parameter name."""
+        return {}
+
     def learning_rates(self) -> Mapping[str, float]:
         """Return learning rates of parameters that depart from train.lr, by name."""
         return {}
 
-    def end_task(self, masters: Mapping[str, Tensor]) -> None:
-        """Consolidate what later tasks need: masks, for example. masters are the selected float32 weights."""
+    def end_task(self, masters: Mapping[str, Tensor], rows: Iterable[Batch]) -> None:
+        """Consolidate what later tasks need: masks, for example. masters are the selected float32 weights.
+
+        rows are batches of one train row each, this rank's share of `end_rows` rows.
+        """
 
     def facts(self) -> dict[str, Any]:
         """Return what a report should know of the finished task, as plain data."""
@@ -127,9 +136,14 @@ class Learner(ABC):
         """Restore what `state_dict` returned."""
 
 
-def score_seen(task: int, without: tuple[str, ...] = ()) -> Evaluate:
+def score_seen(task: int) -> Evaluate:
     """Score the tasks seen so far with the model after this one: the last stage of most plans."""
-    return Evaluate(task=task, model=model_after(task), tasks=tuple(range(task + 1)), without=without)
+    return Evaluate(task=task, model=model_after(task), tasks=tuple(range(task + 1)))
+
+
+def plan_sequential(tasks: TaskSequence, t: int) -> tuple[Train, Evaluate]:
+    """Train the previous task's model on task t, then score all seen tasks: the plan of most methods."""
+    return Train(task=t, data=(t,), init=model_after(t - 1) if t else None), score_seen(t)
 
 
 def evaluated(task: int) -> Ref:

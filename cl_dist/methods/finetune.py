@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
+from cl_dist.methods import base
 from cl_dist.methods.base import (
     Learner,
     Loss,
@@ -28,18 +29,22 @@ if TYPE_CHECKING:
     from cl_dist.models.classifier import Batch, Classifier
 
 
-class FinetuneConfig(MethodConfig):
-    """Settings of the unprotected baselines."""
+class TunedConfig(MethodConfig):
+    """Settings of every method that trains the backbone itself."""
 
-    name: Literal["sequential", "individual", "joint"]
     tune: Literal["all", "head"] = "all"
     """What is trained: the whole backbone with the head, or the head alone."""
 
 
+class FinetuneConfig(TunedConfig):
+    """Settings of the unprotected baselines."""
+
+    name: Literal["sequential", "individual", "joint"]
+
+
 def plan_sequential(config: FinetuneConfig, tasks: TaskSequence, t: int) -> list[Stage]:
     """Go on training the previous task's model."""
-    init = model_after(t - 1) if t else None
-    return [Train(task=t, data=(t,), init=init), score_seen(t)]
+    return list(base.plan_sequential(tasks, t))
 
 
 def plan_individual(config: FinetuneConfig, tasks: TaskSequence, t: int) -> list[Stage]:
@@ -58,7 +63,7 @@ def plan_joint(config: FinetuneConfig, tasks: TaskSequence, t: int) -> list[Stag
 class Finetune(Learner):
     """A classifier whose heads, and backbone unless `tune: head`, are trained."""
 
-    config: FinetuneConfig
+    config: TunedConfig
     model: Classifier
 
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:

@@ -28,6 +28,8 @@ class Places:
 
     layers: str
     sub_blocks: tuple[SubBlock, ...]
+    query_value: tuple[str, str]
+    """Names of the query and value projections of an attention: where LoRA sits unless it is told otherwise."""
 
 
 _BERT = Places(
@@ -36,6 +38,7 @@ _BERT = Places(
         SubBlock("attention", "attention.output.dropout", "attention.output.LayerNorm"),
         SubBlock("ffn", "output.dropout", "output.LayerNorm"),
     ),
+    query_value=("query", "value"),
 )
 PLACES: dict[str, Places] = {
     "bert": _BERT,
@@ -46,6 +49,7 @@ PLACES: dict[str, Places] = {
             SubBlock("attention", "attention.out_lin", "sa_layer_norm"),
             SubBlock("ffn", "ffn.dropout", "output_layer_norm"),
         ),
+        query_value=("q_lin", "v_lin"),
     ),
 }
 """One row per `model_type` of transformers: to support an architecture, add its row here."""

@@ -151,6 +151,7 @@ class Sharing(nn.Module):
         if shape.routing == "transfer":
             self.routers[str(task)] = Router(shape, self.hidden)
         up = nn.Linear(size * num, self.hidden)
+        nn.init.normal_(up.weight, std=0.02)  # small, so that what has not been learned yet disturbs little
         nn.init.zeros_(up.bias)
         self.ups[str(task)] = up
         self.num_tasks += 1
@@ -200,12 +201,13 @@ class Sharing(nn.Module):
     def forward(
         self, x_BLH: Tensor, task: int, token_mask_BL: Tensor, noise_BU2: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what the seen tasks know of x (B, L, H), and the gates (B, U), None with dynamic routing."""
+        """Return what the seen tasks know of x (B, L, H), and the gates (B, U), None where routing has no gates."""
         weight_UdH, bias_Ud = self._composed(task + 1)
         route_UJde = self._stacked("route{}", task + 1)
         p_BULd = task_capsules(x_BLH, weight_UdH, bias_Ud)
         u_BULJd = torch.einsum("buld,ujde->bulje", p_BULd, route_UJde)
-        if self.shape.routing == "dynamic":
-            return self.ups[str(task)](dynamic_routing(u_BULJd).flatten(-2)), None
+        if self.shape.routing != "transfer":
+            v_BLJd = dynamic_routing(u_BULJd) if self.shape.routing == "dynamic" else u_BULJd.sum(1)
+            return self.ups[str(task)](v_BLJd.flatten(-2)), None
         v_BLD, delta_BU = self.routers[str(task)](u_BULJd.flatten(-2), token_mask_BL, noise_BU2)
         return self.ups[str(task)](v_BLD), delta_BU

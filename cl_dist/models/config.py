@@ -32,12 +32,13 @@ class SharingShape(Section):
     transfer_capsules: int = Field(3, gt=0)
     filters: int = Field(100, gt=0)
     kernels: tuple[int, ...] = (3, 4, 5)
-    routing: Literal["transfer", "dynamic"] = "transfer"
-    """transfer: estimator and router of CTR; dynamic: three rounds of routing by agreement, as in B-CL."""
+    routing: Literal["transfer", "dynamic", "none"] = "transfer"
+    """transfer: estimator and router of CTR; dynamic: three rounds of routing by agreement, as in B-CL; none: the plain
+    sum over the seen tasks, an ablation."""
 
 
-class PluginShape(SharingShape):
-    """Sizes of a whole CTR plugin."""
+class MaskShape(Section):
+    """Sizes of the task-specific module of a plugin, and its gates."""
 
     tsm_size: int = Field(2000, gt=0)
     """Gated units between the two layers of the task-specific module."""
@@ -46,3 +47,10 @@ class PluginShape(SharingShape):
     mask_mean: float = 0.0
     mask_std: float = Field(1.0, ge=0)
     """A new task's gate embeddings are drawn from N(mask_mean, mask_std); units with e > 0 are open."""
+
+
+class PluginShape(MaskShape, SharingShape):
+    """Sizes of a whole CTR plugin."""
+
+    share: bool = True
+    """Knowledge sharing (KSM); False is the ablation that leaves masks only, which is HAT on adapters."""

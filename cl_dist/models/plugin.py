@@ -15,18 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cl_dist.models.backbone import places, replace
+from cl_dist.models.adapters import ActiveTask, TaskNorms, insert
 from cl_dist.models.capsules import Sharing
 from cl_dist.models.classifier import Batch, Classifier, freeze
-from cl_dist.models.config import PluginShape
+from cl_dist.models.config import MaskShape, PluginShape
 from cl_dist.models.gates import Gate, binary, sparsity
 
 
 @dataclass
-class Context:
+class Context(ActiveTask):
     """What all plugins must know about a forward pass besides the hidden states; one object, shared by them."""
 
-    task: int = 0
     slope: float | None = None
     """Slope of the gates of a task in training; None uses binary masks."""
     share: bool = True
@@ -46,11 +45,12 @@ class Plugin(nn.Module):
     mask1: Tensor
     mask2: Tensor
 
-    def __init__(self, inner: nn.Module, hidden: int, shape: PluginShape, context: Context, index: int) -> None:
+    def __init__(self, inner: nn.Module, hidden: int, shape: MaskShape, context: Context, index: int) -> None:
         super().__init__()
         self.inner = inner
         self.shape, self.context, self.index = shape, context, index
-        self.sharing = Sharing(shape, hidden)
+        self.num_tasks = 0
+        self.sharing = Sharing(shape, hidden) if isinstance(shape, PluginShape) and shape.share else None
         self.fc1 = nn.Linear(hidden, shape.tsm_size)
         self.fc2 = nn.Linear(shape.tsm_size, hidden)
         for layer in (self.fc1, self.fc2):
@@ -62,11 +62,13 @@ class Plugin(nn.Module):
 
     def add_task(self) -> None:
         """Append the gates and sharing parts of the next task."""
-        task = self.sharing.num_tasks
-        self.sharing.add_task()
+        task = self.num_tasks
+        if self.sharing is not None:
+            self.sharing.add_task()
         for number, layer in ((1, self.fc1), (2, self.fc2)):
             gate = torch.empty(layer.out_features).normal_(self.shape.mask_mean, self.shape.mask_std)
             self.register_parameter(f"gate{number}_{task}", nn.Parameter(gate))
+        self.num_tasks += 1
 
     def gates(self, task: int) -> tuple[nn.Parameter, nn.Parameter]:
         """Return the two gate embeddings (A,) and (H,) of a task."""
@@ -91,7 +93,7 @@ class Plugin(nn.Module):
         """Return the sub-block's output with the plugin's contribution added: (B, L, H)."""
         x_BLH: Tensor = self.inner(*args, **kwargs)
         context, h_BLH = self.context, x_BLH
-        if context.share:
+        if context.share and self.sharing is not None:
             assert context.token_mask_BL is not None  # set by CtrClassifier.forward
             noise_BU2 = None if context.noise_PBU2 is None else context.noise_PBU2[self.index]
             shared_BLH, delta_BU = self.sharing(x_BLH, context.task, context.token_mask_BL, noise_BU2)
@@ -104,25 +106,6 @@ class Plugin(nn.Module):
         return x_BLH + k2_BLH
 
 
-class TaskNorms(nn.Module):
-    """A layer norm per task, each started from the previous task's."""
-
-    def __init__(self, base: nn.LayerNorm, context: Context) -> None:
-        super().__init__()
-        self.base, self.context = base, context
-        self.norms = nn.ModuleList()
-
-    def add_task(self) -> None:
-        """Append the norm of the next task, as a copy of the backbone's."""
-        norm = nn.LayerNorm(self.base.normalized_shape, eps=self.base.eps)
-        norm.load_state_dict(self.base.state_dict())
-        self.norms.append(norm)
-
-    def forward(self, x_BLH: Tensor) -> Tensor:
-        """Normalise with the active task's scale and shift: (B, L, H)."""
-        return self.norms[self.context.task](x_BLH)
-
-
 class CtrClassifier(Classifier):
     """A frozen backbone with a CL-plugin behind every sub-block, and a head per task.
 
@@ -133,26 +116,22 @@ class CtrClassifier(Classifier):
         model.finish_task(); model.save_plugins("plugins.safetensors")
     """
 
-    def __init__(self, backbone: PreTrainedModel, shape: PluginShape, pooling: str = "mean") -> None:
+    def __init__(self, backbone: PreTrainedModel, shape: MaskShape, pooling: str = "mean") -> None:
         super().__init__(backbone, pooling)
         freeze(backbone)
         self.shape, self.context = shape, Context()
         self.plugins: list[Plugin] = []
-        self.norms: list[TaskNorms] = []
-        self.plugin_names: list[str] = []
-        where = places(backbone)
-        for number, layer in enumerate(backbone.get_submodule(where.layers).children()):
-            for block in where.sub_blocks:
-                inner = layer.get_submodule(block.output)
-                plugin = Plugin(inner, backbone.config.hidden_size, shape, self.context, len(self.plugins))
-                norm = layer.get_submodule(block.norm)
-                assert isinstance(norm, nn.LayerNorm)  # what PLACES promises of `norm`
-                norms = TaskNorms(norm, self.context)
-                replace(layer, block.output, plugin)
-                replace(layer, block.norm, norms)
-                self.plugins.append(plugin)
-                self.norms.append(norms)
-                self.plugin_names.append(f"{number}.{block.name}")
+
+        def plugin(inner: nn.Module) -> nn.Module:
+            self.plugins.append(Plugin(inner, backbone.config.hidden_size, shape, self.context, len(self.plugins)))
+            return self.plugins[-1]
+
+        self.plugin_names, self.norms = insert(backbone, self.context, plugin)
+
+    @property
+    def sharings(self) -> list[Sharing]:
+        """The knowledge-sharing modules; none where they are switched off."""
+        return [plugin.sharing for plugin in self.plugins if plugin.sharing is not None]
 
     @property
     def num_tasks(self) -> int:
@@ -168,30 +147,35 @@ class CtrClassifier(Classifier):
 
     def task_parameters(self, task: int) -> list[nn.Parameter]:
         """Return what belongs to one task alone: its sharing parts, gates, norms and head."""
-        own = [p for plugin in self.plugins for p in (*plugin.sharing.task_parameters(task), *plugin.gates(task))]
+        own = [p for plugin in self.plugins for p in plugin.gates(task)]
+        own += [p for sharing in self.sharings for p in sharing.task_parameters(task)]
         own += [p for norms in self.norms for p in norms.norms[task].parameters()]
         return own + list(self.heads[task].parameters())
 
-    def start_task(self, task: int, backward_transfer: bool = False) -> None:
-        """Choose what task `task` may train.
+    def start_task(self, task: int) -> None:
+        """Choose what task `task` may train: its own parts, and the plugins' shared layers.
 
-        Always: its own parts and the plugins' shared layers (whose used units the caller protects with `keep`).
-        With backward_transfer also the earlier tasks' capsules, which then learn through open gates.
+        Those of their units that earlier tasks use are for the caller to protect.
         """
         freeze(self)
         trained = self.task_parameters(task)
         for plugin in self.plugins:
             trained += [*plugin.fc1.parameters(), *plugin.fc2.parameters()]
-            if backward_transfer:
-                trained += [p for i in range(task) for p in plugin.sharing.capsule_parameters(i)]
         for parameter in trained:
             parameter.requires_grad_(True)
         self.activate(task)
 
+    def train_capsules(self, before: int) -> None:
+        """Let the capsules of the tasks before this one go on learning, through open gates: backward transfer."""
+        for sharing in self.sharings:
+            for task in range(before):
+                for parameter in sharing.capsule_parameters(task):
+                    parameter.requires_grad_(True)
+
     def inherit(self, task: int) -> None:
         """Start the router, up-projection, routing row and norms of a task from the previous task's."""
-        for plugin in self.plugins:
-            plugin.sharing.inherit(task)
+        for sharing in self.sharings:
+            sharing.inherit(task)
         for norms in self.norms:
             norms.norms[task].load_state_dict(norms.norms[task - 1].state_dict())
 

@@ -39,6 +39,19 @@ class GradScale:
 
 
 @dataclass(frozen=True, slots=True)
+class Pull:
+    """Adds the gradient of strength / 2 * (value - anchor)^2, elementwise, to a parameter's reduced gradient."""
+
+    strength: Tensor | float
+    anchor: Tensor
+
+    def gradient(self, value: Tensor) -> Tensor:
+        """Return strength * (value - anchor) in the shape, type and place of value."""
+        strength = self.strength.to(value) if isinstance(self.strength, Tensor) else self.strength
+        return strength * (value - self.anchor.to(value))
+
+
+@dataclass(frozen=True, slots=True)
 class Optimizing:
     """How the weights move: AdamW with linear warm-up and decay, equal for both engines."""
 
@@ -100,6 +113,7 @@ def build_engine(
     micro_batch: int,
     bf16: bool,
     grad_scales: Mapping[str, GradScale],
+    pulls: Mapping[str, Pull],
 ) -> Engine:
     """Put a model under an engine; gradient factors are attached to the parameters first.
 
@@ -110,8 +124,8 @@ def build_engine(
     check_engine(config, world.size, bf16)
     attach(model, grad_scales)
     if config.engine == "torch":
-        return TorchEngine(model.to(world.device), optimizing, num_micro, world)
-    return DeepSpeedEngine(config, model, optimizing, num_micro, micro_batch, bf16, world)
+        return TorchEngine(model.to(world.device), optimizing, num_micro, world, pulls)
+    return DeepSpeedEngine(config, model, optimizing, num_micro, micro_batch, bf16, world, pulls)
 
 
 def check_engine(config: EngineConfig, workers: int, bf16: bool) -> None:
@@ -135,8 +149,11 @@ def attach(model: nn.Module, grad_scales: Mapping[str, GradScale]) -> None:
 class TorchEngine:
     """Plain torch on one worker."""
 
-    def __init__(self, model: nn.Module, optimizing: Optimizing, num_micro: int, world: World) -> None:
+    def __init__(
+        self, model: nn.Module, optimizing: Optimizing, num_micro: int, world: World, pulls: Mapping[str, Pull]
+    ) -> None:
         self.module, self.world = model, world
+        self._pulls = [(model.get_parameter(name), pull) for name, pull in pulls.items()]
         self._optimizing, self._num_micro = optimizing, num_micro
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._optimizer, self._schedule = _adamw(model, optimizing)
@@ -155,6 +172,9 @@ class TorchEngine:
         self._micro += 1
         if self._micro % self._num_micro:
             return
+        for parameter, pull in self._pulls:
+            assert parameter.grad is not None  # a loss reaches all that is trained
+            parameter.grad += pull.gradient(parameter.detach())
         clip = self._optimizing.clip or float("inf")
         self._norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, clip))
         self._optimizer.step()
@@ -182,9 +202,11 @@ class DeepSpeedEngine:
         micro_batch: int,
         bf16: bool,
         world: World,
+        pulls: Mapping[str, Pull],
     ) -> None:
         deepspeed = start_deepspeed(world)
         self.world = world
+        self._pulls = [(model.get_parameter(name), pull) for name, pull in pulls.items()]
         self._undo_mean = world.size * num_micro
         self._norm: Tensor | None = None
         optimizer, schedule = _adamw(model, optimizing)
@@ -220,7 +242,11 @@ class DeepSpeedEngine:
 
     def step(self) -> None:
         """See Engine."""
-        if self._engine.zero_optimization_stage() == 0 and self._engine.is_gradient_accumulation_boundary():
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        if boundary:
+            for parameter, pull in self._pulls:
+                params.add_gradient(parameter, pull.gradient)
+        if boundary and self._engine.zero_optimization_stage() == 0:
             # Without ZeRO DeepSpeed tells no norm; the gradients are reduced by now, and gone after the step.
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(grads)

@@ -4,7 +4,7 @@ Under ZeRO-1/2/3 the values that count are float32 masters, cut up over the rank
 worst. Everything here is a collective: every rank calls it with the same names in the same order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,17 @@ def _read(parameter: nn.Parameter) -> Tensor:
 
         return safe_get_full_fp32_param(parameter)
     return parameter
+
+
+def add_gradient(parameter: nn.Parameter, gradient: Callable[[Tensor], Tensor]) -> None:
+    """Add gradient(whole float32 value) to a parameter's reduced gradient, between the last backward and the step."""
+    if is_managed(parameter):
+        from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
+
+        safe_set_full_grad(parameter, safe_get_full_grad(parameter) + gradient(_read(parameter)))
+    else:
+        assert parameter.grad is not None
+        parameter.grad += gradient(parameter.detach())
 
 
 def write(values: Mapping[str, Tensor], named: Mapping[str, nn.Parameter], rank: int) -> None:

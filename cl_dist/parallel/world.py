@@ -41,3 +41,9 @@ class World:
         values = [value] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def add(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum of every rank's tensor, on every rank; value is overwritten."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cl_dist.data.classify import ClassifyRows
-from cl_dist.data.sampler import global_batch, num_micro_batches, num_steps, share
+from cl_dist.data.sampler import global_batch, num_micro_batches, num_steps, sample, share
 from cl_dist.methods.base import Learner
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.classifier import count_parameters, cross_entropy
@@ -38,7 +39,7 @@ def run(job: Job, out: Path, report: Report) -> None:
     assert isinstance(stage, Train)
     began = time.monotonic()
     learner = build_learner(job)
-    learner.start_task(stage.task, stage.data)
+    learner.start_task(stage.task, (*stage.data, *stage.replay))
     tokenizer = load_tokenizer(job.model)
     rows = ClassifyRows(tokenizer, config.max_length)
     dev = {task: ClassifyRows(tokenizer, config.max_length) for task in stage.data}
@@ -46,6 +47,10 @@ def run(job: Job, out: Path, report: Report) -> None:
         data = task_data(job, task)
         rows.add(task, data.train, data.labels)
         dev[task].add(task, data.dev, data.labels)
+    for task in stage.replay:
+        data = task_data(job, task)
+        chosen = sample(job.seed, data.id, len(data.train), stage.replay_rows)
+        rows.add(task, [data.train[number] for number in chosen], data.labels)
     steps_per_epoch = num_steps(len(rows), config.global_batch)
     schedule = Schedule(config.epochs * steps_per_epoch, steps_per_epoch, config.min_round_steps)
     engine, micro, num_micro = _engine(job, learner, schedule, world)
@@ -64,6 +69,7 @@ def run(job: Job, out: Path, report: Report) -> None:
     for step in range(schedule.total_steps):
         progress = schedule.at(step)
         _, indices = global_batch(job.seed, job.tasks[stage.task].id, step, len(rows), config.global_batch)
+        indices = np.array(rows.by_length(indices))
         engine.module.train()
         with seeded(job.seed, "step", step, world.rank):  # for dropout, the one thing that is drawn per rank
             for places in share(indices, world.rank, world.size, micro, num_micro):
@@ -89,8 +95,11 @@ def run(job: Job, out: Path, report: Report) -> None:
 
     weights = masters(engine) if best is None else best[1]
     engine.close()
+    if learner.end_rows:
+        learner = _finished(job, weights, world)
     learner.activate(stage.task)
-    learner.end_task(weights)
+    seen = sample(job.seed, job.tasks[stage.task].id, len(rows), learner.end_rows)[world.rank :: world.size]
+    learner.end_task(weights, (rows.batch([number], world.device) for number in seen))
     if world.rank == 0:
         save_file(weights, out / WEIGHTS)
         if state := learner.state_dict():
@@ -132,8 +141,19 @@ def _engine(job: Job, learner: Learner, schedule: Schedule, world: World) -> tup
         micro_batch=micro,
         bf16=job.model.dtype == "bfloat16",
         grad_scales=scales,
+        pulls=learner.pulls(),
     )
     return engine, micro, num_micro
+
+
+def _finished(job: Job, weights: dict[str, Tensor], world: World) -> Learner:
+    """Return a learner with the selected weights in a plain model, which an engine may have left cut up or rounded."""
+    assert isinstance(job.stage, Train)
+    learner = build_learner(job)
+    learner.start_task(job.stage.task, (*job.stage.data, *job.stage.replay))
+    learner.model.load_state_dict(weights, strict=False)
+    learner.model.to(world.device).eval()
+    return learner
 
 
 def _total(terms: Any, world: World) -> Tensor:

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cl_dist.methods.base import Progress
 from cl_dist.methods.ctr import Ctr, CtrConfig
+from cl_dist.models.adapters import TaskNorms
 from cl_dist.models.noise import gumbel
-from cl_dist.models.plugin import CtrClassifier, Plugin, TaskNorms, pack, unpack
+from cl_dist.models.plugin import CtrClassifier, Plugin, pack, unpack
 from cl_dist.stages.schedule import Schedule
 from tests.encoders import KINDS, SHAPE, batch_of, encoder, select, snapshot, train, with_plugins
 
@@ -38,8 +39,8 @@ def logits(model: CtrClassifier, task: int, batch: dict[str, Tensor] | None = No
 
 def pin_gates(model: CtrClassifier, task: int, is_open: bool) -> None:
     """Make the routers of a task open (or close) every gate."""
-    for plugin in model.plugins:
-        gate: Any = plugin.sharing.routers[str(task)].get_submodule("gate")
+    for sharing in model.sharings:
+        gate: Any = sharing.routers[str(task)].get_submodule("gate")
         gate.weight.data.zero_()
         gate.bias.data.copy_(torch.tensor([9.0, -9.0] if is_open else [-9.0, 9.0]))
 
@@ -115,7 +116,7 @@ def test_a_plugin_is_sharing_then_two_gated_layers_beside_a_skip() -> None:
     with torch.no_grad():
         mask1, mask2 = ((gate > 0).float() for gate in plugin.gates(1))
         assert model.context.token_mask_BL is not None
-        shared, _ = plugin.sharing(x, 1, model.context.token_mask_BL, None)
+        shared, _ = model.sharings[0](x, 1, model.context.token_mask_BL, None)
         k1 = torch.relu((x + shared) @ plugin.fc1.weight.T + plugin.fc1.bias) * mask1
         k2 = torch.relu(k1 @ plugin.fc2.weight.T + plugin.fc2.bias) * mask2
         torch.testing.assert_close(plugin(x), x + k2)
@@ -218,8 +219,8 @@ def test_in_backward_transfer_mode_an_open_gate_lets_an_old_capsule_learn(is_ope
     pin_gates(learner.model, 1, is_open)
     loss = learner.loss(learner.model, batch_of(), halfway())
     loss.rows["ce"].sum().backward()
-    for plugin in learner.model.plugins[:-1]:
-        for parameter in plugin.sharing.capsule_parameters(0):
+    for sharing in learner.model.sharings[:-1]:
+        for parameter in sharing.capsule_parameters(0):
             assert parameter.grad is not None
             assert bool(parameter.grad.any()) == is_open
 
@@ -275,8 +276,8 @@ def test_the_router_learns_from_the_second_task_on() -> None:
         learner.start_task(task, (task,))
         loss = learner.loss(learner.model, batch_of(), halfway())
         loss.rows["ce"].sum().backward()
-        for plugin in learner.model.plugins:
-            for other, router in plugin.sharing.routers.items():
+        for sharing in learner.model.sharings:
+            for other, router in sharing.routers.items():
                 gradients = [parameter.grad for parameter in router.get_submodule("gate").parameters()]
                 learns = task == 1 and other == "1"
                 assert all((gradient is not None) == learns for gradient in gradients), (task, other)
@@ -290,8 +291,8 @@ def test_a_task_starts_from_its_predecessors_router_norms_and_routing_row_with_a
     learner = learner_of(num_tasks=2)
     train(learner, 0, [batch_of(seed=seed) for seed in range(3)])
     learner.start_task(1, (1,))
-    for plugin, norms in zip(learner.model.plugins, learner.model.norms, strict=True):
-        own = dict(plugin.sharing.named_parameters())
+    for sharing, norms in zip(learner.model.sharings, learner.model.norms, strict=True):
+        own = dict(sharing.named_parameters())
         pairs = [(own["route0"], own["route1"])]
         pairs += zip(norms.norms[0].parameters(), norms.norms[1].parameters(), strict=True)
         taken = [n for n in own if n.startswith(("ups.0", "routers.0")) and ".gate." not in n]

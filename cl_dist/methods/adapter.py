@@ -1,0 +1,72 @@
+"""Houlsby adapters: bottlenecks, norms and a head per task in a frozen backbone. Nothing is shared, nothing forgotten.
+
+Source: Houlsby et al. 2019, "Parameter-efficient transfer learning for NLP". The mathematics is in models/adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from cl_dist.methods.base import Learner, Loss, Method, MethodConfig, Progress, TaskSequence, plan_sequential
+from cl_dist.stage import Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from cl_dist.models.adapters import AdapterClassifier
+    from cl_dist.models.classifier import Batch
+
+
+class AdapterConfig(MethodConfig):
+    """Settings of adapters."""
+
+    name: Literal["adapter"] = "adapter"
+    size: int = Field(64, gt=0)
+    """Width of the bottleneck."""
+
+
+def plan(config: AdapterConfig, tasks: TaskSequence, t: int) -> list[Stage]:
+    """Append a task's parts to the previous model and train them, then score all seen tasks."""
+    return list(plan_sequential(tasks, t))
+
+
+class Adapter(Learner):
+    """Trains one task's bottlenecks, norms and head."""
+
+    config: AdapterConfig
+    model: AdapterClassifier
+
+    def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
+        """See Learner."""
+        from cl_dist.models.adapters import AdapterClassifier
+
+        self.model = AdapterClassifier(backbone, self.config.size, self.pooling)
+        for count in self.num_labels:
+            self.model.add_task(count)
+        return self.model
+
+    def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
+        """See Learner."""
+        self.model.start_task(task)
+
+    def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:
+        """Return the cross-entropy of each row."""
+        from cl_dist.models.classifier import cross_entropy
+
+        return Loss(rows={"ce": cross_entropy(model(batch), batch)}, own={})
+
+    def activate(self, task: int, without: str | None = None) -> None:
+        """See Learner."""
+        self.model.activate(task)
+
+
+METHOD = Method(
+    config=AdapterConfig,
+    plan=plan,
+    learners={"main": "cl_dist.methods.adapter:Adapter"},
+    about="bottleneck adapters of its own for every task in a frozen backbone",
+)

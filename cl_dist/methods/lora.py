@@ -1,0 +1,106 @@
+"""LoRA per task, by peft: low-rank updates and a head per task in a frozen backbone.
+
+Source: Hu et al. 2022, "LoRA: Low-rank adaptation of large language models".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from cl_dist.methods.base import Learner, Loss, Method, MethodConfig, Progress, TaskSequence, plan_sequential
+from cl_dist.stage import Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from cl_dist.models.classifier import Batch, Classifier
+
+
+class LoraSettings(MethodConfig):
+    """Settings of LoRA, named as in peft."""
+
+    name: Literal["lora"] = "lora"
+    r: int = Field(8, gt=0)
+    alpha: int = Field(16, gt=0)
+    """The update is scaled by alpha / r."""
+    target_modules: tuple[str, ...] | None = None
+    """Endings of the names of the layers that get an update; None takes query and value of every attention."""
+
+
+def plan(config: LoraSettings, tasks: TaskSequence, t: int) -> list[Stage]:
+    """Append a task's updates to the previous model and train them, then score all seen tasks."""
+    return list(plan_sequential(tasks, t))
+
+
+class Lora(Learner):
+    """Trains one task's low-rank updates and head."""
+
+    config: LoraSettings
+    model: Classifier
+
+    def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
+        """See Learner.
+
+        Raises:
+            ConfigError: If no layer of the backbone has a name in target_modules.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+
+        from cl_dist.errors import ConfigError
+        from cl_dist.models.backbone import places
+        from cl_dist.models.classifier import Classifier
+
+        self.model = Classifier(backbone, self.pooling)
+        targets = list(self.config.target_modules or places(backbone).query_value)
+        for number, count in enumerate(self.num_labels):
+            settings = LoraConfig(r=self.config.r, lora_alpha=self.config.alpha, target_modules=targets)
+            try:
+                inject_adapter_in_model(settings, backbone, adapter_name=_name(number))
+            except ValueError as error:
+                raise ConfigError(f"method.target_modules={targets}: {error}") from error
+            self.model.add_head(count)
+        return self.model
+
+    def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
+        """See Learner."""
+        from cl_dist.models.classifier import freeze
+
+        freeze(self.model)
+        self.activate(task)
+        for name, parameter in self.model.backbone.named_parameters():
+            parameter.requires_grad_(f".{_name(task)}." in name)
+        self.model.heads[task].requires_grad_(True)
+
+    def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:
+        """Return the cross-entropy of each row."""
+        from cl_dist.models.classifier import cross_entropy
+
+        return Loss(rows={"ce": cross_entropy(model(batch), batch)}, own={})
+
+    def activate(self, task: int, without: str | None = None) -> None:
+        """See Learner. What is trained stays so: peft would otherwise make the chosen updates trainable."""
+        from peft.tuners.lora import LoraLayer
+
+        self.model.task = task
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for layer in self.model.backbone.modules():
+            if isinstance(layer, LoraLayer):
+                layer.set_adapter(_name(task), inference_mode=True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _name(task: int) -> str:
+    return f"task{task}"
+
+
+METHOD = Method(
+    config=LoraSettings,
+    plan=plan,
+    learners={"main": "cl_dist.methods.lora:Lora"},
+    about="low-rank updates of its own for every task, through peft, in a frozen backbone",
+)

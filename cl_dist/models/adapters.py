@@ -1,0 +1,147 @@
+"""Parts that a task may own inside a backbone: layer norms, bottleneck adapters, embedding tables, and where they sit.
+
+Axes: B rows, L tokens, H hidden units.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cl_dist.models.backbone import places, replace
+from cl_dist.models.classifier import Classifier, freeze
+
+
+@dataclass
+class ActiveTask:
+    """Which task's parts the next forward passes use; one object, shared by all parts of a model."""
+
+    task: int = 0
+
+
+class TaskNorms(nn.Module):
+    """A layer norm per task, each started as a copy of the backbone's."""
+
+    def __init__(self, base: nn.LayerNorm, active: ActiveTask) -> None:
+        super().__init__()
+        self.base, self._active = base, active
+        self.norms = nn.ModuleList()
+
+    def add_task(self) -> None:
+        """Append the norm of the next task."""
+        norm = nn.LayerNorm(self.base.normalized_shape, eps=self.base.eps)
+        norm.load_state_dict(self.base.state_dict())
+        self.norms.append(norm)
+
+    def forward(self, x_BLH: Tensor) -> Tensor:
+        """Normalise with the active task's scale and shift: (B, L, H)."""
+        return self.norms[self._active.task](x_BLH)
+
+
+def insert(
+    backbone: PreTrainedModel, active: ActiveTask, behind: Callable[[nn.Module], nn.Module]
+) -> tuple[list[str], list[TaskNorms]]:
+    """Put a module behind every sub-block, made from what computes its output, and a norm per task after it.
+
+    Returns the sub-blocks' names ("<layer>.<sub-block>") and the norms, in order.
+    """
+    where = places(backbone)
+    names: list[str] = []
+    all_norms: list[TaskNorms] = []
+    for number, layer in enumerate(backbone.get_submodule(where.layers).children()):
+        for block in where.sub_blocks:
+            norm = layer.get_submodule(block.norm)
+            assert isinstance(norm, nn.LayerNorm)  # what PLACES promises of `norm`
+            norms = TaskNorms(norm, active)
+            replace(layer, block.output, behind(layer.get_submodule(block.output)))
+            replace(layer, block.norm, norms)
+            names.append(f"{number}.{block.name}")
+            all_norms.append(norms)
+    return names, all_norms
+
+
+class Adapters(nn.Module):
+    """A bottleneck per task behind one sub-block: x + up(GELU(down(x))), near the identity at the start.
+
+    Source: Houlsby et al. 2019, "Parameter-efficient transfer learning for NLP".
+    """
+
+    def __init__(self, inner: nn.Module, hidden: int, size: int, active: ActiveTask) -> None:
+        super().__init__()
+        self.inner = inner
+        self._hidden, self._size, self._active = hidden, size, active
+        self.tasks = nn.ModuleList()
+
+    def add_task(self) -> None:
+        """Append the bottleneck of the next task."""
+        layers = nn.Sequential(nn.Linear(self._hidden, self._size), nn.GELU(), nn.Linear(self._size, self._hidden))
+        for parameter in layers.parameters():
+            nn.init.zeros_(parameter) if parameter.dim() == 1 else nn.init.trunc_normal_(parameter, std=0.01)
+        self.tasks.append(layers)
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Return the sub-block's output, passed through the active task's bottleneck: (B, L, H)."""
+        x_BLH: Tensor = self.inner(*args, **kwargs)
+        return x_BLH + self.tasks[self._active.task](x_BLH)
+
+
+class AdapterClassifier(Classifier):
+    """A frozen backbone in which every task has bottlenecks, norms and a head of its own."""
+
+    def __init__(self, backbone: PreTrainedModel, size: int, pooling: str = "mean") -> None:
+        super().__init__(backbone, pooling)
+        freeze(backbone)
+        self.active = ActiveTask()
+        self.adapters: list[Adapters] = []
+
+        def adapter(inner: nn.Module) -> nn.Module:
+            self.adapters.append(Adapters(inner, backbone.config.hidden_size, size, self.active))
+            return self.adapters[-1]
+
+        _, self.norms = insert(backbone, self.active, adapter)
+
+    def add_task(self, num_labels: int) -> None:
+        """Append the next task's parts."""
+        parts: list[Adapters | TaskNorms] = [*self.adapters, *self.norms]
+        for part in parts:
+            part.add_task()
+        self.add_head(num_labels)
+
+    def start_task(self, task: int) -> None:
+        """Let a task train its own parts and nothing else."""
+        freeze(self)
+        owned = [adapters.tasks[task] for adapters in self.adapters] + [norms.norms[task] for norms in self.norms]
+        for module in (*owned, self.heads[task]):
+            module.requires_grad_(True)
+        self.activate(task)
+
+    def activate(self, task: int) -> None:
+        """Select the task whose parts the next forward passes use."""
+        self.task = self.active.task = task
+
+
+class TaskEmbeddings(nn.Module):
+    """A table of word embeddings per task, in the place of the backbone's."""
+
+    def __init__(self, base: nn.Embedding, active: ActiveTask) -> None:
+        super().__init__()
+        self.base, self._active = base, active
+        self.tables = nn.ModuleList()
+
+    def add_task(self) -> None:
+        """Append the next task's table, as a copy of the backbone's."""
+        table = nn.Embedding(self.base.num_embeddings, self.base.embedding_dim, self.base.padding_idx)
+        table.load_state_dict(self.base.state_dict())
+        self.tables.append(table)
+
+    @torch.no_grad()
+    def inherit(self, task: int) -> None:
+        """Start a task's table from the mean of the earlier tasks' tables."""
+        earlier: list[Tensor] = [self.tables[number].get_parameter("weight") for number in range(task)]
+        self.tables[task].get_parameter("weight").copy_(torch.stack(earlier).mean(0))
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        """Return the active task's embeddings (B, L, H) of token ids (B, L)."""
+        return self.tables[self._active.task](ids_BL)

@@ -1,0 +1,161 @@
+"""How far training on several workers is from training on one: every method, ZeRO stage, gang and accumulation.
+
+`python -m tests.parity OUT.json` measures all of it; the tests measure a small part. The reference is one worker with
+plain torch, without DeepSpeed. 41 train rows in global batches of 32 are batches of 32 and 9, which three ranks cannot
+share evenly. What is trained is the second of two tasks, 20 steps, with decay and clipping.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cl_dist.errors import ConfigError
+from cl_dist.jobs import Workbook
+from cl_dist.methods import METHODS
+from cl_dist.parallel.config import EngineConfig
+from cl_dist.stage import Ref
+from cl_dist.stages import train
+from cl_dist.stages.job import Job
+from tests import tiny
+from tests.pool import Ranks
+
+ROWS, GLOBAL_BATCH, STEPS = 41, 32, 20
+TRAIN = {"epochs": 10, "global_batch": GLOBAL_BATCH, "lr": 1e-3, "weight_decay": 0.01, "min_round_steps": 10}
+SEED = 4
+"""The router takes maxima over windows. Where two windows differ by less than rounding, each order of summation takes
+another one, and the weights of that filter part by whole steps: a seed is chosen whose margins are wide."""
+ZERO_STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
+SECOND = Ref(task=1, stage="train")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to train."""
+
+    method: str
+    zero_stage: Literal[0, 1, 2, 3]
+    workers: int
+    accumulation: int
+
+    @property
+    def engine(self) -> EngineConfig:
+        """Settings of the engine; tiny parameters are cut up too, which ZeRO-3 would by default keep whole."""
+        share = -(-GLOBAL_BATCH // self.workers)
+        micro = -(-share // self.accumulation)
+        return EngineConfig(zero_stage=self.zero_stage, micro_batch=micro, persistence_threshold=0)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a Train stage wrote."""
+
+    weights: dict[str, Tensor]
+    state: dict[str, Tensor]
+    rounds: list[dict[str, float]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Trained":
+        """Read a stage's folder."""
+        state = folder / "learner.safetensors"
+        facts = json.loads((folder / "train.json").read_text())
+        weights = load_file(folder / "trainable.safetensors")
+        return cls(weights, load_file(state) if state.exists() else {}, facts["rounds"])
+
+    def difference(self, other: "Trained") -> dict[str, float]:
+        """Return the largest difference of weights (absolute) and round metrics (relative to 1 or more), and how many
+        mask bits differ; other learner state counts as weights."""
+        assert self.weights.keys() == other.weights.keys()
+        assert self.state.keys() == other.state.keys()
+        masks = {name for name, value in self.state.items() if value.dtype == torch.uint8}
+        floats = [(self.weights[n], other.weights[n]) for n in self.weights]
+        floats += [(self.state[n], other.state[n]) for n in self.state.keys() - masks]
+        pairs = [(a[k], b[k]) for a, b in zip(self.rounds, other.rounds, strict=True) for k in a]
+        return {
+            "weights": max(float((a - b).abs().max()) for a, b in floats),
+            "metrics": max(abs(a - b) / max(1.0, abs(b)) for a, b in pairs),
+            "mask_bits": sum(_bits(self.state[name] ^ other.state[name]) for name in masks),
+        }
+
+
+def _bits(values: Tensor) -> int:
+    return sum(int(byte).bit_count() for byte in values.flatten().tolist())
+
+
+def book(folder: Path, method: str) -> Workbook:
+    """Return a run of two tasks whose first one is trained, on one worker."""
+    science = {"method": dict(tiny.METHODS[method]), "seed": SEED, "train": TRAIN}
+    made = tiny.book(folder, {"run": {"name": method}, "science": science}, tasks=("food", "film"), train=ROWS)
+    first = Ref(task=0, stage="train")
+    if any(stage.name == "train" for stage in made.plan(0)) and not made.ledger.path(first).exists():
+        train_here(made.job(made.stage(first)), made.ledger.path(first))
+    return made
+
+
+def train_here(job: Job, out: Path) -> Trained:
+    """Train in this process with plain torch."""
+    out.mkdir(parents=True)
+    train.run(job, out, lambda event: None)
+    return Trained.read(out)
+
+
+def _train_on_ranks(rank: int, world: int, job: Job, out: str) -> None:
+    train.run(job, Path(out), lambda event: None)
+
+
+def train_on(ranks: Ranks, cell: Cell, made: Workbook, out: Path) -> Trained:
+    """Train on a gang with DeepSpeed."""
+    assert ranks.world == cell.workers
+    out.mkdir(parents=True)
+    job = replace(made.job(made.stage(SECOND)), engine=cell.engine)
+    ranks.run(_train_on_ranks, job, str(out), timeout_s=300.0)
+    return Trained.read(out)
+
+
+def measure(workers: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the differences of all cells of a gang size."""
+    ranks = Ranks(workers)
+    for method in METHODS:
+        made = book(folder, method)
+        here = folder / f"reference-{method}"
+        expected = Trained.read(here) if here.exists() else train_here(made.job(made.stage(SECOND)), here)
+        for zero_stage in ZERO_STAGES:
+            for accumulation in (1, 2):
+                cell = Cell(method, zero_stage, workers, accumulation)
+                out = folder / f"{method}-{zero_stage}-{workers}-{accumulation}"
+                line: dict[str, Any] = dict(vars(cell))
+                try:
+                    line |= train_on(ranks, cell, made, out).difference(expected)
+                except ConfigError as error:
+                    line["refused"] = str(error)
+                yield line
+    ranks.close()
+
+
+def main() -> None:
+    """Measure and write the whole table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3])
+    args = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        lines = []
+        for workers in args.workers:
+            for line in measure(workers, Path(folder)):
+                sys.stdout.write(json.dumps(line) + "\n")
+                lines.append(line)
+    args.out.write_text(
+        json.dumps({"rows": ROWS, "global_batch": GLOBAL_BATCH, "steps": STEPS, "cells": lines}, indent=1)
+    )
+
+
+if __name__ == "__main__":
+    main()
