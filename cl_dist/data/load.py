@@ -114,15 +114,16 @@ def _read(task: TaskConfig, notes: _Notes) -> list[Record]:
     source = task.source
     kept = []
     columns: dict[str, set[str]] = {}  # of each file, the columns that any of its rows has
-    seen: dict[str, set[str]] = {column: set() for column in source.where}
+    allowed = {column: [words] if isinstance(words, str) else words for column, words in source.where.items()}
+    seen: dict[str, set[str]] = {column: set() for column in allowed}
     for record in read(source, notes.faults):
         notes.counts["read"] += 1
         columns.setdefault(record.file, set()).update(record.values)
-        words = {column: _word(record.values.get(column)) for column in source.where}
+        words = {column: _word(record.values.get(column)) for column in allowed}
         for column, word in words.items():
             if word is not None:
                 seen[column].add(word)
-        if words == source.where:
+        if all(words[column] in values for column, values in allowed.items()):
             kept.append(_renamed(record, source.columns))
         else:
             notes.counts["where"] += 1
@@ -133,14 +134,14 @@ def _read(task: TaskConfig, notes: _Notes) -> list[Record]:
     absent = []
     for file, known in columns.items():
         renamed = {source.columns.get(column, column) for column in known}
-        needs = [("where", column, known) for column in source.where]
+        needs = [("where", column, known) for column in allowed]
         needs += [("columns", column, known) for column in source.columns]
         needs += [(setting, column, renamed) for setting, column in wanted.items() if column is not None]
         for setting, column, have in needs:
             if column not in have:
                 hint = did_you_mean(column, sorted(have))
                 absent.append(Fault(file, None, column, f"`{setting}` names it, but no row has this column{hint}"))
-    for column, value in source.where.items():
+    for column, value in ((column, value) for column, values in allowed.items() for value in values):
         if seen[column] and value not in seen[column]:
             hint = did_you_mean(value, sorted(seen[column])[:50])
             file = source.path or "all files"

@@ -52,8 +52,8 @@ class Source(Section):
     encoding: str = "utf-8"
     pattern: str | None = None
     r"""For `lines`: a regular expression with named groups, such as '(?P<label>\w+):\S+ (?P<text>.*)'."""
-    where: dict[str, str] = {}
-    """Keep only rows whose columns have these values: {domain: laptop}."""
+    where: dict[str, str | Annotated[list[str], Field(min_length=1)]] = {}
+    """Keep only rows whose columns have these values, or one of several: {domain: laptop, label: [good, bad]}."""
     columns: dict[str, str] = {}
     """Rename columns on reading: {old: new}."""
     label_map: dict[str, str | None] = {}

@@ -168,6 +168,16 @@ def test_a_task_may_say_that_it_has_no_dev_rows(path: Path) -> None:
     assert not check(path, data, {"split": {"by": "field", "dev": 0}}).faults
 
 
+def test_where_keeps_rows_with_one_of_several_values(path: Path) -> None:
+    data = [row | {"domain": domain, "text": f"{domain} {row['text']}"} for domain in "abc" for row in good()]
+    checked = check(path, data, {"where": {"domain": ["a", "c"]}})
+    assert not checked.faults
+    assert checked.counts["where"] == 12
+    assert {row.text[0] for split in ("train", "dev", "test") for row in checked.data.rows(split)} == {"a", "c"}
+    faults = check(path, data, {"where": {"domain": ["a", "d"]}}).faults
+    assert "`where` asks for 'd', which no row has" in faults[0].message
+
+
 def test_where_columns_and_label_map_apply_in_this_order(path: Path) -> None:
     data = [row | {"domain": domain, "body": f"{domain} {row['text']}"} for domain in "ab" for row in good()]
     source = {
