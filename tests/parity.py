@@ -25,6 +25,7 @@ from cl_dist.parallel.config import EngineConfig
 from cl_dist.stage import Ref
 from cl_dist.stages import train
 from cl_dist.stages.job import Job
+from cl_dist.stages.weights import StoredWeights
 from tests import tiny
 from tests.pool import Ranks
 
@@ -67,7 +68,7 @@ class Trained:
         """Read a stage's folder."""
         state = folder / "learner.safetensors"
         facts = json.loads((folder / "train.json").read_text())
-        weights = load_file(folder / "trainable.safetensors")
+        weights = dict(StoredWeights(folder))
         return cls(weights, load_file(state) if state.exists() else {}, facts["rounds"])
 
     def difference(self, other: "Trained") -> dict[str, float]:

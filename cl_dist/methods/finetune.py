@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class TunedConfig(MethodConfig):
     """Settings of every method that trains the backbone itself."""
 
-    tune: Literal["all", "head"] = "all"
-    """What is trained: the whole backbone with the head, or the head alone."""
+    tune: Literal["all", "layers", "head"] = "all"
+    """What is trained: the whole backbone with the head, all of it but the embeddings, or the head alone."""
 
 
 class FinetuneConfig(TunedConfig):
@@ -93,6 +93,8 @@ class Finetune(Learner):
             pooler.requires_grad_(False)
         for name, parameter in self.model.backbone.named_parameters():
             if name.endswith((".key.bias", ".k_lin.bias")):
+                parameter.requires_grad_(False)
+            if self.config.tune == "layers" and name.startswith("embeddings."):
                 parameter.requires_grad_(False)
         self.mixed = len(tasks) > 1
 

@@ -15,5 +15,9 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     micro_batch: int | Literal["auto"] = "auto"
     """Rows a worker holds at once; auto takes its whole share of the global batch, up to 32."""
-    persistence_threshold: int = Field(100_000, ge=0)
-    """ZeRO-3 keeps parameters with fewer elements whole on every rank."""
+    persistence_threshold: int = Field(0, ge=0)
+    """ZeRO-3 keeps parameters with fewer elements whole on every rank. DeepSpeed's own 100,000 would keep most tensors
+    of a plugin: raise it where gathering them costs more than the memory."""
+    verify_protection_every: int = Field(0, ge=0)
+    """Compare the bits of what must not move every so many optimizer steps, and stop the run where they differ; 0 never
+    does."""

@@ -286,8 +286,3 @@ def start_deepspeed(world: World) -> Any:
             os.environ.setdefault(key, value)
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
     return deepspeed
-
-
-def masters(engine: Engine) -> dict[str, Tensor]:
-    """Return the float32 masters of all trainable parameters, on the CPU, on every rank. A collective."""
-    return params.read({name: p for name, p in engine.module.named_parameters() if p.requires_grad})

@@ -60,3 +60,23 @@ def is_managed(parameter: nn.Parameter) -> bool:
     value here would let some ranks skip a collective.
     """
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+
+
+def local(parameter: nn.Parameter, rank: int) -> tuple[Tensor, int]:
+    """Return this rank's piece of a parameter, flat, and where in the parameter it begins. No collective.
+
+    The float32 master where ZeRO holds one, else the parameter as the forward pass reads it. With ZeRO-1/2 a rank may
+    own no piece; with ZeRO-3 the last piece may be filled up beyond the parameter's end.
+    """
+    managed: Any = parameter
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        piece = safe_get_local_fp32_param(parameter) if parameter.requires_grad else managed.ds_tensor
+        return piece, rank * managed.ds_tensor.numel()
+    if hasattr(parameter, "_hp_mapping"):
+        mapping = managed._hp_mapping
+        if mapping is None:
+            return parameter.new_empty(0, dtype=torch.float32), 0
+        return mapping.hp_fragment, mapping.lp_fragment_address.start
+    return parameter.detach().flatten(), 0

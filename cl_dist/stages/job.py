@@ -18,8 +18,9 @@ from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.seeds import seeded
 from cl_dist.stage import EvaluateConfig, Stage, TrainConfig
+from cl_dist.stages.weights import StoredWeights
 
-WEIGHTS, LEARNER = "trainable.safetensors", "learner.safetensors"
+LEARNER = "learner.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +80,11 @@ def build_learner(job: Job) -> Learner:
         model = learner.build(load_backbone(job.model), job.stage.task)
     for folder in job.chain:
         try:
-            _, unexpected = model.load_state_dict(load_file(Path(folder) / WEIGHTS), strict=False)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{folder}/{WEIGHTS}: cannot be loaded: {error}") from error
+            _, unexpected = model.load_state_dict(dict(StoredWeights(folder)), strict=False)
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder}: weights do not fit the model: {error}") from error
         if unexpected:
-            raise CheckpointError(f"{folder}/{WEIGHTS}: holds {unexpected[0]!r}, which this model does not have")
+            raise CheckpointError(f"{folder}: holds weights of {unexpected[0]!r}, which this model does not have")
     if job.chain and (Path(job.chain[-1]) / LEARNER).exists():
         learner.load_state_dict(load_file(Path(job.chain[-1]) / LEARNER))
     return learner

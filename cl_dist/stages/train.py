@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from cl_dist.data.sampler import global_batch, num_micro_batches, num_steps, sam
 from cl_dist.methods.base import Learner
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.classifier import count_parameters, cross_entropy
-from cl_dist.parallel.engine import Engine, Optimizing, build_engine, masters
+from cl_dist.parallel.engine import Engine, GradScale, Optimizing, build_engine
+from cl_dist.parallel.guard import Guard
 from cl_dist.parallel.seeds import seeded
 from cl_dist.parallel.world import World
 from cl_dist.stage import Train
-from cl_dist.stages.job import LEARNER, WEIGHTS, Job, build_learner, task_data
+from cl_dist.stages.job import LEARNER, Job, build_learner, task_data
 from cl_dist.stages.schedule import Schedule
+from cl_dist.stages.weights import Pieces, StoredWeights
 
 log = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
@@ -53,7 +55,9 @@ def run(job: Job, out: Path, report: Report) -> None:
         rows.add(task, [data.train[number] for number in chosen], data.labels)
     steps_per_epoch = num_steps(len(rows), config.global_batch)
     schedule = Schedule(config.epochs * steps_per_epoch, steps_per_epoch, config.min_round_steps)
-    engine, micro, num_micro = _engine(job, learner, schedule, world)
+    scales = learner.grad_scales()
+    engine, micro, num_micro = _engine(job, learner, scales, schedule, world)
+    guard = Guard(engine, scales) if job.engine.verify_protection_every else None
     trainable, total = count_parameters(engine.module)
     log.info(
         "train start task=%d rows=%d steps=%d trainable=%d",
@@ -63,7 +67,7 @@ def run(job: Job, out: Path, report: Report) -> None:
         trainable,
     )
 
-    best: tuple[float, dict[str, Tensor]] | None = None
+    best: tuple[float, Pieces] | None = None
     rounds: list[dict[str, float]] = []
     sums = _Sums()
     for step in range(schedule.total_steps):
@@ -79,6 +83,8 @@ def run(job: Job, out: Path, report: Report) -> None:
                 engine.backward(_total(terms, world), _total(loss.own, world))
                 engine.step()
                 sums.add(terms, {name: term / num_micro for name, term in loss.own.items()})
+        if guard is not None and (step + 1) % job.engine.verify_protection_every == 0:
+            guard.check(step + 1)
         if world.rank == 0:
             report({"event": "step", "step": step + 1, "total_steps": schedule.total_steps})
         if not schedule.ends_round(step):
@@ -88,20 +94,20 @@ def run(job: Job, out: Path, report: Report) -> None:
         if config.select == "best_dev":
             means |= score_dev(engine, learner, dev, job.evaluate.batch)
             if best is None or means["dev/loss"] < best[0]:
-                best = means["dev/loss"], masters(engine)
+                best = means["dev/loss"], Pieces(engine)
         rounds.append(means)
         if world.rank == 0:
             report({"event": "round", "total_steps": schedule.total_steps, **means})
 
-    weights = masters(engine) if best is None else best[1]
+    (Pieces(engine) if best is None else best[1]).save(out)
     engine.close()
+    weights = StoredWeights(out)
     if learner.end_rows:
         learner = _finished(job, weights, world)
     learner.activate(stage.task)
     seen = sample(job.seed, job.tasks[stage.task].id, len(rows), learner.end_rows)[world.rank :: world.size]
     learner.end_task(weights, (rows.batch([number], world.device) for number in seen))
     if world.rank == 0:
-        save_file(weights, out / WEIGHTS)
         if state := learner.state_dict():
             save_file({name: value.cpu().contiguous() for name, value in state.items()}, out / LEARNER)
         selected = min(rounds, key=lambda r: r["dev/loss"]) if best is not None else rounds[-1]
@@ -116,13 +122,14 @@ def run(job: Job, out: Path, report: Report) -> None:
         (out / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf8")
 
 
-def _engine(job: Job, learner: Learner, schedule: Schedule, world: World) -> tuple[Engine, int, int]:
+def _engine(
+    job: Job, learner: Learner, scales: Mapping[str, GradScale], schedule: Schedule, world: World
+) -> tuple[Engine, int, int]:
     """Return the engine, the rows of a micro-batch and the micro-batches of a step."""
     config = job.train
     per_rank = num_micro_batches(config.global_batch, world.size, 1)
     micro = min(per_rank, AUTO_MICRO if job.engine.micro_batch == "auto" else job.engine.micro_batch)
     num_micro = num_micro_batches(config.global_batch, world.size, micro)
-    scales = learner.grad_scales()
     optimizing = Optimizing(
         lr=config.lr,
         lr_of=learner.learning_rates(),
@@ -146,12 +153,12 @@ def _engine(job: Job, learner: Learner, schedule: Schedule, world: World) -> tup
     return engine, micro, num_micro
 
 
-def _finished(job: Job, weights: dict[str, Tensor], world: World) -> Learner:
+def _finished(job: Job, weights: Mapping[str, Tensor], world: World) -> Learner:
     """Return a learner with the selected weights in a plain model, which an engine may have left cut up or rounded."""
     assert isinstance(job.stage, Train)
     learner = build_learner(job)
     learner.start_task(job.stage.task, (*job.stage.data, *job.stage.replay))
-    learner.model.load_state_dict(weights, strict=False)
+    learner.model.load_state_dict(dict(weights), strict=False)
     learner.model.to(world.device).eval()
     return learner
 

@@ -34,6 +34,7 @@ CLUSTER: Tree = {
     "zero_stage": 3,
     "micro_batch": 3,
     "persistence_threshold": 7,
+    "verify_protection_every": 3,
     "address": "auto",
     "workers": 5,
     "cpus_per_worker": 2.0,

@@ -113,7 +113,7 @@ def test_resume_ends_byte_equal_to_an_undisturbed_run(story: Story, undisturbed:
     for stage in sorted(manifests(undisturbed)):
         files = json.loads((undisturbed / "stages" / stage / "manifest.json").read_text(encoding="utf8"))["files"]
         results += [f"stages/{stage}/{name}" for name in files if name != "train.json"]  # that one holds seconds
-    assert sum(name.endswith("trainable.safetensors") for name in results) == 3
+    assert sum("/train/trainable" in name for name in results) >= 3
     assert sum(name.endswith("scores.json") for name in results) == 3
     different = [name for name in results if (story.run / name).read_bytes() != (undisturbed / name).read_bytes()]
     assert different == []

@@ -22,6 +22,7 @@ from cl_dist.parallel.config import EngineConfig
 from cl_dist.stage import Ref
 from cl_dist.stages import train
 from cl_dist.stages.job import Job
+from cl_dist.stages.weights import StoredWeights
 from tests import tiny
 from tests.pool import Ranks
 
@@ -56,7 +57,7 @@ class Result:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "trainable.safetensors")
+        return dict(StoredWeights(self.folder))
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""A run-time watch over what must not move: frozen parameters, and entries whose gradient is masked to zero.
+
+Every rank checks the pieces that it owns, by checksums of their bits, so nothing is gathered but a verdict.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cl_dist.errors import ProtectionError
+from cl_dist.parallel import params
+from cl_dist.parallel.engine import Engine, GradScale
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    name: str
+    parameter: nn.Parameter
+    keep: Tensor | None
+    """Which entries of this rank's piece are protected; None: all."""
+    checksum: int
+
+
+class Guard:
+    """Remembers the protected bits of an engine's parameters when it is made."""
+
+    def __init__(self, engine: Engine, grad_scales: Mapping[str, GradScale]) -> None:
+        self._world = engine.world
+        self._watched: list[_Watched] = []
+        for name, parameter in engine.module.named_parameters():
+            if parameter.requires_grad and name not in grad_scales:
+                continue
+            piece, start = params.local(parameter, self._world.rank)
+            keep = None
+            if parameter.requires_grad:
+                whole = torch.empty(getattr(parameter, "ds_shape", parameter.shape), device=piece.device)
+                keep = (grad_scales[name].factor(whole) == 0).flatten()[start : start + piece.numel()]
+            self._watched.append(_Watched(name, parameter, keep, _checksum(piece, keep)))
+
+    def check(self, step: int) -> None:
+        """Compare with the bits at the start. A collective: all ranks raise, or none.
+
+        Raises:
+            ProtectionError: Naming the parameters that have moved.
+        """
+        moved = [
+            each.name
+            for each in self._watched
+            if _checksum(params.local(each.parameter, self._world.rank)[0], each.keep) != each.checksum
+        ]
+        everywhere = sorted({name for names in self._world.gather(moved) for name in names})
+        if everywhere:
+            raise ProtectionError(
+                f"step {step}: protected entries have moved, of {', '.join(everywhere[:5])}"
+                f"{f' and {len(everywhere) - 5} more' if len(everywhere) > 5 else ''}. Earlier tasks would be damaged; "
+                "nothing of this stage is kept. This is a fault of the method or the engine, not of the settings: "
+                "report it with the run file."
+            )
+
+
+def _checksum(piece: Tensor, keep: Tensor | None) -> int:
+    """Return a sum over the bits in which every place has a weight of its own: no single change leaves it equal."""
+    bits = piece.detach().contiguous().view(torch.int32 if piece.element_size() == 4 else torch.int16).flatten()
+    bits = bits.to(torch.int64)
+    if keep is not None:
+        bits = bits[: keep.numel()] * keep
+    place = torch.arange(bits.numel(), device=bits.device, dtype=torch.int64)
+    return int((bits * (2 * place + 1)).sum())

@@ -1,0 +1,102 @@
+"""What a Train stage trained, on disk: each rank writes the pieces that it owns, and any number of ranks reads them.
+
+One worker, or ZeRO-0, writes `trainable.safetensors` with whole tensors. A gang under ZeRO-1/2/3 writes one
+`trainable-<rank>-of-<ranks>.safetensors` per rank: flat pieces, and in the header's metadata, for each name, its shape
+and the place of its first element.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cl_dist.errors import CheckpointError
+from cl_dist.parallel import params
+from cl_dist.parallel.engine import Engine
+
+WHOLE = "trainable.safetensors"
+SHARDS = "trainable-*-of-*.safetensors"
+
+
+class Pieces:
+    """A copy of what this rank owns of an engine's trained weights, float32 on the CPU. Taking it is no collective."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._world = engine.world
+        self._tensors: dict[str, Tensor] = {}
+        self._places: dict[str, tuple[list[int], int]] = {}
+        self._divided = False
+        for name, parameter in engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            shape = list(getattr(parameter, "ds_shape", parameter.shape))
+            piece, start = params.local(parameter, self._world.rank)
+            self._divided |= params.is_managed(parameter)
+            piece = piece.detach().flatten()[: max(0, prod(shape) - start)]  # ZeRO-3 fills up the last one
+            self._tensors[name] = piece.to("cpu", torch.float32, copy=True)
+            self._places[name] = shape, start
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's file; ranks with nothing of their own write none. Ends when all ranks have written."""
+        world = self._world
+        if not self._divided or world.size == 1:
+            if world.rank == 0:
+                save_file({n: t.reshape(self._places[n][0]) for n, t in self._tensors.items()}, folder / WHOLE)
+        else:
+            name = f"trainable-{world.rank:05d}-of-{world.size:05d}.safetensors"
+            save_file(self._tensors, folder / name, metadata={"places": json.dumps(self._places)})
+        world.gather(None)
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The weights in a folder by name; each is put together when it is asked for.
+
+    Raises:
+        CheckpointError: If files are missing, unreadable, or do not cover a parameter.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self._folder = Path(folder)
+        whole, shards = self._folder / WHOLE, sorted(self._folder.glob(SHARDS))
+        files = [whole] if whole.exists() else shards
+        if not whole.exists() and (not shards or len(shards) != int(shards[0].stem.rpartition("-")[2])):
+            raise CheckpointError(f"{folder}: holds no {WHOLE}, and {len(shards)} shards of it, which are not all")
+        self._files: list[tuple[Any, dict[str, tuple[list[int], int]]]] = []
+        self._names: dict[str, None] = {}  # an ordered set
+        for path in files:
+            try:
+                opened: Any = safe_open(path, framework="pt")  # the library's class carries no types
+            except Exception as error:  # the library has no exception type of its own that it promises
+                raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
+            places = json.loads((opened.metadata() or {}).get("places", "{}"))
+            self._files.append((opened, places))
+            self._names |= dict.fromkeys(places or opened.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        first, places = self._files[0]
+        if not places:
+            whole: Tensor = first.get_tensor(name)
+            return whole
+        shape = places[name][0]
+        flat, covered = torch.empty(prod(shape)), 0
+        for opened, pieces in self._files:
+            piece, start = opened.get_tensor(name), pieces[name][1]
+            flat[start : start + piece.numel()] = piece
+            covered += piece.numel()
+        if covered != flat.numel():
+            raise CheckpointError(f"{self._folder}: {name}: {covered} of {flat.numel()} elements are stored")
+        return flat.reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
