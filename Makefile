@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo
 
-.PHONY: help setup demo test test-ray test-gpu check fmt bench tables clean
+.PHONY: help setup demo test test-ray test-gpu check fmt bench parity tables clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,10 @@ fmt: $(STAMP)  ## format, and mend what ruff can mend
 
 bench: $(STAMP)  ## speed ratios, measured in one run
 	$(BIN)/python -m pytest tests/benchmarks -s -m bench --timeout 1800
+
+parity: $(STAMP)  ## every method, ZeRO stage, gang of 1-3 and accumulation against one worker, into README.md
+	$(BIN)/python -m tests.parity tests/results/parity.json
+	$(BIN)/python -m launcher.tables write
 
 tables: $(STAMP)  ## write the tables of README.md from tests/results/*.json
 	$(BIN)/python -m launcher.tables write

@@ -34,6 +34,12 @@ class TrainingError(ClDistError):
     exit_code = 5
 
 
+class ProtectionError(ClDistError):
+    """What earlier tasks need has moved in training."""
+
+    exit_code = 5
+
+
 class CheckpointError(ClDistError):
     """A stored result is missing, damaged, or of another shape than the run expects."""
 
@@ -53,6 +59,12 @@ class StageConflictError(CheckpointError):
 
     def __reduce__(self) -> tuple[Any, ...]:  # without it, Ray cannot bring the error back from a worker
         return type(self), (self.stage, self.changed)
+
+
+class QualityError(ClDistError):
+    """A run is finished, but misses a bound that `--fail-if` sets."""
+
+    exit_code = 8
 
 
 def require(ok: bool, name: str, value: object, expected: str) -> None:

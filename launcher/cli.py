@@ -1,7 +1,8 @@
 """The command line: `cl-dist VERB [CONFIG] [dotted.key=value ...] [--json] [-v]`, one function per verb.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 ok, 1 internal, 2 usage or settings, 3 data, 4 cluster,
-5 training failed, 6 stored results, 75 stopped early but resumable, 130 interrupted.
+5 training failed, 6 stored results, 8 quality gate, 75 stopped early but resumable, 130 interrupted. What is done with
+a finished run's model is in `verbs`.
 """
 
 import json
@@ -17,18 +18,19 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.table import Table
 
-from cl_dist.errors import ConfigError
-from launcher import console, runs
+from cl_dist.errors import ConfigError, QualityError
+from launcher import console, runs, verbs
+from launcher.options import AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
+from launcher.quality import FailIf as Gate
+from launcher.quality import parse_gates
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Continual learning of transformers, distributed.")
 data_app = typer.Typer(no_args_is_help=True, help="Look at the data of a run file.")
 app.add_typer(data_app, name="data")
 
-Config = Annotated[str, typer.Argument(help="a run file, or the name of a recipe")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="settings over the file's: science.train.epochs=3")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="the log on stderr, tracebacks with errors")]
-Baselines = Annotated[bool, typer.Option(help="also run the baselines that the run file names")]
+app.command("eval")(verbs.eval_)
+for verb in (verbs.predict, verbs.inspect, verbs.export):
+    app.command()(verb)
 
 
 def _stop(signum: int, frame: object) -> NoReturn:
@@ -40,43 +42,56 @@ def train(
     config: Config,
     overrides: Overrides = None,
     baselines: Baselines = True,
+    fail_if: FailIf = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a task sequence; what the run folder already holds is not computed again."""
     console.start_logging(verbose)
+    gates = parse_gates(fail_if or [])
     from cl_dist.run_config import load_run
 
     source = runs.run_file(config)
-    _finish(load_run(source, overrides or []), baselines, as_json, source)
+    _compute(load_run(source, overrides or []), baselines, gates, as_json, source)
 
 
 @app.command()
 def resume(
-    run: Annotated[Path | None, typer.Argument(help="a run folder; the one worked on last if left out")] = None,
+    run: RunOrLast = None,
     overrides: Overrides = None,
     baselines: Baselines = True,
+    fail_if: FailIf = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Go on with a run that was stopped or killed; the number of workers may differ (cluster.workers=4)."""
     console.start_logging(verbose)
-    settings = overrides or []
+    gates, settings = parse_gates(fail_if or []), overrides or []
     if run is not None and "=" in str(run) and not run.exists():  # `cl-dist resume cluster.workers=4`
         run, settings = None, [str(run), *settings]
     folder = runs.latest(Path("runs")) if run is None else run
-    _finish(runs.reopen(folder, settings), baselines, as_json)
+    _compute(runs.reopen(folder, settings), baselines, gates, as_json)
 
 
-def _finish(run: Any, baselines: bool, as_json: bool, source: Path | None = None) -> None:
+def _compute(run: Any, baselines: bool, gates: list[Gate], as_json: bool, source: Path | None = None) -> None:
     signal.signal(signal.SIGTERM, _stop)
     summaries = runs.execute(run, shlex.join(["cl-dist", *sys.argv[1:]]), baselines, source)
+    _conclude(run, summaries, gates, as_json)
+
+
+def _conclude(run: Any, summaries: list[dict[str, Any]], gates: list[Gate], as_json: bool) -> None:
+    """Write the report, show the numbers, then hold the main run's against the gates."""
     page = runs.report(run, summaries)
+    broken = [reason for gate in gates if (reason := gate.reason(summaries[0]["metrics"])) is not None]
     if as_json:
-        console.out.print_json(json.dumps({"report": str(page), "runs": summaries}))
+        console.out.print_json(json.dumps({"report": str(page), "runs": summaries, "broken": broken}))
     else:
         console.out.print(console.comparison(summaries))
         console.out.print(f"report: {page}", soft_wrap=True)
+    if broken and as_json:
+        raise typer.Exit(QualityError.exit_code)  # the document names them
+    if broken:
+        raise QualityError("\n".join(broken))
 
 
 @app.command()
@@ -117,7 +132,7 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
 
 @app.command()
 def status(
-    run: Annotated[Path | None, typer.Argument(help="a run folder; the one worked on last if left out")] = None,
+    run: RunOrLast = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell how far a run is."""
@@ -181,10 +196,11 @@ def _alive(state: dict[str, Any]) -> str:
 def report(
     run: Annotated[list[Path], typer.Argument(help="run folders; the first is the main one")],
     reference: Annotated[list[str] | None, typer.Option(help="individual=RUN or joint=RUN")] = None,
+    fail_if: FailIf = None,
     as_json: AsJson = False,
 ) -> None:
     """Write one self-contained page with the matrix, its metrics and what the method did."""
-    references: dict[str, Path] = {}
+    gates, references = parse_gates(fail_if or []), dict[str, Path]()
     for text in reference or []:
         kind, equals, folder = text.partition("=")
         if kind not in ("individual", "joint") or not equals:
@@ -194,12 +210,7 @@ def report(
     summaries = runs.conclude(config, references)
     for other in run[1:]:
         summaries += runs.conclude(runs.reopen(other, []))
-    page = runs.report(config, summaries)
-    if as_json:
-        console.out.print_json(json.dumps({"report": str(page), "runs": summaries}))
-    else:
-        console.out.print(console.comparison(summaries))
-        console.out.print(f"report: {page}", soft_wrap=True)
+    _conclude(config, summaries, gates, as_json)
 
 
 @app.command("list")

@@ -4,9 +4,10 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -30,6 +31,22 @@ def start_logging(verbose: bool) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
     root.propagate = False
+
+
+@contextmanager
+def results_only() -> Iterator[TextIO]:
+    """Yield stdout, and keep off it and off the screen what libraries write while they load and save models."""
+    from transformers.utils import logging as untyped
+
+    noise: Any = untyped
+    stdout, bars = sys.stdout, noise.is_progress_bar_enabled()
+    noise.disable_progress_bar()
+    try:
+        with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers may import, logs to what stdout is by then
+            yield stdout
+    finally:
+        if bars:
+            noise.enable_progress_bar()
 
 
 def log_to(path: Path) -> logging.Handler:

@@ -64,10 +64,37 @@ def table(summaries: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def parity(data: Mapping[str, Any]) -> str:
+    """Return the Markdown table of `tests.parity`: a row per method and gang, a column per ZeRO stage."""
+    cells = data["cells"]
+    stages = sorted({cell["zero_stage"] for cell in cells})
+    head = " | ".join(f"ZeRO-{stage}" for stage in stages)
+    lines = [f"| method | workers | {head} | metrics | mask bits |", "| --- " * (len(stages) + 4) + "|"]
+    for method, workers in dict.fromkeys((cell["method"], cell["workers"]) for cell in cells):
+        own = [cell for cell in cells if (cell["method"], cell["workers"]) == (method, workers)]
+        values = []
+        for stage in stages:
+            here = [cell for cell in own if cell["zero_stage"] == stage]
+            refused = [cell["refused"] for cell in here if "refused" in cell]
+            values.append(refused[0] if refused else f"{max(cell['weights'] for cell in here):.0e}")
+        measured = [cell for cell in own if "refused" not in cell]
+        metrics = f"{max((cell['metrics'] for cell in measured), default=0):.0e}"
+        bits = max((cell["mask_bits"] for cell in measured), default=0)
+        lines.append(f"| {method} | {workers} | {' | '.join(values)} | {metrics} | {bits} |")
+    lines.append("")
+    lines.append(
+        f"Largest absolute difference of any weight from one worker with plain torch after {data['steps']} steps, over "
+        f"accumulation 1 and 2; largest relative difference of any loss or accuracy; mask bits that differ. "
+        f"{data['rows']} rows in global batches of {data['global_batch']}, the second of two tasks, float32."
+    )
+    return "\n".join(lines) + "\n"
+
+
 def filled(readme: str) -> str:
     """Return the README with every marked block written from its results file."""
     for path in sorted(RESULTS.glob("*.json")):
-        block = table(json.loads(path.read_text(encoding="utf8")))
+        data = json.loads(path.read_text(encoding="utf8"))
+        block = parity(data) if path.stem == "parity" else table(data)
 
         def put(match: re.Match[str], block: str = block) -> str:
             return match[1] + block + match[2]

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from cl_dist.data.classify import ClassifyRows
 from cl_dist.metrics import accuracy, f1_macro, majority_accuracy
-from cl_dist.models.backbone import load_tokenizer
-from cl_dist.parallel.world import World
 from cl_dist.stage import Evaluate
-from cl_dist.stages.job import Job, build_learner, task_data
+from cl_dist.stages.job import Job, task_data
+from cl_dist.stages.predict import Predictor
 
 SCORES = "scores.json"
 
@@ -51,33 +48,21 @@ class Scorer:
     """Holds the stage's model and scores one shard after the other."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._world = job, World.current()
-        self._learner = build_learner(job)
-        self._model = self._learner.model.to(self._world.device).eval()
-        if job.model.dtype == "bfloat16":
-            self._model = self._model.to(torch.bfloat16)
-        self._tokenizer = load_tokenizer(job.model)
+        self._job, self._predictor = job, Predictor(job)
 
-    @torch.no_grad()
     def score(self, shard: Shard) -> Scored:
-        """Score a shard in batches of fixed size, cut by length, so that its numbers do not depend on who scores it."""
-        data = task_data(self._job, shard.task)
-        rows = ClassifyRows(self._tokenizer, self._job.max_length[shard.task])
-        rows.add(shard.task, data.test[shard.start : shard.stop], data.labels)
-        self._learner.activate(shard.task, shard.without or None)
-        order, size = rows.by_length(), self._job.evaluate.batch
-        logits: dict[int, Tensor] = {}
+        """Score a shard; its numbers do not depend on who scores it."""
+        rows = task_data(self._job, shard.task).test[shard.start : shard.stop]
         observed: dict[str, list[Any]] = {}
-        for start in range(0, len(rows), size):
-            indices = order[start : start + size]
-            logits_BK = self._model(rows.batch(indices, self._world.device)).float().cpu()
-            logits |= dict(zip(indices, logits_BK, strict=True))
-            for name, value in self._learner.observe().items():
+
+        def observe() -> None:
+            for name, value in self._predictor.learner.observe().items():
                 observed.setdefault(name, []).extend(value.cpu().tolist())
-        in_order = [logits[index] for index in range(len(rows))]
+
+        logits = self._predictor.logits(shard.task, rows, shard.without or None, observe)
         return {
-            "predictions": [int(row_K.argmax()) for row_K in in_order],
-            "logits": [row_K.numpy().tobytes().hex() for row_K in in_order],
+            "predictions": [int(row_K.argmax()) for row_K in logits],
+            "logits": [row_K.numpy().tobytes().hex() for row_K in logits],
             "observed": observed,
         }
 

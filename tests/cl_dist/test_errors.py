@@ -16,8 +16,10 @@ def test_exit_codes_are_those_of_the_command_line() -> None:
         "DataError": 3,
         "ClusterError": 4,
         "TrainingError": 5,
+        "ProtectionError": 5,
         "CheckpointError": 6,
         "StageConflictError": 6,
+        "QualityError": 8,
     }
 
 

@@ -1,14 +1,7 @@
 """The command line as a person meets it: exit codes, one clear message, JSON; runs are computed in this process."""
 
 import json
-import logging
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,110 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.cli import main
 from tests import tiny
-
-ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "transformers", "deepspeed", "ray", "cl_dist.dispatch_ray")
-PROGRAM = """
-import json, sys
-from launcher.cli import main
-try:
-    main()
-finally:
-    print(json.dumps([name for name in sys.argv[0].split(",") if name in sys.modules]), file=sys.stderr)
-"""
-TASKS = ("food", "film")
-BASELINES = {"individual": {"method": {"name": "individual"}}, "plain": {"method": {"name": "sequential"}}}
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-class Cli:
-    """`cl-dist` in this process."""
-
-    def __init__(self, capture: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
-        self._capture, self._patch = capture, patch
-
-    def __call__(self, *args: object) -> Ended:
-        self._patch.setattr(sys, "argv", ["cl-dist", *map(str, args)])
-        self._capture.readouterr()
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        out, err = self._capture.readouterr()
-        return Ended(code, out, err)
-
-
-@pytest.fixture
-def _as_it_was() -> Iterator[None]:
-    """Undo what the command line does to its process."""
-    log, on_sigterm = logging.getLogger("cl_dist"), signal.getsignal(signal.SIGTERM)
-    before = log.handlers[:], log.level, log.propagate
-    yield
-    log.handlers[:], log.level, log.propagate = before
-    signal.signal(signal.SIGTERM, on_sigterm)
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, _as_it_was: None) -> Cli:
-    monkeypatch.chdir(tmp_path)
-    return Cli(capsys, monkeypatch)
-
-
-def save_run(path: Path, tree: Any) -> Path:
-    path.write_text(yaml.safe_dump(tree), encoding="utf8")
-    return path
-
-
-@pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    """A run file of two tasks that nothing was computed of."""
-    return save_run(tmp_path / "tiny.yaml", tiny.tree(tmp_path, tasks=TASKS))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run file whose run was computed to its end, with two baselines, by a process of its own."""
-    folder = tmp_path_factory.mktemp("finished")
-    save_run(folder / "tiny.yaml", tiny.tree(folder, tasks=TASKS) | {"baselines": BASELINES})
-    ended = fresh("train", "tiny.yaml", cwd=folder)[0]
-    assert ended.code == 0, ended.err
-    return folder
-
-
-def fresh(*args: object, cwd: Path) -> tuple[Ended, list[str]]:
-    """Return how `cl-dist` ended in a process of its own, and which of the HEAVY modules it had imported."""
-    program = f"import sys; sys.argv[0] = {','.join(HEAVY)!r}\n{PROGRAM}"
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, args)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    *err, modules = done.stderr.splitlines()
-    return Ended(done.returncode, done.stdout, "\n".join(err)), json.loads(modules)
-
-
-def stamps(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Return when each result of a run was written, and its bytes."""
-    stages = sorted(folder.rglob("stages/**/*"))
-    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in stages if p.is_file()}
+from tests.launcher.commands import TASKS, Cli, fresh, save_run, stamps
 
 
 def edit_row(path: Path, number: int, **changes: str) -> None:

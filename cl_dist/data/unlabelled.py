@@ -1,0 +1,84 @@
+"""Rows to be answered: JSON lines with the fields of a task's own data, or with plain `text`, `text_pair` and `id`."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from cl_dist.config import did_you_mean
+from cl_dist.data.rows import Row
+from cl_dist.data.tasks import TaskConfig
+from cl_dist.errors import DataError
+
+
+def read_unlabelled(lines: Iterable[bytes], task: TaskConfig) -> Iterator[tuple[Any, Row]]:
+    """Yield (id as it was given, row without a label) of every line that is not blank.
+
+    A field is looked for under the task's name for it, after the renaming of `source.columns`, then under the plain
+    name. What else a line holds, such as a label, is not looked at. A row without an id gets its 0-based number.
+
+    Raises:
+        DataError: At the first line that cannot be used, naming it, counted from 1.
+    """
+    number = 0
+    for line, data in enumerate(lines, start=1):
+        if not data.strip():
+            continue
+        try:
+            yield _row(_values(data), task, number)
+        except DataError as error:
+            raise DataError(f"line {line}: {error}") from None
+        number += 1
+
+
+def _values(data: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"not utf-8: byte 0x{data[error.start]:02x} at offset {error.start} of the line") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise DataError("not usable JSON: nested too deeply") from None
+    if not isinstance(values, dict):
+        raise DataError(f'expected a JSON object such as {{"text": ...}}, got {type(values).__name__}')
+    return values
+
+
+def _row(values: Mapping[str, Any], task: TaskConfig, number: int) -> tuple[Any, Row]:
+    renamed = {name: value for name, value in values.items() if name not in task.source.columns}
+    renamed |= {new: values[old] for old, new in task.source.columns.items() if old in values}
+    text = _text(*_field(renamed, values, task.text, "text"))
+    pair = None
+    if task.text_pair is not None:
+        pair = _text(*_field(renamed, values, task.text_pair, "text_pair"), may_be_empty=True)
+    elif values.get("text_pair") is not None:
+        raise DataError(f"field text_pair: task {task.id} reads a single text")
+    given = number
+    if {task.row_id, "id"} & (renamed.keys() | values.keys()):
+        name, given = _field(renamed, values, task.row_id or "id", "id")
+        if isinstance(given, bool) or not isinstance(given, str | int):
+            raise DataError(f"field {name}: expected text or a whole number as id, got {type(given).__name__}")
+    return given, Row(str(given), text, pair, label="")
+
+
+def _field(renamed: Mapping[str, Any], values: Mapping[str, Any], name: str, plain: str) -> tuple[str, Any]:
+    """Return the name that a field has in a line, and its value."""
+    if name in renamed:
+        return name, renamed[name]
+    if plain in values:
+        return plain, values[plain]
+    also = "" if name == plain else f" (or {plain!r})"
+    hint = did_you_mean(name, list(values)) if values else ""
+    raise DataError(f"field {name}{also} is missing{hint}")
+
+
+def _text(name: str, value: Any, *, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"field {name}: expected text, got {type(value).__name__}")
+    if not may_be_empty and not value.strip():
+        raise DataError(f"field {name}: is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, no tokenizer takes it
+        raise DataError(f"field {name}: holds half a character, {value[error.start]!a}") from None
+    return value

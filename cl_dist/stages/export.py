@@ -1,0 +1,197 @@
+"""A learned model as a folder that travels: no run, no data, no pickle.
+
+config.json, model.safetensors, tokenizer...   what `save_pretrained` writes: AutoModel and AutoTokenizer load it;
+trained backbone weights are in it
+parts.safetensors                              every tensor that the method added, and its learner's state
+cl_dist.json                                   how to put the two together: see `Card`
+
+model, tokenizer, labels = load_exported(folder)
+logits_BK = model(tokenizer(texts, padding=True, truncation=True, return_tensors="pt"))
+"""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from cl_dist.config import Section, did_you_mean, parse
+from cl_dist.errors import CheckpointError, ConfigError
+from cl_dist.ledger import write_json
+from cl_dist.methods import METHODS
+from cl_dist.methods.base import Learner
+from cl_dist.models.backbone import load_backbone, load_tokenizer
+from cl_dist.models.config import ModelConfig
+from cl_dist.parallel.seeds import seeded
+from cl_dist.stage import Evaluate
+from cl_dist.stages.job import Job, build_learner, task_data
+
+CARD, PARTS = "cl_dist.json", "parts.safetensors"
+_MODEL, _LEARNER = "model.", "learner."
+
+
+class ExportedTask(Section):
+    """A task that the model has parts for."""
+
+    id: str
+    labels: tuple[str, ...]
+    """Class k of the logits is labels[k]."""
+    max_length: int
+    """Where longer inputs were cut."""
+    is_answered: bool
+    """Whether this is a model for the task; if not, its parts are untrained, and here to keep the places of others."""
+
+
+class Card(Section):
+    """What cl_dist.json holds."""
+
+    format_version: Literal[1] = 1
+    task: int
+    """The task that it was exported for, as its place in `tasks`."""
+    tasks: tuple[ExportedTask, ...] = Field(min_length=1)
+    """In learned order."""
+    method: dict[str, Any]
+    pooling: Literal["mean", "cls", "pooler"]
+    dtype: Literal["float32", "bfloat16"]
+    """Precision of the forward pass; the files hold float32."""
+    dropout: float
+    seed: int
+    fingerprint: str
+    """That of the Train stage whose model this is."""
+
+
+def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
+    """Write the model of an Evaluate stage's job to a folder; its card comes last, and no folder is loaded without one.
+
+    Raises:
+        ConfigError: If the folder exists and is not empty.
+    """
+    assert isinstance(job.stage, Evaluate)
+    check_free(folder)
+    card = Card(
+        task=task,
+        tasks=tuple(
+            ExportedTask(
+                id=config.id,
+                labels=task_data(job, number).labels,
+                max_length=job.max_length[number],
+                is_answered=number in job.stage.tasks,
+            )
+            for number, config in enumerate(job.tasks)
+        ),
+        method=job.method.model_dump(mode="json"),  # with its defaults, which another version may change
+        pooling=job.model.pooling,
+        dtype=job.model.dtype,
+        dropout=job.model.dropout,
+        seed=job.seed,
+        fingerprint=fingerprint,
+    )
+    _, places = _untrained(card, job.model)
+    learner = build_learner(job)
+    tensors = {name: tensor.detach().cpu() for name, tensor in learner.model.state_dict().items()}
+    backbone = load_backbone(job.model)  # one that no method has put anything into
+    backbone.load_state_dict({inner: tensors[name] for name, inner in places.items()}, strict=False)
+    parts = {_MODEL + name: tensor for name, tensor in tensors.items() if name not in places}
+    parts |= {_LEARNER + name: tensor.cpu() for name, tensor in learner.state_dict().items()}
+
+    backbone.config._name_or_path = ""  # where it was on this machine
+    tokenizer = load_tokenizer(job.model)
+    tokenizer.name_or_path = ""
+    tokenizer.init_kwargs.pop("name_or_path", None)
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_file({name: tensor.clone().contiguous() for name, tensor in parts.items()}, folder / PARTS)
+    write_json(folder / CARD, card.model_dump(mode="json"))
+
+
+def check_free(folder: Path) -> None:
+    """Raise ConfigError unless an export may be written to a folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"DIR={str(folder)!r}: exists and is not an empty folder; name another one, or remove it")
+
+
+def load_exported(folder: Path | str, task: str | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase, list[str]]:
+    """Return (model, tokenizer, labels) of an exported folder, ready to answer.
+
+    model maps a batch (input_ids, attention_mask, token_type_ids if the tokenizer gives them) to logits (B, K), and
+    labels[k] is class k. On the same batch the logits are bit-equal to those of the run. task is the id of another
+    task that the model has learned; None takes the one it was exported for.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or of another version.
+        ConfigError: If the model was not made for the task.
+    """
+    folder = Path(folder)
+    card = _read_card(folder)
+    answered = {known.id: number for number, known in enumerate(card.tasks) if known.is_answered}
+    if task is not None and task not in answered:
+        raise ConfigError(f"task={task!r}: this model does not answer for it{did_you_mean(task, list(answered))}")
+    number = card.task if task is None else answered[task]
+
+    config = ModelConfig(source=str(folder.absolute()), dtype=card.dtype, dropout=card.dropout, pooling=card.pooling)
+    try:
+        parts = load_file(folder / PARTS)
+        learner, places = _untrained(card, config)
+    except (OSError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {error}") from error
+    model = learner.model
+    own = {name.removeprefix(_MODEL): tensor for name, tensor in parts.items() if name.startswith(_MODEL)}
+    if wrong := own.keys() ^ (model.state_dict().keys() - places.keys()):
+        raise CheckpointError(f"{folder / PARTS}: does not fit this model, see {min(wrong)!r}; export the run again")
+    try:
+        model.load_state_dict(own, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / PARTS}: does not fit this model: {error}") from error
+    if state := {name.removeprefix(_LEARNER): tensor for name, tensor in parts.items() if name.startswith(_LEARNER)}:
+        learner.load_state_dict(state)
+    model = model.eval()
+    if card.dtype == "bfloat16":
+        model = model.to(torch.bfloat16)
+    learner.activate(number)
+    tokenizer = load_tokenizer(config)
+    tokenizer.model_max_length = card.tasks[number].max_length
+    return model, tokenizer, list(card.tasks[number].labels)
+
+
+def _read_card(folder: Path) -> Card:
+    path = folder / CARD
+    try:
+        tree = json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; expected a folder written by `cl-dist export`") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if version != 1:
+        raise CheckpointError(f"{path}: format_version={version!r}: this version of cl-dist reads 1")
+    try:
+        return parse(Card, tree)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _untrained(card: Card, model: ModelConfig) -> tuple[Learner, dict[str, str]]:
+    """Return a learner with a model of a card's shape, and the backbone's tensors that are still used in it.
+
+    These are given as name in the model -> name in the backbone. Methods wrap modules and so rename tensors, which are
+    therefore known by being the same objects.
+    """
+    name = str(card.method.get("name"))
+    if name not in METHODS:
+        raise ConfigError(f"method={name!r}: no such method{did_you_mean(name, list(METHODS))}")
+    method = parse(METHODS[name].config, card.method, "method.")
+    module, _, cls = METHODS[name].learners["main"].partition(":")
+    num_labels = tuple(len(task.labels) for task in card.tasks)
+    learner: Learner = getattr(import_module(module), cls)(method, num_labels, card.pooling, card.seed)
+    with seeded(card.seed, "build", card.tasks[-1].id):  # as in a run: some of what is drawn may never be trained
+        backbone = load_backbone(model)
+        inner: dict[str, Tensor] = backbone.state_dict(keep_vars=True)  # held, so that no id is used again
+        outer: dict[str, Tensor] = learner.build(backbone, len(card.tasks) - 1).state_dict(keep_vars=True)
+    names = {id(tensor): name for name, tensor in inner.items()}
+    return learner, {name: names[id(tensor)] for name, tensor in outer.items() if id(tensor) in names}

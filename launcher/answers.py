@@ -1,0 +1,80 @@
+"""Which stored model of a run answers for a task, and whether it can be trusted. Torch-free."""
+
+from collections.abc import Sequence
+
+from cl_dist.config import did_you_mean
+from cl_dist.errors import CheckpointError, ConfigError
+from cl_dist.jobs import Workbook
+from cl_dist.ledger import sha256
+from cl_dist.stage import Evaluate, Ref, Train, ref
+
+
+def number_of(book: Workbook, task: str, option: str = "--task") -> int:
+    """Return the place of a task in the order.
+
+    Raises:
+        ConfigError: If the run has no such task.
+    """
+    ids = [known.id for known in book.tasks.tasks]
+    if task not in ids:
+        raise ConfigError(f"{option} {task!r}: the run has no such task{did_you_mean(task, ids)}")
+    return ids.index(task)
+
+
+def last_learned(book: Workbook) -> int:
+    """Return the last task with a finished Train stage.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    for task in reversed(range(len(book.tasks))):
+        if any(isinstance(stage, Train) and book.ledger.manifest(ref(stage)) for stage in book.plan(task)):
+            return task
+    raise CheckpointError(f"{book.config.folder}: no task has been learned yet; `cl-dist resume` goes on with the run")
+
+
+def answering(book: Workbook, tasks: Sequence[int], after: int) -> list[tuple[Evaluate, list[int]]]:
+    """Return who answers for some tasks once `after` has been learned: stages, each with those of the tasks it scores.
+
+    A plan says so itself: the last Evaluate stage scores the tasks whose model has changed, and leaves the others to
+    the one before it. The weights of every model are checked against their manifests.
+
+    Raises:
+        ConfigError: If there is no model for a task.
+        CheckpointError: If a model has not been computed, or is damaged.
+    """
+    found: dict[Ref, tuple[Evaluate, list[int]]] = {}
+    for task in tasks:
+        stage = _scoring(book, task, after)
+        if stage.model not in found:
+            _check_stored(book, stage.model)
+        found.setdefault(stage.model, (stage, []))[1].append(task)
+    return list(found.values())
+
+
+def _scoring(book: Workbook, task: int, after: int) -> Evaluate:
+    stage = next((stage for stage in book.plan(after) if isinstance(stage, Evaluate)), None)
+    while stage is not None and task not in stage.tasks:
+        earlier = None if stage.previous is None else book.stage(stage.previous)
+        stage = earlier if isinstance(earlier, Evaluate) else None
+    if stage is None:
+        asked, last = (book.tasks.tasks[number].id for number in (task, after))
+        method = book.config.science.method.name
+        raise ConfigError(f"task {asked}: after task {last} the method {method!r} has no model for it")
+    return stage
+
+
+def _check_stored(book: Workbook, model: Ref | None) -> None:
+    """Raise CheckpointError unless every stage that makes up a model is there, with these settings, and whole."""
+    while model is not None:
+        stage, manifest = book.stage(model), book.ledger.manifest(model)
+        if manifest is None or not book.ledger.is_done(stage):
+            raise CheckpointError(
+                f"{book.ledger.key(model)} has not been computed; `cl-dist resume` computes what is missing"
+            )
+        for name, digest in manifest["files"].items():
+            path = book.ledger.path(model) / name
+            if path.suffix == ".safetensors" and (not path.exists() or sha256(path) != digest):
+                raise CheckpointError(f"{path}: missing or damaged; remove the folder {path.parent} and resume")
+        assert isinstance(stage, Train)
+        model = stage.init

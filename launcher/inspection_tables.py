@@ -1,0 +1,80 @@
+"""How an inspected path looks to a person."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from cl_dist.config import Tree
+from launcher.inspection import OK
+
+
+def tables(document: Tree) -> Iterator[Table | str]:
+    """Yield what a person sees of an inspected path."""
+    if document["what"] == "tensors":
+        digest = {OK: "its manifest knows it", "unknown": "no manifest knows it"}.get(document["digest"], "damaged")
+        yield f"{document['path']}: {document['bytes']:,} bytes, {document['state']} ({digest})"
+        yield _groups_table(document["path"], document["groups"])
+    elif document["what"] == "stage":
+        yield from _stage_tables(document)
+    else:
+        yield from _run_tables(document)
+    plugin = document.get("plugins")
+    if plugin and "unknown" in plugin:
+        yield f"plugins: {plugin['unknown']}"
+    elif plugin:
+        yield (
+            f"plugins: {plugin['tensors']} tensors, {plugin['elements']:,} elements, {plugin['bytes']:,} bytes; "
+            f"{plugin['bytes_per_rank']:,} bytes on each of {plugin['workers']} worker(s) at ZeRO stage "
+            f"{plugin['zero_stage']}"
+        )
+    if found := document["masks"]:
+        of = "" if found["units"] is None else f" of {found['units']:,}"
+        table = Table("task", "units used", "not used before", title=f"masks: {found['used']:,}{of} units in use")
+        for line in found["tasks"]:
+            table.add_row(str(line["task"]), f"{line['used']:,}", f"{line['new']:,}")
+        yield table
+
+
+def _stage_tables(document: Tree) -> Iterator[Table | str]:
+    yield f"{document['stage']}: {document['kind']}, {document['state']}"
+    if document["kind"] is None:
+        return
+    yield f"fingerprint {document['fingerprint']}, begun {document['started']}, {document['seconds']} s"
+    for name, fingerprint in document["inputs"].items():
+        yield f"made from {name} {fingerprint}"
+    table = Table("file", "bytes", "state")
+    for file in document["files"]:
+        table.add_row(file["name"], "-" if file["bytes"] is None else f"{file['bytes']:,}", file["state"])
+    yield table
+    for name, found in document["tensors"].items():
+        yield _groups_table(name, found)
+
+
+def _run_tables(document: Tree) -> Iterator[Table | str]:
+    yield f"{document['run']}: {document['method']}, {document['bytes']:,} bytes in stages, {document['state']}"
+    table = Table("stage", "kind", "fingerprint", "begun", "seconds", "inputs", "bytes", "state")
+    for stage in document["stages"]:
+        size = f"{sum(file['bytes'] or 0 for file in stage['files']):,}"
+        what = (str(stage["kind"]), str(stage["fingerprint"])[:12], str(stage["started"]), str(stage["seconds"]))
+        table.add_row(stage["stage"], *what, ", ".join(stage["inputs"]) or "-", size, stage["state"])
+    yield table
+    for name in document["unfinished"]:
+        yield f"unfinished: {name}"
+    if document["baselines"]:
+        yield f"baselines, each a run of its own: {', '.join(document['baselines'])}"
+    if document["model"]:
+        yield _groups_table(f"model after {document['model']}", document["groups"])
+
+
+def _groups_table(title: str, found: Sequence[Tree]) -> Table:
+    table = Table(title=escape(title))
+    for heading in ("tensors", "shape", "type", "count", "bytes"):
+        table.add_column(heading, justify="right" if heading in ("count", "bytes") else "left")
+    for line in found:
+        shape = " x ".join(map(str, line["shape"])) or "-"
+        table.add_row(escape(line["name"]), shape, line["dtype"], str(line["count"]), f"{line['bytes']:,}")
+    table.add_section()
+    total = (str(sum(line["count"] for line in found)), f"{sum(line['bytes'] for line in found):,}")
+    table.add_row("all", "", "", *total)
+    return table

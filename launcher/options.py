@@ -1,0 +1,19 @@
+"""Arguments and options that several verbs share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Config = Annotated[str, typer.Argument(help="a run file, or the name of a recipe")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings over the file's: science.train.epochs=3")]
+Run = Annotated[Path, typer.Argument(help="a run folder")]
+RunOrLast = Annotated[Path | None, typer.Argument(help="a run folder; the one worked on last if left out")]
+Task = Annotated[str, typer.Option(help="id of the task")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="the log on stderr, tracebacks with errors")]
+Baselines = Annotated[bool, typer.Option(help="also run the baselines that the run file names")]
+FailIf = Annotated[
+    list[str] | None,
+    typer.Option(metavar="METRIC>NUMBER", help="exit 8 if this holds of the run, or cannot be told; also >= < <="),
+]

@@ -1,0 +1,55 @@
+"""Quality gates: `--fail-if "cl/forgetting_max>0.05"` makes a command whose run misses a bound fail."""
+
+import math
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cl_dist.config import did_you_mean
+from cl_dist.errors import ConfigError
+from cl_dist.metrics import FORMULAS
+
+SIGNS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+_EXPRESSION = re.compile(r"\s*([^\s<>=]+)\s*([<>]=?)\s*([^\s<>=]+)\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class FailIf:
+    """A condition under which a run does not pass."""
+
+    metric: str
+    sign: str
+    bound: float
+
+    def reason(self, metrics: Mapping[str, Mapping[str, Any]]) -> str | None:
+        """Return why a run with these metrics (those of summary.json) does not pass; None if it does."""
+        value = metrics.get(self.metric, {}).get("value")
+        condition = f"--fail-if '{self.metric}{self.sign}{self.bound:g}'"
+        if value is None:
+            return f"{condition}: {self.metric} was not measured; it is {FORMULAS[self.metric]}"
+        if SIGNS[self.sign](value, self.bound):
+            return f"{condition}: {self.metric} is {value:.6g}"
+        return None
+
+
+def parse_gates(expressions: Sequence[str]) -> list[FailIf]:
+    """Return the conditions that a person wrote.
+
+    Raises:
+        ConfigError: If one is not METRIC, a sign and a number, or names no metric.
+    """
+    gates = []
+    for text in expressions:
+        match = _EXPRESSION.fullmatch(text)
+        try:
+            bound = float(match[3]) if match else math.nan
+        except ValueError:
+            bound = math.nan
+        if match is None or not math.isfinite(bound):
+            raise ConfigError(f"--fail-if {text!r}: expected METRIC>NUMBER, with one of {' '.join(SIGNS)}")
+        if match[1] not in FORMULAS:
+            raise ConfigError(f"--fail-if {text!r}: no metric {match[1]!r}{did_you_mean(match[1], list(FORMULAS))}")
+        gates.append(FailIf(match[1], match[2], bound))
+    return gates

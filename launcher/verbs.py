@@ -1,0 +1,154 @@
+"""Verbs on what a run has stored: score a model again, ask it, look into its files, take it elsewhere."""
+
+import json
+import os
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from cl_dist.errors import CheckpointError, ConfigError
+from launcher import console, runs
+from launcher.answers import answering, last_learned, number_of
+from launcher.inspection import inspect_path
+from launcher.inspection_tables import tables
+from launcher.options import AsJson, Run, Task, Verbose
+
+if TYPE_CHECKING:
+    from cl_dist.jobs import Workbook
+
+
+def eval_(
+    run: Run,
+    task: Annotated[list[str] | None, typer.Option(help="id of a task, repeatable; all learned ones if not")] = None,
+    after: Annotated[str | None, typer.Option(help="with the model after this task; the last one if left out")] = None,
+    split: Annotated[Literal["dev", "test"], typer.Option(help="rows to score")] = "test",
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score tasks of a run again, in this process; nothing is written."""
+    from cl_dist.metrics import accuracy, f1_macro, majority_accuracy
+
+    console.start_logging(verbose)
+    book = _open(run)
+    last = last_learned(book) if after is None else number_of(book, after, "--after")
+    tasks = [number_of(book, name) for name in dict.fromkeys(task)] if task else list(range(last + 1))
+    for number in tasks:
+        if not book.data(number).rows(split):
+            raise ConfigError(f"--split {split}: task {book.data(number).id} has no {split} rows")
+    models = answering(book, tasks, last)
+    from cl_dist.stages.predict import Predictor
+
+    lines = {}
+    for stage, own in models:
+        with console.results_only():
+            predictor = Predictor(book.job(stage))
+            logits = {number: predictor.logits(number, book.data(number).rows(split)) for number in own}
+        for number in own:
+            data = book.data(number)
+            truth = [row.label for row in data.rows(split)]
+            guesses = [data.labels[int(logits_K.argmax())] for logits_K in logits[number]]
+            lines[number] = {
+                "task": data.id,
+                "model": book.ledger.key(stage.model),
+                "rows": len(truth),
+                "accuracy": accuracy(truth, guesses),
+                "f1_macro": f1_macro(truth, guesses),
+                "majority": majority_accuracy([row.label for row in data.train], truth),
+            }
+    scored = [lines[number] for number in tasks]
+    after = book.tasks.tasks[last].id
+    if as_json:
+        document = {"run": book.config.run.name, "after": after, "split": split, "tasks": scored}
+        console.out.print_json(json.dumps(document))
+        return
+    table = Table(title=f"{book.config.run.name}: {split} rows, after task {after}")
+    for heading in ("task", "model", "rows", "accuracy", "macro F1", "majority"):
+        table.add_column(heading, justify="left" if heading in ("task", "model") else "right")
+    for line in scored:
+        numbers = (f"{line[name]:.4f}" for name in ("accuracy", "f1_macro", "majority"))
+        table.add_row(str(line["task"]), str(line["model"]), str(line["rows"]), *numbers)
+    console.out.print(table)
+
+
+def predict(run: Run, task: Task, verbose: Verbose = False) -> None:
+    """Answer JSON lines from stdin with JSON lines on stdout, by the model after the last learned task.
+
+    A line is {"text": ..., "text_pair": ..., "id": ...}, or has the fields of the task's own data. The answer is
+    {"id": ..., "prediction": ..., "scores": {label: probability}}.
+    """
+    from cl_dist.data.unlabelled import read_unlabelled
+
+    console.start_logging(verbose)
+    book = _open(run)
+    number = number_of(book, task)
+    ((stage, _),) = answering(book, [number], last_learned(book))
+    labels, rows = book.data(number).labels, read_unlabelled(sys.stdin.buffer, book.tasks.tasks[number])
+    from cl_dist.stages.predict import Predictor
+
+    try:
+        with console.results_only() as stdout:
+            predictor = Predictor(book.job(stage))
+            # As many rows at a time as a shard has: a task's own rows meet in the batches of its Evaluate stage.
+            while shard := list(islice(rows, book.config.science.evaluate.shard_rows)):
+                logits = predictor.logits(number, [row for _, row in shard])
+                for (given, _), logits_K in zip(shard, logits, strict=True):
+                    scores = dict(zip(labels, logits_K.double().softmax(-1).tolist(), strict=True))
+                    answer = {"id": given, "prediction": labels[int(logits_K.argmax())], "scores": scores}
+                    stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                stdout.flush()
+    except BrokenPipeError:  # whoever read the answers has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that does not exist, or is empty")],
+    task: Task,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write the model after the last learned task as a folder for `transformers` and `load_exported`."""
+    console.start_logging(verbose)
+    book = _open(run)
+    number = number_of(book, task)
+    ((stage, _),) = answering(book, [number], last_learned(book))
+    from cl_dist.stages.export import check_free
+    from cl_dist.stages.export import export as write
+
+    check_free(folder)
+    with console.results_only():
+        write(book.job(stage), number, folder, book.ledger.fingerprint(book.stage(stage.model)))
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    if as_json:
+        model = book.ledger.key(stage.model)
+        console.out.print_json(json.dumps({"folder": str(folder), "task": task, "model": model, "files": files}))
+        return
+    for name, size in files.items():
+        console.out.print(f"{size:>15,} bytes  {folder / name}", markup=False, soft_wrap=True)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="a run folder, a stage folder or a .safetensors file")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what is stored and whether it is whole; exit 6 if something is damaged."""
+    document = inspect_path(path)
+    if as_json:
+        console.out.print_json(json.dumps(document))
+    else:
+        for part in tables(document):
+            console.out.print(part, markup=False, soft_wrap=isinstance(part, str))
+    if document["faults"] and as_json:
+        raise typer.Exit(CheckpointError.exit_code)  # the document names them
+    if document["faults"]:
+        raise CheckpointError("\n".join(document["faults"]))
+
+
+def _open(run: Path) -> "Workbook":
+    from cl_dist.jobs import Workbook
+
+    return Workbook(runs.reopen(run, []))

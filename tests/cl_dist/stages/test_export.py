@@ -1,0 +1,216 @@
+"""An exported folder gives the run's logits to the bit, whatever the method; every entry of METHODS is exported."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from cl_dist.data.classify import ClassifyRows
+from cl_dist.errors import CheckpointError, ConfigError
+from cl_dist.jobs import Workbook
+from cl_dist.methods import METHODS
+from cl_dist.models.backbone import load_backbone, load_tokenizer
+from cl_dist.models.classifier import Batch
+from cl_dist.stage import Evaluate
+from cl_dist.stages.export import CARD, PARTS, export, load_exported
+from cl_dist.stages.job import Job, build_learner
+from tests import tiny
+
+TASKS = ("food", "topic")
+
+
+def compute(folder: Path, name: str) -> Workbook:
+    """Compute a run of a method over two tasks, with the sizes of tiny.CTR where the method has such settings."""
+    fields = METHODS[name].config.model_fields
+    method = {key: value for key, value in tiny.CTR.items() if key in fields} | {"name": name}
+    over = {"science": {"method": method, "train": {"epochs": 1, "min_round_steps": 1}}}
+    return tiny.compute(tiny.book(folder, over, tasks=TASKS))
+
+
+def last_job(book: Workbook, task: int) -> Job:
+    """Return the job of the stage that scored a task last."""
+    stages = [stage for t in range(2) for stage in book.plan(t) if isinstance(stage, Evaluate) and task in stage.tasks]
+    return book.job(stages[-1])
+
+
+def batch(book: Workbook, job: Job, task: int) -> Batch:
+    rows = ClassifyRows(load_tokenizer(job.model), job.max_length[task])
+    rows.add(task, book.data(task).test, book.data(task).labels)
+    return rows.batch(range(len(rows)))
+
+
+@torch.no_grad()
+def logits_of_run(book: Workbook, job: Job, task: int) -> Tensor:
+    learner = build_learner(job)
+    learner.model.eval()
+    if job.model.dtype == "bfloat16":
+        learner.model.to(torch.bfloat16)
+    learner.activate(task)
+    return learner.model(batch(book, job, task))
+
+
+@torch.no_grad()
+def logits_of_export(book: Workbook, job: Job, task: int, folder: Path, ask: str | None = None) -> Tensor:
+    return load_exported(folder, ask)[0](batch(book, job, task))
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_exported_answers_to_the_bit_as_in_its_run(name: str, tmp_path: Path) -> None:
+    book = compute(tmp_path / "run", name)
+    for task, labels in enumerate((["bad", "good"], ["garden", "kitchen", "office"])):
+        job, folder = last_job(book, task), tmp_path / f"export{task}"
+        export(job, task, folder, "f00d")
+        expected = logits_of_run(book, job, task)
+        assert expected.shape == (10, len(labels))
+        assert torch.equal(logits_of_export(book, job, task, folder), expected)
+        assert load_exported(folder)[2] == labels
+        plain = AutoModel.from_pretrained(folder)
+        assert plain.config.model_type == "bert"
+    assert str(tmp_path) not in "".join(p.read_text("utf8") for p in tmp_path.glob("export*/*.json"))
+    assert {p.suffix for p in tmp_path.glob("export*/*")} <= {".json", ".safetensors", ".txt"}
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+    return compute(tmp_path_factory.mktemp("ctr"), "ctr")
+
+
+@pytest.fixture(scope="module")
+def exported(book: Workbook, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of a CTR run after its second task, exported for the first."""
+    folder = tmp_path_factory.mktemp("exported")  # empty
+    export(last_job(book, 0), 0, folder, "f00d")
+    return folder
+
+
+def test_the_other_tasks_of_the_model_can_be_asked_too(book: Workbook, exported: Path) -> None:
+    job = last_job(book, 1)
+    assert torch.equal(logits_of_export(book, job, 1, exported, "topic"), logits_of_run(book, job, 1))
+    with pytest.raises(ConfigError, match=r"task='fod': this model does not answer for it; did you mean 'food'"):
+        load_exported(exported, "fod")
+
+
+def test_a_model_of_one_task_alone_answers_for_no_other(tmp_path: Path) -> None:
+    book = compute(tmp_path / "run", "individual")
+    export(last_job(book, 1), 1, tmp_path / "x", "f00d")
+    with pytest.raises(ConfigError, match=r"task='food': this model does not answer for it"):
+        load_exported(tmp_path / "x", "food")
+
+
+def test_a_frozen_backbone_is_exported_as_it_came_and_a_tuned_one_as_it_is(
+    book: Workbook, exported: Path, tmp_path: Path
+) -> None:
+    source = load_backbone(book.config.science.model).state_dict()
+    frozen = AutoModel.from_pretrained(exported).state_dict()
+    assert all(torch.equal(frozen[name], tensor) for name, tensor in source.items())
+
+    tuned_book = compute(tmp_path / "run", "sequential")
+    job = last_job(tuned_book, 1)
+    export(job, 1, tmp_path / "x", "f00d")
+    tuned = AutoModel.from_pretrained(tmp_path / "x").state_dict()
+    expected = {name: tensor for name, tensor in build_learner(job).model.state_dict().items() if "backbone." in name}
+    assert all(torch.equal(tuned[name.removeprefix("backbone.")], tensor) for name, tensor in expected.items())
+    assert any(not torch.equal(tuned[name], tensor) for name, tensor in source.items())
+    assert {name.split(".")[1] for name in load_file(tmp_path / "x" / PARTS)} == {"heads"}
+
+
+def test_the_precision_of_the_run_is_kept(book: Workbook, tmp_path: Path) -> None:
+    job = last_job(book, 1)
+    job = replace(job, model=job.model.updated({"dtype": "bfloat16"}))
+    export(job, 1, tmp_path / "x", "f00d")
+    found = logits_of_export(book, job, 1, tmp_path / "x")
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, logits_of_run(book, job, 1))
+    assert {tensor.dtype for tensor in load_file(tmp_path / "x" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_the_tokenizer_cuts_where_the_run_did(exported: Path) -> None:
+    model, tokenizer, labels = load_exported(exported)
+    encoded = tokenizer(["the cake " * 20, "the soup"], padding=True, truncation=True, return_tensors="pt")
+    assert encoded["input_ids"].shape == (2, 16)
+    assert model(encoded).shape == (2, len(labels))
+    assert AutoTokenizer.from_pretrained(exported).model_max_length == 32
+
+
+def test_a_folder_that_holds_something_is_refused(book: Workbook, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "notes.txt").write_text("mine", "utf8")
+    for folder in (tmp_path / "x", tmp_path / "x" / "notes.txt"):
+        with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+            export(last_job(book, 0), 0, folder, "f00d")
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["notes.txt"]
+
+
+def without_card(folder: Path) -> str:
+    (folder / CARD).unlink()
+    return "expected a folder written by `cl-dist export`"
+
+
+def edited_card(folder: Path, **changes: Any) -> None:
+    card = json.loads((folder / CARD).read_text("utf8"))
+    (folder / CARD).write_text(json.dumps(card | changes), "utf8")
+
+
+def of_a_later_version(folder: Path) -> str:
+    edited_card(folder, format_version=2)
+    return "format_version=2: this version of cl-dist reads 1"
+
+
+def of_an_unknown_method(folder: Path) -> str:
+    edited_card(folder, method={"name": "crt"})
+    return "method='crt': no such method; did you mean 'ctr'"
+
+
+def with_a_strange_key(folder: Path) -> str:
+    edited_card(folder, pool="mean")
+    return "unknown key 'pool'; did you mean 'pooling'"
+
+
+def cut_off(folder: Path) -> str:
+    (folder / CARD).write_text("{", "utf8")
+    return "cl_dist.json: damaged"
+
+
+def without_parts(folder: Path) -> str:
+    (folder / PARTS).unlink()
+    return "cannot be loaded"
+
+
+def with_a_part_missing(folder: Path) -> str:
+    parts = load_file(folder / PARTS)
+    del parts["model.heads.0.weight"]
+    save_file(parts, folder / PARTS)
+    return r"does not fit this model, see 'heads\.0\.weight'"
+
+
+def with_a_part_of_another_shape(folder: Path) -> str:
+    parts = load_file(folder / PARTS)
+    save_file(parts | {"model.heads.0.weight": torch.zeros(5, 32)}, folder / PARTS)
+    return "does not fit this model: .*heads.0.weight"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        without_card,
+        of_a_later_version,
+        of_an_unknown_method,
+        with_a_strange_key,
+        cut_off,
+        without_parts,
+        with_a_part_missing,
+        with_a_part_of_another_shape,
+    ],
+)
+def test_a_damaged_folder_is_refused(exported: Path, tmp_path: Path, spoil: Any) -> None:
+    folder = shutil.copytree(exported, tmp_path / "x")
+    message = spoil(folder)
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        load_exported(folder)
