@@ -263,7 +263,7 @@ class DeepSpeedEngine:
 
 
 def _adamw(model: nn.Module, optimizing: Optimizing) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = torch.optim.AdamW(optimizing.groups(model), lr=optimizing.lr, eps=1e-8)
+    optimizer = torch.optim.AdamW(optimizing.groups(model), lr=optimizing.lr, eps=1e-8, fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, optimizing.factor)
 
 

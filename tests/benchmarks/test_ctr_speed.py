@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertModel
 
+from cl_dist.models.adapters import AdapterClassifier
 from cl_dist.models.capsules import Sharing, hard_gate, squash
-from cl_dist.models.config import SharingShape
+from cl_dist.models.config import PluginShape, SharingShape
+from cl_dist.models.noise import gumbel
+from cl_dist.models.plugin import CtrClassifier
 
 pytestmark = pytest.mark.bench
 HIDDEN, LENGTH, ROWS, TASKS = 768, 128, 8, 19
@@ -100,3 +104,53 @@ def test_operations_do_not_grow_with_tasks(sharing: Sharing) -> None:
         counts[task] = count.ops
     print(f"\nKSM operations, forward and backward, by task: {counts}")
     assert len(set(counts.values())) == 1
+
+
+def step_seconds(model: nn.Module, loss: Callable[[], Tensor]) -> float:
+    """Return the median processor time of a whole training step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    times = []
+    for _ in range(4):
+        began = time.process_time()
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.process_time() - began)
+    return median(times[1:])
+
+
+@pytest.mark.parametrize(
+    ("hidden", "width", "budget"), [(768, 2000, 1.35), (384, 512, None)], ids=["bert-base", "minilm"]
+)
+def test_a_ctr_step_against_a_step_with_a_plain_adapter(hidden: int, width: int, budget: float | None) -> None:
+    """At the last of 19 tasks; two layers of the backbone, since every layer adds the same to both."""
+    torch.set_num_threads(1)
+    heads = hidden // 64
+    config = BertConfig(
+        hidden_size=hidden, num_hidden_layers=2, num_attention_heads=heads, intermediate_size=4 * hidden
+    )
+    ctr = CtrClassifier(BertModel(config), PluginShape(tsm_size=width))
+    plain = AdapterClassifier(BertModel(config), width)
+    batch = {
+        "input_ids": torch.randint(1000, 20000, (ROWS, LENGTH)),
+        "attention_mask": torch.ones(ROWS, LENGTH, dtype=torch.long),
+        "row": torch.arange(ROWS),
+    }
+    for task in range(TASKS):
+        ctr.add_task(2)
+        plain.add_task(2)
+        if task < TASKS - 1:
+            ctr.activate(task)
+            ctr.finish_task()
+    ctr.start_task(TASKS - 1)
+    plain.start_task(TASKS - 1)
+    ctr.context.slope = 30.0
+
+    def step() -> Tensor:
+        ctr.context.noise_PBU2 = gumbel(0, 0, batch["row"], len(ctr.plugins), TASKS - 1)
+        return ctr(batch).square().sum() + ctr.sparsity()
+
+    ratio = step_seconds(ctr, step) / step_seconds(plain, lambda: plain(batch).square().sum())
+    print(f"\nCTR step at task {TASKS} of {TASKS}, H={hidden}, width {width}: {ratio:.2f}x a plain adapter's", end="")
+    print(f" (budget {budget}x)" if budget else "")
+    assert budget is None or ratio <= budget
