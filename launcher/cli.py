@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 
 from cl_dist.errors import ConfigError, QualityError
-from launcher import console, runs, verbs
+from launcher import console, runs, sizes, verbs
 from launcher.options import AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
 from launcher.quality import FailIf as Gate
 from launcher.quality import parse_gates
@@ -117,8 +117,9 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
                 "done": book.ledger.is_done(stage),
             }
         )
+    plugins = sizes.plugins(book.config)
     if as_json:
-        console.out.print_json(json.dumps({"run": book.config.run.name, "stages": stages}))
+        console.out.print_json(json.dumps({"run": book.config.run.name, "stages": stages, "plugins": plugins}))
         return
     table = Table("stage", "kind", "rows", "after", "fingerprint", "state", title=f"plan of {book.config.run.name}")
     for line in stages:
@@ -126,6 +127,8 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
         inputs = ", ".join(line["inputs"]) or "backbone"  # type: ignore[arg-type]
         table.add_row(line["stage"], line["kind"], str(line["rows"]), inputs, line["fingerprint"], state)  # type: ignore[arg-type]
     console.out.print(table)
+    if plugins is not None:
+        console.out.print(sizes.sentence(plugins))
     for name in book.config.baselines:
         console.out.print(f"then baseline {name}: {book.config.baseline(name).science.method.name} on the same tasks")
 

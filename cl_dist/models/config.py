@@ -1,5 +1,6 @@
 """Which backbone, in which precision; torch-free."""
 
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field
@@ -54,3 +55,24 @@ class PluginShape(MaskShape, SharingShape):
 
     share: bool = True
     """Knowledge sharing (KSM); False is the ablation that leaves masks only, which is HAT on adapters."""
+
+
+def plugin_sizes(shape: MaskShape, hidden: int, num_tasks: int) -> tuple[list[int], list[int]]:
+    """Return the elements of every tensor of one plugin: those that its tasks own, and those that they share.
+
+    Layer norms and heads are not counted.
+    """
+    shared = [shape.tsm_size * hidden, shape.tsm_size, hidden * shape.tsm_size, hidden]
+    own = [shape.tsm_size, hidden]  # gates
+    if isinstance(shape, PluginShape) and shape.share:
+        size, num, filters = shape.capsule_size, shape.transfer_capsules, shape.filters
+        widths = [hidden, size] if shape.capsule_layers == 1 else [hidden, shape.capsule_mid, size]
+        for fan_in, fan_out in pairwise(widths):
+            own += [fan_in * fan_out, fan_out]
+        own += [num * size * size, size * num * hidden, hidden]  # routing row, up-projection
+        if shape.routing == "transfer":
+            for kernel in shape.kernels:
+                own += [filters * size * num * kernel, filters] * 2
+            read = filters * len(shape.kernels)
+            own += [read * filters, read * size * num, size * num, read * 2, 2]
+    return own * num_tasks, shared
