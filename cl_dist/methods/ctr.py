@@ -42,7 +42,7 @@ class Ctr(Hat):
     config: CtrConfig
 
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
-        """Start the task's router, up-projection, routing row and norms from its predecessor's; freeze the rest."""
+        """See Hat; with backward transfer earlier capsules are not frozen."""
         super().start_task(task, tasks)
         if self.config.mode == "backward_transfer":
             self.model.train_capsules(task)

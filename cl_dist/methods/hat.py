@@ -64,8 +64,8 @@ class Hat(Learner):
         return self.model
 
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
-        """Start what the task inherits from its predecessor; freeze what is not its own."""
-        if task:
+        """Start what the task inherits, if it does; freeze what is not its own."""
+        if task and self.config.inherit:
             self.model.inherit(task)
         self.model.start_task(task)
 

@@ -48,6 +48,9 @@ class MaskShape(Section):
     mask_mean: float = 0.0
     mask_std: float = Field(1.0, ge=0)
     """A new task's gate embeddings are drawn from N(mask_mean, mask_std); units with e > 0 are open."""
+    inherit: bool = False
+    """Whether a task's norms, router, up-projection and routing row start from its predecessor's, not from the backbone's
+    and from initial values. Helps where tasks are alike, harms where they are not."""
 
 
 class PluginShape(MaskShape, SharingShape):

@@ -288,8 +288,8 @@ def test_the_router_learns_from_the_second_task_on() -> None:
         learner.model.finish_task()
 
 
-def test_a_task_starts_from_its_predecessors_router_norms_and_routing_row_with_a_capsule_of_its_own() -> None:
-    learner = learner_of(num_tasks=2)
+def test_with_inherit_a_task_starts_from_its_predecessor_with_a_capsule_of_its_own() -> None:
+    learner = learner_of(num_tasks=2, inherit=True)
     train(learner, 0, [batch_of(seed=seed) for seed in range(3)])
     learner.start_task(1, (1,))
     for sharing, norms in zip(learner.model.sharings, learner.model.norms, strict=True):
