@@ -49,8 +49,8 @@ class MaskShape(Section):
     mask_std: float = Field(1.0, ge=0)
     """A new task's gate embeddings are drawn from N(mask_mean, mask_std); units with e > 0 are open."""
     inherit: bool = False
-    """Whether a task's norms, router, up-projection and routing row start from its predecessor's, not from the backbone's
-    and from initial values. Helps where tasks are alike, harms where they are not."""
+    """Whether a task's norms, router, up-projection and routing row start from its predecessor's, instead of from the
+    backbone's and from initial values."""
 
 
 class PluginShape(MaskShape, SharingShape):

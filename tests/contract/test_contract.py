@@ -20,7 +20,9 @@ from cl_dist.jobs import Workbook
 from cl_dist.methods import METHODS
 from cl_dist.methods.base import Learner
 from cl_dist.models.backbone import load_tokenizer
+from cl_dist.parallel.engine import TorchEngine
 from cl_dist.stage import Evaluate, Ref, Train, ref
+from cl_dist.stages import train
 from cl_dist.stages.job import Job, build_learner, task_data
 from cl_dist.tracking import Tracker
 from tests import parity, tiny
@@ -170,6 +172,31 @@ def test_what_a_task_may_not_move_does_not_move(runs: Runs, tmp_path: Path, meth
         assert torch.equal(start[name][kept], after[name][kept]), name
     kept_any = any((scale.factor(start[name]) == 0).any() for name, scale in protected.items())
     assert kept_any == (method in {"ctr", "hat"})
+
+
+@each_method
+def test_every_forward_pass_in_training_goes_through_the_engine(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Around it no gradient would be reduced with some wrappers, and ranks would train models of their own."""
+    through_engine, forwards, learners = list[int](), list[int](), list[Learner]()
+    job, call, build = runs.job(method, "train"), TorchEngine.__call__, build_learner
+
+    def counted(engine: TorchEngine, batch: Any) -> Any:
+        through_engine.append(1)
+        return call(engine, batch)
+
+    def watched(asked: Job) -> Learner:
+        learners.append(build(asked))
+        if len(learners) == 1:  # a second one measures what was learned, and trains nothing
+            learners[0].model.register_forward_hook(lambda *args: forwards.append(1))
+        return learners[-1]
+
+    monkeypatch.setattr(TorchEngine, "__call__", counted)
+    monkeypatch.setattr(train, "build_learner", watched)
+    parity.train_here(job, tmp_path / "out")
+    assert through_engine
+    assert len(forwards) == len(through_engine)
 
 
 @each_method

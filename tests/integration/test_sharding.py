@@ -42,6 +42,8 @@ class Held:
     """ZeRO-3: the rank's piece of every parameter, frozen ones included."""
     whole: tuple[str, ...]
     """ZeRO-3: parameters that stay whole on every rank."""
+    forwards: int
+    """How often DeepSpeed's wrapper was called for the one forward pass in training."""
 
 
 def hold(rank: int, world: int, job: Job) -> Held:
@@ -51,11 +53,13 @@ def hold(rank: int, world: int, job: Job) -> Held:
     rows = ClassifyRows(load_tokenizer(job.model), 16)
     data = task_data(job, job.stage.task)
     rows.add(job.stage.task, data.train, data.labels)
+    own: Any = engine
+    forwards: list[int] = []
+    own._engine.register_forward_hook(lambda *args: forwards.append(1))
     loss = learner.loss(engine, rows.batch(range(micro)), Schedule(10, 10, 10).at(5))
     engine.backward(loss.rows["ce"].sum(), torch.stack(list(loss.own.values())).sum())
     engine.step()
     named: dict[str, Any] = dict(engine.module.named_parameters())
-    own: Any = engine
     optimizer = own._engine.optimizer
     states = getattr(optimizer, "optimizer", optimizer).state.values()
     held = Held(
@@ -64,6 +68,7 @@ def hold(rank: int, world: int, job: Job) -> Held:
         moments=sum(state["exp_avg"].numel() for state in states),
         partitioned={name: p.ds_tensor.numel() for name, p in named.items() if hasattr(p, "ds_id")},
         whole=tuple(name for name, p in named.items() if getattr(p, "ds_persist", False)),
+        forwards=len(forwards),
     )
     engine.close()
     return held
@@ -99,6 +104,14 @@ def test_without_zero_every_rank_holds_every_master(ranks: Ranks, book: Workbook
     held: list[Held] = ranks.run(hold, second(book, zero_stage=0), timeout_s=120.0)
     for each in held:
         assert each.moments == sum(each.trained.values()) == sum(each.sizes[name] for name in each.trained)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_forward_pass_in_training_goes_through_deepspeeds_wrapper(
+    ranks: Ranks, book: Workbook, zero_stage: int
+) -> None:
+    held: list[Held] = ranks.run(hold, second(book, zero_stage=zero_stage), timeout_s=120.0)
+    assert [each.forwards for each in held] == [1, 1]
 
 
 def test_zero_3_partitions_every_plugin_tensor_frozen_old_capsules_included(ranks: Ranks, book: Workbook) -> None:
