@@ -24,6 +24,7 @@ from cl_dist.parallel.engine import TorchEngine
 from cl_dist.stage import Evaluate, Ref, Train, ref
 from cl_dist.stages import train
 from cl_dist.stages.job import Job, build_learner, task_data
+from cl_dist.stages.weights import StoredWeights
 from cl_dist.tracking import Tracker
 from tests import parity, tiny
 from tests.pool import Ranks
@@ -254,6 +255,14 @@ def test_a_task_appended_to_a_finished_run_is_learned_as_if_it_had_been_there(ru
     tiny.compute(tiny.book(runs.folder, over))
     found = tiny.compute(runs.book(method, "grown"))
     assert results(found) == results(expected)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"joint"}))  # which trains once
+def test_what_a_task_stores_does_not_grow_with_the_tasks_before_it(runs: Runs, method: str) -> None:
+    book = runs.finished(method)
+    stored = [StoredWeights(book.ledger.path(Ref(task=task, stage="train"))) for task in (1, 2)]
+    sizes = [sum(w[name].numel() for name in w if not name.startswith("heads.")) for w in stored]
+    assert sizes[0] == sizes[1] > 0
 
 
 @each_method
