@@ -1,4 +1,4 @@
-"""Whole sequences in this process: every method to its end, and through every interruption to the same bytes."""
+"""Whole sequences in this process; what every method must keep is in tests/contract."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,7 +15,6 @@ from cl_dist.stages.job import Job
 from cl_dist.tracking import Tracker
 from tests import tiny
 
-METHODS = ("ctr", "sequential", "individual", "joint")
 STAGES = [f"{number:02d}-{task}/{stage}" for number, task in enumerate(tiny.TASKS) for stage in ("train", "evaluate")]
 TRAIN = {"epochs": 2, "min_round_steps": 2}
 
@@ -84,24 +83,6 @@ def planned(book: Workbook) -> list[Ref]:
     return [ref(stage) for task in range(len(book.tasks)) for stage in book.plan(task)]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_interrupted_before_every_stage_a_run_ends_with_the_same_bytes(
-    folder: Path, undisturbed: Callable[[str], Workbook], method: str
-) -> None:
-    expected, name = undisturbed(method), f"cut-{method}"
-    ran: list[Ref] = []
-    for _ in planned(expected)[1:]:
-        dispatcher = Flaky(good=1)
-        with pytest.raises(PowerCutError):
-            tiny.compute(book(folder, method, name), dispatcher)
-        assert len(dispatcher.ran) == 1
-        ran += dispatcher.ran
-    dispatcher = Flaky(good=99)
-    found = tiny.compute(book(folder, method, name), dispatcher)
-    assert ran + dispatcher.ran == planned(expected)  # each stage once, in order
-    assert results(found) == results(expected)
-
-
 def test_cut_off_with_its_files_written_but_unpublished_a_stage_is_computed_again(
     folder: Path, undisturbed: Callable[[str], Workbook]
 ) -> None:
@@ -120,16 +101,6 @@ def test_a_finished_run_computes_nothing_again(undisturbed: Callable[[str], Work
     tiny.compute(Workbook(book.config), dispatcher := Flaky(good=0))
     assert dispatcher.ran == []
     assert results(book) == before
-
-
-def test_a_task_appended_to_a_finished_run_is_learned_as_if_it_had_been_there(
-    folder: Path, undisturbed: Callable[[str], Workbook]
-) -> None:
-    tiny.compute(book(folder, "ctr", "grown", {"order": list(tiny.TASKS[:2])}))
-    dispatcher = Flaky(good=99)
-    found = tiny.compute(book(folder, "ctr", "grown"), dispatcher)
-    assert [stage.task for stage in dispatcher.ran] == [2, 2]
-    assert results(found) == results(undisturbed("ctr"))
 
 
 def test_other_settings_are_refused_before_anything_runs(folder: Path) -> None:

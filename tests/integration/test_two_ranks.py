@@ -177,15 +177,6 @@ def test_ctr_on_two_ranks_is_that_of_one_worker(
     assert_protected(gang.first("ctr", "last"), found)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_fine_tuning_with_accumulation_on_two_ranks_is_that_of_one_worker(gang: Gang, zero_stage: ZeroStage) -> None:
-    expected, found = gang.reference("sequential", "best_dev"), gang.train("sequential", "best_dev", zero_stage, 2)
-    moved = found.weights
-    start = gang.first("sequential", "best_dev").weights
-    assert any(not torch.equal(moved[name], start[name]) for name in moved if name in start)
-    assert_same_training(found, expected)
-
-
 def test_plain_torch_accumulates_to_the_same_weights(gang: Gang, tmp_path: Path) -> None:
     book = gang.book("ctr", "last")
     job = replace(book.job(book.stage(SECOND)), engine=EngineConfig(engine="torch", micro_batch=4))

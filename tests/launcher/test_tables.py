@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.tables import RESULTS, filled, kept, table
+from launcher.tables import RESULTS, filled, kept, parity, table
 from tests.launcher.summaries import summaries
 
 ROOT = Path(__file__).parents[2]
@@ -26,3 +26,12 @@ def test_a_table_has_a_row_per_run_and_no_number_for_what_was_not_measured() -> 
     assert text.count("\n| ") == len(runs) + 1
     row = next(line for line in text.splitlines() if line.startswith(f"| {runs[0]['method']} "))
     assert row.split("|")[6].strip() == "-"
+
+
+def test_the_table_of_parity_shows_the_worst_of_its_cells_and_why_one_is_refused() -> None:
+    cell = {"method": "ctr", "workers": 2, "weights": 1e-8, "metrics": 0.0, "mask_bits": 0}
+    cells = [cell | {"zero_stage": stage, "accumulation": acc} for stage in (0, 1) for acc in (1, 2)]
+    cells[1] |= {"weights": 3e-6, "mask_bits": 2}
+    cells[2:] = [{"method": "ctr", "workers": 2, "zero_stage": 1, "accumulation": 1, "refused": "no such stage"}]
+    row = parity({"cells": cells, "steps": 20, "rows": 41, "global_batch": 32}).splitlines()[2]
+    assert [value.strip() for value in row.split("|")[1:-1]] == ["ctr", "2", "3e-06", "no such stage", "0e+00", "2"]
