@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 RESULTS, README = Path("tests/results"), Path("README.md")
@@ -44,19 +45,29 @@ def keep(name: str, folders: list[Path]) -> Path:
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
-    """Return the Markdown table of some runs: one row per method and seed."""
+    """Return the Markdown table of some runs: a row per run, and each method's mean over runs where it has several."""
     lines = [f"| method | seed | {' | '.join(COLUMNS.values())} | seconds |", "| --- " * (len(COLUMNS) + 3) + "|"]
-    for summary in sorted(summaries, key=lambda s: (s["method"], s["seed"])):
-        values = [summary["metrics"].get(name, {}).get("value") for name in COLUMNS]
-        cells = ["-" if value is None else f"{value:.4f}" for value in values]
-        lines.append(f"| {summary['method']} | {summary['seed']} | {' | '.join(cells)} | {summary['seconds']:.0f} |")
+    for method in sorted({summary["method"] for summary in summaries}):
+        runs = sorted((s for s in summaries if s["method"] == method), key=lambda s: s["seed"])
+        values = [[run["metrics"].get(name, {}).get("value") for name in COLUMNS] for run in runs]
+        seconds = [run["seconds"] for run in runs]
+        labels = [str(run["seed"]) for run in runs]
+        if len(runs) > 1:
+            values.append([None if None in column else mean(column) for column in zip(*values, strict=True)])
+            seconds.append(mean(seconds))
+            labels.append(f"mean of {len(runs)}")
+        for label, row, taken in zip(labels, values, seconds, strict=True):
+            cells = ["-" if value is None else f"{value:.4f}" for value in row]
+            lines.append(f"| {method} | {label} | {' | '.join(cells)} | {taken:.0f} |")
     first = summaries[0]
     chance = sum(task["majority"] for task in first["tasks"]) / len(first["tasks"])
     rows = first["tasks"][0]["rows"]
     tasks = ", ".join(task["id"] for task in first["tasks"])
+    orders = len({tuple(task["id"] for task in summary["tasks"]) for summary in summaries})
+    order = f"Tasks in this order: {tasks}" if orders == 1 else f"{len(first['tasks'])} tasks in {orders} orders"
     lines.append("")
     lines.append(
-        f"Tasks in this order: {tasks}. Always answering the commonest label: {chance:.4f}. "
+        f"{order}. Always answering the commonest label: {chance:.4f}. "
         f"First task: {rows['train']} train, {rows['dev']} dev, {rows['test']} test rows. "
         f"{first['cluster']['workers']} Ray workers, ZeRO-{first['cluster']['zero_stage']}, "
         f"torch {first['versions']['torch']}; seconds are the stages' own."

@@ -1,5 +1,6 @@
 """The README's figures are those of the stored summaries."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,17 @@ def test_a_table_has_a_row_per_run_and_no_number_for_what_was_not_measured() -> 
     assert text.count("\n| ") == len(runs) + 1
     row = next(line for line in text.splitlines() if line.startswith(f"| {runs[0]['method']} "))
     assert row.split("|")[6].strip() == "-"
+
+
+def test_several_runs_of_a_method_have_a_mean() -> None:
+    one = kept(summaries()[0])
+    other = json.loads(json.dumps(one)) | {"seed": 1}
+    other["metrics"]["cl/avg_acc"]["value"] = one["metrics"]["cl/avg_acc"]["value"] - 0.1
+    rows = [line.split("|") for line in table([one, other]).splitlines() if line.startswith(f"| {one['method']} ")]
+    assert [row[2].strip() for row in rows] == [str(one["seed"]), "1", "mean of 2"]
+    first, second, both = (float(row[3]) for row in rows)
+    assert both == pytest.approx((first + second) / 2, abs=1e-4)
+    assert first != second
 
 
 def test_the_table_of_parity_shows_the_worst_of_its_cells_and_why_one_is_refused() -> None:
