@@ -245,7 +245,7 @@ class DeepSpeedEngine:
         boundary = self._engine.is_gradient_accumulation_boundary()
         if boundary:
             for parameter, pull in self._pulls:
-                params.add_gradient(parameter, pull.gradient)
+                params.add_gradient(parameter, pull.gradient, self.world.rank)
         if boundary and self._engine.zero_optimization_stage() == 0:
             # Without ZeRO DeepSpeed tells no norm; the gradients are reduced by now, and gone after the step.
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]

@@ -25,12 +25,16 @@ def _read(parameter: nn.Parameter) -> Tensor:
     return parameter
 
 
-def add_gradient(parameter: nn.Parameter, gradient: Callable[[Tensor], Tensor]) -> None:
+def add_gradient(parameter: nn.Parameter, gradient: Callable[[Tensor], Tensor], rank: int) -> None:
     """Add gradient(whole float32 value) to a parameter's reduced gradient, between the last backward and the step."""
     if is_managed(parameter):
-        from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
+        from deepspeed.utils import safe_get_full_grad, safe_set_full_grad, safe_set_local_grad
 
-        safe_set_full_grad(parameter, safe_get_full_grad(parameter) + gradient(_read(parameter)))
+        whole = safe_get_full_grad(parameter) + gradient(_read(parameter))
+        if hasattr(parameter, "ds_id"):
+            safe_set_local_grad(parameter, _own_piece(parameter, whole, rank))
+        else:
+            safe_set_full_grad(parameter, whole)
     else:
         assert parameter.grad is not None
         parameter.grad += gradient(parameter.detach())
@@ -45,12 +49,17 @@ def write(values: Mapping[str, Tensor], named: Mapping[str, nn.Parameter], rank:
 
     for name, value in values.items():
         parameter: Any = named[name]
-        if hasattr(parameter, "ds_id"):  # ZeRO-3; its setter of whole values cannot cut what the ranks do not divide
-            size = parameter.ds_tensor.numel()
-            flat = value.flatten()[rank * size : (rank + 1) * size]
-            safe_set_local_fp32_param(parameter, F.pad(flat, (0, size - flat.numel())))
+        if hasattr(parameter, "ds_id"):
+            safe_set_local_fp32_param(parameter, _own_piece(parameter, value, rank))
         else:
             safe_set_full_fp32_param(parameter, value)
+
+
+def _own_piece(parameter: Any, value: Tensor, rank: int) -> Tensor:
+    """Cut a rank's flat piece out of a whole value. DeepSpeed's setters cannot where the ranks do not divide it."""
+    size = parameter.ds_tensor.numel()
+    flat = value.flatten()[rank * size : (rank + 1) * size]
+    return F.pad(flat, (0, size - flat.numel()))
 
 
 def is_managed(parameter: nn.Parameter) -> bool:

@@ -4,7 +4,7 @@ The methods are run as users run them, through plan, ledger and stages; what one
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("contract"))
 
 
+@pytest.fixture(scope="module")
+def three() -> Iterator[Ranks]:
+    pool = Ranks(world=3)
+    yield pool
+    pool.close()
+
+
 def results(book: Workbook) -> dict[str, bytes]:
     """Return what a run found: weights, learner state, scores, predictions and matrix; not its timings."""
     folder = book.config.folder
@@ -125,22 +132,32 @@ def test_interrupted_before_every_stage_a_run_ends_with_the_same_bytes(runs: Run
     assert results(found) == results(expected)
 
 
+def difference(runs: Runs, ranks: Ranks, cell: parity.Cell, out: Path) -> dict[str, float]:
+    """Train the second task on a gang and in this process, and compare."""
+    made = parity.book(runs.folder / "parity", cell.method)
+    reference = runs.folder / "parity" / f"reference-{cell.method}"
+    if not reference.exists():
+        parity.train_here(made.job(made.stage(parity.SECOND)), reference)
+    return parity.train_on(ranks, cell, made, out / "out").difference(parity.Trained.read(reference))
+
+
 @each_method
 @pytest.mark.parametrize(("zero_stage", "accumulation"), [(1, 1), (2, 2), (3, 1)])
 def test_two_workers_train_what_one_does(
     runs: Runs, ranks: Ranks, tmp_path: Path, method: str, zero_stage: Any, accumulation: int
 ) -> None:
-    made = parity.book(runs.folder / "parity", method)
-    reference = runs.folder / "parity" / f"reference-{method}"
-    expected = (
-        parity.Trained.read(reference)
-        if reference.exists()
-        else parity.train_here(made.job(made.stage(parity.SECOND)), reference)
-    )
-    cell = parity.Cell(method, zero_stage, 2, accumulation)
-    found = parity.train_on(ranks, cell, made, tmp_path / "out").difference(expected)
+    found = difference(runs, ranks, parity.Cell(method, zero_stage, 2, accumulation), tmp_path)
     assert found["weights"] <= 1e-5, found
     assert found["metrics"] <= 1e-4, found
+    assert found["mask_bits"] == 0, found
+
+
+@pytest.mark.parametrize("method", ["ctr", "ewc"])
+def test_three_workers_train_what_one_does_where_they_divide_nothing_evenly(
+    three: Ranks, runs: Runs, tmp_path: Path, method: str
+) -> None:
+    found = difference(runs, three, parity.Cell(method, 3, workers=3, accumulation=2), tmp_path)
+    assert found["weights"] <= 1e-5, found
     assert found["mask_bits"] == 0, found
 
 
