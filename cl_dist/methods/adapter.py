@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from cl_dist.methods.base import Learner, Loss, Method, MethodConfig, Progress, TaskSequence, plan_sequential
-from cl_dist.stage import Stage
+from cl_dist.methods.base import Learner, Loss, Method, MethodConfig, Progress, plan_sequential
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,11 +26,6 @@ class AdapterConfig(MethodConfig):
     name: Literal["adapter"] = "adapter"
     size: int = Field(64, gt=0)
     """Width of the bottleneck."""
-
-
-def plan(config: AdapterConfig, tasks: TaskSequence, t: int) -> list[Stage]:
-    """Append a task's parts to the previous model and train them, then score all seen tasks."""
-    return list(plan_sequential(tasks, t))
 
 
 class Adapter(Learner):
@@ -66,7 +60,7 @@ class Adapter(Learner):
 
 METHOD = Method(
     config=AdapterConfig,
-    plan=plan,
+    plan=plan_sequential,
     learners={"main": "cl_dist.methods.adapter:Adapter"},
     about="bottleneck adapters of its own for every task in a frozen backbone",
 )

@@ -141,9 +141,14 @@ def score_seen(task: int) -> Evaluate:
     return Evaluate(task=task, model=model_after(task), tasks=tuple(range(task + 1)))
 
 
-def plan_sequential(tasks: TaskSequence, t: int) -> tuple[Train, Evaluate]:
-    """Train the previous task's model on task t, then score all seen tasks: the plan of most methods."""
+def sequential_stages(tasks: TaskSequence, t: int) -> tuple[Train, Evaluate]:
+    """Train the previous task's model on task t, then score all seen tasks."""
     return Train(task=t, data=(t,), init=model_after(t - 1) if t else None), score_seen(t)
+
+
+def plan_sequential(config: Any, tasks: TaskSequence, t: int) -> list[Stage]:
+    """Go on training the previous task's model, and score all seen tasks: the plan of most methods."""
+    return list(sequential_stages(tasks, t))
 
 
 def evaluated(task: int) -> Ref:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from cl_dist.methods.base import Loss, Method, Progress, TaskSequence, plan_sequential
+from cl_dist.methods.base import Loss, Method, Progress, TaskSequence, sequential_stages
 from cl_dist.methods.hat import Hat, MaskedConfig
 from cl_dist.models.config import PluginShape
 from cl_dist.stage import Stage
@@ -32,7 +32,7 @@ class CtrConfig(MaskedConfig, PluginShape):
 
 def plan(config: CtrConfig, tasks: TaskSequence, t: int) -> list[Stage]:
     """Train on the task, then score all seen ones, and the new one also without knowledge sharing."""
-    train, score = plan_sequential(tasks, t)
+    train, score = sequential_stages(tasks, t)
     return [train, score.model_copy(update={"without": ("sharing",)}) if config.share else score]
 
 

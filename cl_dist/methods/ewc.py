@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cl_dist.methods.base import Method, TaskSequence, plan_sequential
+from cl_dist.methods.base import Method, plan_sequential
 from cl_dist.methods.finetune import Finetune, TunedConfig
-from cl_dist.stage import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,11 +31,6 @@ class EwcConfig(TunedConfig):
     """Weight of the penalty."""
     decay: float = Field(1.0, ge=0, le=1)
     """How much of the earlier tasks' importance is kept at each task; 1 adds them up."""
-
-
-def plan(config: EwcConfig, tasks: TaskSequence, t: int) -> list[Stage]:
-    """Go on training the previous task's model, then score all seen tasks."""
-    return list(plan_sequential(tasks, t))
 
 
 class Ewc(Finetune):
@@ -98,7 +92,7 @@ class Ewc(Finetune):
 
 METHOD = Method(
     config=EwcConfig,
-    plan=plan,
+    plan=plan_sequential,
     learners={"main": "cl_dist.methods.ewc:Ewc"},
     about="one model, pulled back where earlier tasks' losses were sensitive (online EWC)",
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from cl_dist.methods import base
 from cl_dist.methods.base import (
     Learner,
     Loss,
@@ -18,6 +17,7 @@ from cl_dist.methods.base import (
     Progress,
     TaskSequence,
     evaluated,
+    plan_sequential,
     score_seen,
 )
 from cl_dist.stage import Evaluate, Stage, Train, model_after
@@ -40,11 +40,6 @@ class FinetuneConfig(TunedConfig):
     """Settings of the unprotected baselines."""
 
     name: Literal["sequential", "individual", "joint"]
-
-
-def plan_sequential(config: FinetuneConfig, tasks: TaskSequence, t: int) -> list[Stage]:
-    """Go on training the previous task's model."""
-    return list(base.plan_sequential(tasks, t))
 
 
 def plan_individual(config: FinetuneConfig, tasks: TaskSequence, t: int) -> list[Stage]:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from cl_dist.methods.base import Learner, Loss, Method, MethodConfig, Progress, TaskSequence, plan_sequential
+from cl_dist.methods.base import Learner, Loss, Method, MethodConfig, Progress, plan_sequential
 from cl_dist.models.config import MaskShape
-from cl_dist.stage import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,11 +40,6 @@ class HatConfig(MaskedConfig):
     """Settings of HAT."""
 
     name: Literal["hat"] = "hat"
-
-
-def plan(config: HatConfig, tasks: TaskSequence, t: int) -> list[Stage]:
-    """Go on training the previous task's model, then score all seen tasks."""
-    return list(plan_sequential(tasks, t))
 
 
 class Hat(Learner):
@@ -157,7 +151,7 @@ def _shared(mask_TU: Tensor, task: int) -> float:
 
 METHOD = Method(
     config=HatConfig,
-    plan=plan,
+    plan=plan_sequential,
     learners={"main": "cl_dist.methods.hat:Hat"},
     about="task masks over adapters in a frozen backbone",
 )

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from cl_dist.methods.base import Method, TaskSequence, plan_sequential
+from cl_dist.methods.base import Method, plan_sequential
 from cl_dist.methods.finetune import Finetune, TunedConfig
-from cl_dist.stage import Stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,11 +28,6 @@ class LifelongEmbeddingConfig(TunedConfig):
     name: Literal["lifelong_embedding"] = "lifelong_embedding"
     strength: float = Field(1.0, ge=0)
     """Weight of the pull on the shared layers; 0 lets them go freely."""
-
-
-def plan(config: LifelongEmbeddingConfig, tasks: TaskSequence, t: int) -> list[Stage]:
-    """Append a task's table to the previous model and train it, then score all seen tasks."""
-    return list(plan_sequential(tasks, t))
 
 
 class LifelongEmbedding(Finetune):
@@ -86,7 +80,7 @@ class LifelongEmbedding(Finetune):
 
 METHOD = Method(
     config=LifelongEmbeddingConfig,
-    plan=plan,
+    plan=plan_sequential,
     learners={"main": "cl_dist.methods.lifelong_embedding:LifelongEmbedding"},
     about="word embeddings of its own for every task, under shared layers that change slowly",
 )

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from cl_dist.methods.base import Learner, Loss, Method, MethodConfig, Progress, TaskSequence, plan_sequential
-from cl_dist.stage import Stage
+from cl_dist.methods.base import Learner, Loss, Method, MethodConfig, Progress, plan_sequential
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,11 +28,6 @@ class LoraSettings(MethodConfig):
     """The update is scaled by alpha / r."""
     target_modules: tuple[str, ...] | None = None
     """Endings of the names of the layers that get an update; None takes query and value of every attention."""
-
-
-def plan(config: LoraSettings, tasks: TaskSequence, t: int) -> list[Stage]:
-    """Append a task's updates to the previous model and train them, then score all seen tasks."""
-    return list(plan_sequential(tasks, t))
 
 
 class Lora(Learner):
@@ -100,7 +94,7 @@ def _name(task: int) -> str:
 
 METHOD = Method(
     config=LoraSettings,
-    plan=plan,
+    plan=plan_sequential,
     learners={"main": "cl_dist.methods.lora:Lora"},
     about="low-rank updates of its own for every task, through peft, in a frozen backbone",
 )

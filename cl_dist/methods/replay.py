@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cl_dist.methods.base import Method, TaskSequence, plan_sequential
+from cl_dist.methods.base import Method, TaskSequence, sequential_stages
 from cl_dist.methods.finetune import TunedConfig
 from cl_dist.stage import Stage
 
@@ -24,7 +24,7 @@ class ReplayConfig(TunedConfig):
 
 def plan(config: ReplayConfig, tasks: TaskSequence, t: int) -> list[Stage]:
     """Train the previous model on the task's rows among kept ones of every earlier task, then score all seen tasks."""
-    train, score = plan_sequential(tasks, t)
+    train, score = sequential_stages(tasks, t)
     return [train.model_copy(update={"replay": tuple(range(t)), "replay_rows": config.rows if t else 0}), score]
 
 

@@ -1,16 +1,14 @@
 """A learned model as a folder that travels: no run, no data, no pickle.
 
-config.json, model.safetensors, tokenizer...   what `save_pretrained` writes: AutoModel and AutoTokenizer load it;
-trained backbone weights are in it
-parts.safetensors                              every tensor that the method added, and its learner's state
-cl_dist.json                                   how to put the two together: see `Card`
+`save_pretrained` writes the backbone, with whatever of it was trained, and the tokenizer: AutoModel and AutoTokenizer
+load them. parts.safetensors holds every tensor that the method added and its learner's state, cl_dist.json how to put
+the two together (see `Card`).
 
-model, tokenizer, labels = load_exported(folder)
-logits_BK = model(tokenizer(texts, padding=True, truncation=True, return_tensors="pt"))
+    model, tokenizer, labels = load_exported(folder)
+    logits_BK = model(tokenizer(texts, padding=True, truncation=True, return_tensors="pt"))
 """
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +27,7 @@ from cl_dist.models.backbone import load_backbone, load_tokenizer
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.seeds import seeded
 from cl_dist.stage import Evaluate
-from cl_dist.stages.job import Job, build_learner, task_data
+from cl_dist.stages.job import Job, build_learner, new_learner, task_data
 
 CARD, PARTS = "cl_dist.json", "parts.safetensors"
 _MODEL, _LEARNER = "model.", "learner."
@@ -186,9 +184,7 @@ def _untrained(card: Card, model: ModelConfig) -> tuple[Learner, dict[str, str]]
     if name not in METHODS:
         raise ConfigError(f"method={name!r}: no such method{did_you_mean(name, list(METHODS))}")
     method = parse(METHODS[name].config, card.method, "method.")
-    module, _, cls = METHODS[name].learners["main"].partition(":")
-    num_labels = tuple(len(task.labels) for task in card.tasks)
-    learner: Learner = getattr(import_module(module), cls)(method, num_labels, card.pooling, card.seed)
+    learner = new_learner(method, "main", tuple(len(task.labels) for task in card.tasks), card.pooling, card.seed)
     with seeded(card.seed, "build", card.tasks[-1].id):  # as in a run: some of what is drawn may never be trained
         backbone = load_backbone(model)
         inner: dict[str, Tensor] = backbone.state_dict(keep_vars=True)  # held, so that no id is used again

@@ -63,6 +63,13 @@ def _load(task: str, data: str) -> TaskData:
     return load_task(TaskConfig.model_validate_json(task), DataConfig.model_validate_json(data))
 
 
+def new_learner(method: MethodConfig, name: str, num_labels: tuple[int, ...], pooling: str, seed: int) -> Learner:
+    """Return a method's learner of a name, without a model yet."""
+    module, _, cls = METHODS[method.name].learners[name].partition(":")
+    kind: type[Learner] = getattr(import_module(module), cls)
+    return kind(method, num_labels, pooling, seed)
+
+
 def build_learner(job: Job) -> Learner:
     """Return the stage's learner with its model: backbone, parts of all tasks so far, stored weights.
 
@@ -72,10 +79,8 @@ def build_learner(job: Job) -> Learner:
         CheckpointError: If a stored file is missing or does not fit the model.
     """
     name = job.stage.learner if job.stage.kind == "train" else "main"
-    module, _, cls = METHODS[job.method.name].learners[name].partition(":")
     num_labels = tuple(len(task_data(job, task).labels) for task in range(len(job.tasks)))
-    kind: type[Learner] = getattr(import_module(module), cls)
-    learner = kind(job.method, num_labels, job.model.pooling, job.seed)
+    learner = new_learner(job.method, name, num_labels, job.model.pooling, job.seed)
     with seeded(job.seed, "build", job.tasks[-1].id):
         model = learner.build(load_backbone(job.model), job.stage.task)
     for folder in job.chain:

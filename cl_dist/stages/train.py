@@ -42,17 +42,7 @@ def run(job: Job, out: Path, report: Report) -> None:
     began = time.monotonic()
     learner = build_learner(job)
     learner.start_task(stage.task, (*stage.data, *stage.replay))
-    tokenizer = load_tokenizer(job.model)
-    rows = ClassifyRows(tokenizer, config.max_length)
-    dev = {task: ClassifyRows(tokenizer, config.max_length) for task in stage.data}
-    for task in stage.data:
-        data = task_data(job, task)
-        rows.add(task, data.train, data.labels)
-        dev[task].add(task, data.dev, data.labels)
-    for task in stage.replay:
-        data = task_data(job, task)
-        chosen = sample(job.seed, data.id, len(data.train), stage.replay_rows)
-        rows.add(task, [data.train[number] for number in chosen], data.labels)
+    rows, dev = _rows(job, stage)
     steps_per_epoch = num_steps(len(rows), config.global_batch)
     schedule = Schedule(config.epochs * steps_per_epoch, steps_per_epoch, config.min_round_steps)
     scales = learner.grad_scales()
@@ -110,16 +100,35 @@ def run(job: Job, out: Path, report: Report) -> None:
     if world.rank == 0:
         if state := learner.state_dict():
             save_file({name: value.cpu().contiguous() for name, value in state.items()}, out / LEARNER)
-        selected = min(rounds, key=lambda r: r["dev/loss"]) if best is not None else rounds[-1]
-        seconds = time.monotonic() - began
-        facts: dict[str, Any] = {
-            "metrics": {k: v for k, v in selected.items() if k != "step"} | {"perf/stage_s": seconds},
-            "selected_step": selected["step"],
-            "rounds": rounds,
-            "parameters": {"trainable": trainable, "total": total},
-            "learner": learner.facts(),
-        }
+        facts = _facts(rounds, learner) | {"parameters": {"trainable": trainable, "total": total}}
+        facts["metrics"]["perf/stage_s"] = time.monotonic() - began
         (out / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf8")
+
+
+def _rows(job: Job, stage: Train) -> tuple[ClassifyRows, dict[int, ClassifyRows]]:
+    """Return the rows to train on, replayed ones last, and the dev rows of each task."""
+    tokenizer, length = load_tokenizer(job.model), job.train.max_length
+    rows, dev = ClassifyRows(tokenizer, length), {task: ClassifyRows(tokenizer, length) for task in stage.data}
+    for task in stage.data:
+        data = task_data(job, task)
+        rows.add(task, data.train, data.labels)
+        dev[task].add(task, data.dev, data.labels)
+    for task in stage.replay:
+        data = task_data(job, task)
+        chosen = sample(job.seed, data.id, len(data.train), stage.replay_rows)
+        rows.add(task, [data.train[number] for number in chosen], data.labels)
+    return rows, dev
+
+
+def _facts(rounds: list[dict[str, float]], learner: Learner) -> dict[str, Any]:
+    """Return what a report should know; the selected round is that of the lowest dev loss, else the last."""
+    selected = min(rounds, key=lambda r: r["dev/loss"]) if "dev/loss" in rounds[0] else rounds[-1]
+    return {
+        "metrics": {name: value for name, value in selected.items() if name != "step"},
+        "selected_step": selected["step"],
+        "rounds": rounds,
+        "learner": learner.facts(),
+    }
 
 
 def _engine(

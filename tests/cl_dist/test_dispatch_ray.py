@@ -10,15 +10,15 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from cl_dist import dispatch_ray
-from cl_dist.dispatch_ray import Mailbox, Parcel, RayDispatcher
+from cl_dist.dispatch_ray import RayDispatcher, cluster, gang
+from cl_dist.dispatch_ray.gang import Mailbox, Parcel
 from cl_dist.errors import ClusterError, DataError
 from cl_dist.run_config import ClusterConfig
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch_ray, "POLL_S", 0.0)
+    monkeypatch.setattr(gang, "POLL_S", 0.0)
 
 
 def parcel(number: int) -> Any:
@@ -81,13 +81,13 @@ def test_sigterm_keeps_the_meaning_it_had_before_ray(monkeypatch: pytest.MonkeyP
     signal.signal(signal.SIGTERM, stop)
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(StoppedError):  # noqa: PT012  # from either line, as the parameter says
-        dispatch_ray._connect(ClusterConfig())
+        cluster.connect(ClusterConfig())
         signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_cluster_that_is_not_there_is_named_at_once() -> None:
     with pytest.raises(ClusterError, match=r"cluster.address='127.0.0.1:1': cannot reach it: .*refused"):
-        dispatch_ray._connect(ClusterConfig(address="127.0.0.1:1"))
+        cluster.connect(ClusterConfig(address="127.0.0.1:1"))
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,10 @@ def test_workers_must_fit_on_the_nodes(
     alive = [{"Alive": True, "Resources": {"CPU": cpus}} for cpus in nodes]
     monkeypatch.setattr(ray, "nodes", lambda: [gone, *alive])
     if fits:
-        dispatch_ray._check_fits(ClusterConfig(**asked))
+        cluster.check_fits(ClusterConfig(**asked))
         return
     with pytest.raises(ClusterError, match=r"cluster: \d workers with .* each need .*, the cluster has .* on nodes of"):
-        dispatch_ray._check_fits(ClusterConfig(**asked))
+        cluster.check_fits(ClusterConfig(**asked))
 
 
 def test_a_cluster_that_fails_under_a_run_is_a_cluster_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,73 @@
+"""Runs stages on a Ray cluster: Train on a gang (Ray Train), everything that comes in shards on an actor pool.
+
+The gang's processes outlive a stage, since starting them costs more than many a task: one `TorchTrainer.fit` serves all
+Train stages of a run and of its baselines. Its ranks fetch stages from a mailbox actor; a gang that lost a worker is
+started again by Ray Train and finds the current stage still there. While the pool works the gang waits, so the pool
+borrows the gang's CPUs and GPUs instead of asking for more; before the gang works the pool drops its model.
+"""
+
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayError
+
+from cl_dist.dispatch_ray.cluster import check_fits, connect, last_lines
+from cl_dist.dispatch_ray.gang import Gang
+from cl_dist.dispatch_ray.pool import Pool
+from cl_dist.errors import ClusterError
+from cl_dist.run_config import ClusterConfig
+from cl_dist.stages import evaluate
+from cl_dist.stages.job import Job
+from cl_dist.tracking import Tracker
+
+
+class RayDispatcher:
+    """Gang and pool on a Ray cluster, for as many stages as are asked for. Close it when done."""
+
+    def __init__(self, cluster: ClusterConfig, folder: Path) -> None:
+        """Join or start the cluster.
+
+        Raises:
+            ClusterError: If it cannot be reached, or can never hold the gang.
+        """
+        self._cluster, self._folder = cluster, folder
+        self._gang: Gang | None = None
+        self._pool: Pool | None = None
+        connect(cluster)
+        try:
+            check_fits(cluster)
+        except ClusterError:
+            ray.shutdown()
+            raise
+
+    def run(self, job: Job, out: str, tracker: Tracker) -> None:
+        """Run a stage; see sequence.Dispatcher."""
+        try:
+            self._run(job, out, tracker)
+        except RayError as error:
+            raise ClusterError(
+                f"the Ray cluster failed under the run: {type(error).__name__}: {last_lines(error)}\n"
+                "Finished stages are kept: `cl-dist resume` goes on from here."
+            ) from error
+
+    def _run(self, job: Job, out: str, tracker: Tracker) -> None:
+        if job.stage.kind == "train":
+            if self._pool is not None:
+                self._pool.free(keep_actors=self._pool.borrowed)
+                self._pool = self._pool if self._pool.borrowed else None
+            if self._gang is None:
+                self._gang = Gang(self._cluster, self._folder)
+            self._gang.train(job, out, tracker)
+            return
+        if self._pool is None:
+            self._pool = Pool(self._cluster, self._gang.places() if self._gang else None)
+        results = self._pool.map(tracker, job, evaluate.shards(job))
+        evaluate.merge(job, results, Path(out))
+
+    def close(self) -> None:
+        """End the gang and the pool and leave the cluster (or stop it, where this run started it)."""
+        if self._pool is not None:
+            self._pool.free(keep_actors=False)
+        if self._gang is not None:
+            self._gang.close()
+        ray.shutdown()

@@ -1,0 +1,117 @@
+"""The Ray cluster itself: joining or starting it, whether it can hold the run, and what gang and pool share."""
+
+import logging
+import math
+import os
+import signal
+import socket
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from cl_dist.errors import ClusterError
+from cl_dist.parallel.world import PROCESS_ENV
+from cl_dist.run_config import ClusterConfig
+
+log = logging.getLogger(__name__)
+ACTOR_TIMEOUT_S = 60.0
+"""How long a call may take that only passes a message."""
+PASSED_ON = ("HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "DS_ACCELERATOR", "PYTHONPATH")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank of the gang lives: the node and the GPUs that the pool may borrow."""
+
+    rank: int
+    node: str
+    gpus: str
+    pid: int
+
+
+def connect(cluster: ClusterConfig) -> None:
+    """Join the cluster that is named, or start one on this machine.
+
+    Raises:
+        ClusterError: If it cannot be reached.
+    """
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    env = {name: os.environ.get(name, value) for name, value in PROCESS_ENV.items()}
+    env |= {name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith("RAY_TRAIN_")}
+    env["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths of the run file mean the same on every worker
+    settings: dict[str, Any] = {
+        "runtime_env": {"env_vars": env},
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+    }
+    if cluster.address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # reachable from this machine alone
+        wanted = math.ceil(cluster.workers * cluster.cpus_per_worker)
+        cores = os.cpu_count() or 1
+        if wanted > cores:
+            log.warning(
+                "cluster.workers=%d need %d CPUs, this machine has %d: they share",
+                cluster.workers,
+                wanted,
+                cores,
+            )
+        settings |= {"num_cpus": max(wanted, cores), "_node_ip_address": "127.0.0.1"}
+    else:
+        _check_reachable(cluster.address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        # "local", since None would join whatever a crashed driver left noted in Ray's temporary folder.
+        ray.init(address=cluster.address or "local", **settings)
+    except (ConnectionError, RuntimeError, ValueError, RayError, TimeoutError) as error:
+        where = cluster.address or "a local Ray"
+        raise ClusterError(f"cluster.address={cluster.address!r}: cannot reach {where}: {error}") from error
+    except SystemExit:  # from Ray's own handler of SIGTERM
+        signal.signal(signal.SIGTERM, on_sigterm)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _check_reachable(address: str) -> None:
+    """Fail at once where nobody listens: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return  # 'auto', or an address of another kind
+    try:
+        socket.create_connection((host, int(port)), timeout=10.0).close()
+    except OSError as error:
+        raise ClusterError(
+            f"cluster.address={address!r}: cannot reach it: {error}; expected HOST:PORT of a Ray head, 'auto', "
+            "or nothing for a local Ray"
+        ) from error
+
+
+def check_fits(cluster: ClusterConfig) -> None:
+    """Fail at once where waiting would never end."""
+    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
+        have = [node.get(resource, 0.0) for node in nodes]
+        places = sum(int(amount / each + 1e-6) for amount in have) if each else cluster.workers  # none spans two nodes
+        if places < cluster.workers:
+            raise ClusterError(
+                f"cluster: {cluster.workers} workers with {each:g} {resource} each need {cluster.workers * each:g}, "
+                f"the cluster has {sum(have):g} in all, on nodes of {', '.join(f'{amount:g}' for amount in have)}; "
+                f"lower cluster.workers or {resource.lower()}s_per_worker, or add nodes"
+            )
+
+
+def enter(folder: str) -> None:
+    """Go where the driver is, so that relative paths of the run file mean the same on a cluster that was joined."""
+    if os.path.isdir(folder):
+        os.chdir(folder)
+
+
+def last_lines(error: BaseException, count: int = 12) -> str:
+    """Return the end of an error's message."""
+    return "\n".join(str(error).strip().splitlines()[-count:])

@@ -1,0 +1,243 @@
+"""The gang: one Ray Train fit whose ranks fetch Train stages from a mailbox, and the driver's end of it."""
+
+import asyncio
+import gc
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import RayError, RayTaskError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, enter, last_lines
+from cl_dist.errors import ClDistError, ClusterError, TrainingError
+from cl_dist.parallel.world import World
+from cl_dist.run_config import ClusterConfig
+from cl_dist.stages import train
+from cl_dist.stages.job import Job
+from cl_dist.tracking import Tracker
+
+log = logging.getLogger(__name__)
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A Train stage on its way to the gang."""
+
+    number: int
+    job: Job
+    out: str
+    logs: str
+
+
+class Mailbox:
+    """Carries stages to the gang and news back. Lives in an actor of its own, so it outlives a crashed gang."""
+
+    def __init__(self) -> None:
+        self._parcel: Parcel | None = None
+        self._done, self._closed = -1, False
+        self._error: ClDistError | None = None
+        self._events: list[dict[str, Any]] = []
+        self._places: dict[int, Place] = {}
+        self._starts = 0
+
+    async def hello(self, place: Place) -> None:
+        """Take note of a rank that has started."""
+        self._places[place.rank] = place
+        self._starts += place.rank == 0
+
+    async def fetch(self, after: int) -> Parcel | str:
+        """Return the stage to work on, once there is one later than `after`; 'closed', or 'wait' to ask again."""
+        for _ in range(100):
+            if self._closed:
+                return "closed"
+            if self._parcel is not None and self._parcel.number > max(after, self._done):
+                return self._parcel
+            await asyncio.sleep(POLL_S)
+        return "wait"
+
+    async def post(self, parcel: Parcel) -> None:
+        """Hand a stage to the gang."""
+        self._parcel, self._error = parcel, None
+
+    async def tell(self, event: dict[str, Any]) -> None:
+        """Pass on a progress event."""
+        self._events.append(event)
+
+    async def done(self, number: int) -> None:
+        """Take note that a stage is finished on all ranks."""
+        self._done = max(self._done, number)
+
+    async def fail(self, error: ClDistError) -> None:
+        """Take note of an error that a restart would not cure, and take the stage back: nobody shall try it again."""
+        self._error, self._parcel = self._error or error, None
+
+    async def news(self) -> dict[str, Any]:
+        """Return what happened; events are handed out once."""
+        events, self._events = self._events, []
+        places = [self._places[rank] for rank in sorted(self._places)]
+        return {
+            "events": events,
+            "done": self._done,
+            "error": self._error,
+            "places": places,
+            "starts": self._starts,
+        }
+
+    async def close(self) -> None:
+        """Let the gang go home."""
+        self._closed = True
+
+
+def gang_worker(config: Mapping[str, Any]) -> None:
+    """Run on every rank of the gang: fetch a stage, train it, fetch the next; start over at the current one."""
+    mailbox, after = config["mailbox"], -1
+    enter(config["cwd"])
+    world = World.current()
+    context = ray.get_runtime_context()
+    place = Place(world.rank, context.get_node_id(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), os.getpid())
+    ray.get(mailbox.hello.remote(place), timeout=ACTOR_TIMEOUT_S)
+    while True:
+        parcel = ray.get(mailbox.fetch.remote(after), timeout=ACTOR_TIMEOUT_S)
+        if parcel == "closed":
+            return
+        if parcel == "wait":
+            continue
+        _log_to(Path(parcel.logs) / f"rank-{world.rank}.log")
+        try:
+            train.run(parcel.job, Path(parcel.out), _Throttled(mailbox))
+        except ClDistError as error:
+            ray.get(mailbox.fail.remote(error), timeout=ACTOR_TIMEOUT_S)
+            raise
+        world.gather(None)  # rank 0 has written its files, and nobody is still reading an input
+        if world.rank == 0:
+            ray.get(mailbox.done.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
+        after = parcel.number
+        gc.collect()  # engines hold themselves in cycles, and the next stage builds another
+
+
+class _Throttled:
+    """Sends a few step events a second and all others."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox, self._last = mailbox, 0.0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if event["event"] != "step" or now - self._last > 0.3:
+            self._last = now
+            self._mailbox.tell.remote(event)
+
+
+def _log_to(path: Path) -> None:
+    root = logging.getLogger("cl_dist")
+    if not any(getattr(handler, "baseFilename", "") == str(path.absolute()) for handler in root.handlers):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for handler in root.handlers[:]:
+            root.removeHandler(handler)
+        file = logging.FileHandler(path, encoding="utf8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-5s %(name)s  %(message)s"))
+        root.addHandler(file)
+        root.setLevel(logging.INFO)
+
+
+def _fit(cluster: ClusterConfig, storage: str, mailbox: Any, cwd: str) -> None:
+    """Run the gang to its end. A Ray task: a thread of the driver would crash it when it leaves Ray in between."""
+    use_gpu = cluster.gpus_per_worker > 0
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if use_gpu else {})
+    TorchTrainer(
+        gang_worker,
+        train_loop_config={"mailbox": mailbox, "cwd": cwd},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"gang-{os.getpid()}-{int(time.time())}",  # a known name would make Ray Train restore its state
+            storage_path=storage,
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+        ),
+    ).fit()
+
+
+class Gang:
+    """The driver's end of the gang: one `fit`, fed through the mailbox."""
+
+    def __init__(self, cluster: ClusterConfig, folder: Path) -> None:
+        self._cluster, self._number, self._starts = cluster, 0, 1
+        self._busy = False
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        kind = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)
+        self._mailbox: Any = kind.remote()  # beside the driver, so that no other node can take it along
+        fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+        self._fit = fit.remote(cluster, str((folder / "logs" / "ray").absolute()), self._mailbox, os.getcwd())
+
+    def train(self, job: Job, out: str, tracker: Tracker) -> None:
+        """Hand a Train stage to the gang and wait for it.
+
+        Raises:
+            ClusterError: If the gang does not start in time.
+            TrainingError: If it failed more often than allowed.
+        """
+        number, self._number = self._number, self._number + 1
+        parcel = Parcel(number, job, out, str(Path(out).parents[2] / "logs"))
+        self._busy = True
+        ray.get(self._mailbox.post.remote(parcel), timeout=ACTOR_TIMEOUT_S)
+        deadline = time.monotonic() + self._cluster.start_timeout_s
+        while True:
+            news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)
+            for event in news["events"]:
+                tracker.event(event)
+            if news["error"] is not None:
+                raise news["error"]
+            if news["done"] >= number:
+                self._busy = False
+                return
+            if news["starts"] > self._starts:
+                self._starts = news["starts"]
+                tracker.event({"event": "gang_restart", "starts": self._starts})
+                log.warning("gang restarted stage=train starts=%d", self._starts)
+            if cause := self._ended():
+                raise TrainingError(
+                    f"the gang failed more than cluster.max_failures={self._cluster.max_failures} times; last cause:\n"
+                    f"{last_lines(cause)}\nFinished stages are kept: `cl-dist resume` goes on from here."
+                ) from cause
+            if news["starts"] == 0 and time.monotonic() > deadline:
+                raise ClusterError(
+                    f"the gang of {self._cluster.workers} workers did not start within cluster.start_timeout_s="
+                    f"{self._cluster.start_timeout_s:g}; free now: {ray.available_resources()}"
+                )
+            time.sleep(POLL_S)
+
+    def _ended(self) -> BaseException | None:
+        """Return why the gang has ended, None while it lives."""
+        if not ray.wait([self._fit], timeout=0)[0]:
+            return None
+        try:
+            ray.get(self._fit)
+        except RayTaskError as error:
+            return error.cause if isinstance(error.cause, BaseException) else error
+        return RuntimeError("the gang ended by itself")
+
+    def places(self) -> list[Place]:
+        """Return where the ranks live."""
+        places: list[Place] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)["places"]
+        return places
+
+    def close(self) -> None:
+        """Let the ranks return, so that Ray Train ends in order; in the middle of a stage they end with the driver."""
+        if self._busy:
+            return
+        try:
+            ray.get(self._mailbox.close.remote(), timeout=ACTOR_TIMEOUT_S)
+            ray.wait([self._fit], timeout=20.0)
+        except RayError as error:
+            log.warning("gang not closed in order: %s", error)

@@ -1,0 +1,123 @@
+"""The pool: actors that take shards one by one, beside the waiting gang or on resources of their own."""
+
+import logging
+import os
+import time
+from collections import deque
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, enter, last_lines
+from cl_dist.errors import ClDistError, TrainingError
+from cl_dist.run_config import ClusterConfig
+from cl_dist.stages import evaluate
+from cl_dist.stages.job import Job
+from cl_dist.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+class ShardWorker:
+    """An actor of the pool: holds one model at a time and works on one shard at a time."""
+
+    def __init__(self, cwd: str, gpus: str | None) -> None:
+        enter(cwd)
+        if gpus is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # before torch looks
+        self._stage: str | None = None
+        self._scorer: evaluate.Scorer | None = None
+
+    def score(self, stage: str, job: Job, shard: evaluate.Shard) -> evaluate.Scored:
+        """Score a shard, loading the stage's model with the first one."""
+        if stage != self._stage or self._scorer is None:
+            self._scorer = None  # never two models resident
+            self._stage, self._scorer = stage, evaluate.Scorer(job)
+        return self._scorer.score(shard)
+
+    def drop(self) -> None:
+        """Free the model, so that the gang has the memory."""
+        self._stage = self._scorer = None
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class Pool:
+    """Actors that take shards one by one. A shard of a dead actor goes to a fresh one."""
+
+    def __init__(self, cluster: ClusterConfig, places: list[Place] | None) -> None:
+        self._cluster = cluster
+        self._places: list[Place | None] = list(places) if places else [None] * cluster.workers
+        self.borrowed = places is not None
+        self._actors: list[Any] = [self._start(number) for number in range(len(self._places))]
+
+    def _start(self, number: int) -> Any:
+        place, cluster = self._places[number], self._cluster
+        if place is None:
+            kind = ray.remote(ShardWorker).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
+            return kind.remote(os.getcwd(), None)
+        here = NodeAffinitySchedulingStrategy(place.node, soft=True)
+        kind = ray.remote(ShardWorker).options(num_cpus=0, num_gpus=0, scheduling_strategy=here)
+        return kind.remote(os.getcwd(), place.gpus if cluster.gpus_per_worker else None)
+
+    def map(
+        self, tracker: Tracker, job: Job, shards: list[evaluate.Shard]
+    ) -> list[tuple[evaluate.Shard, evaluate.Scored]]:
+        """Score all shards, each once.
+
+        Raises:
+            TrainingError: If a shard failed more often than allowed.
+            ClDistError: As raised by a worker.
+        """
+        stage, shared = f"{id(job)}-{time.monotonic()}", ray.put(job)
+        waiting = deque(shards)
+        running: dict[Any, tuple[int, evaluate.Shard]] = {}
+        results: list[tuple[evaluate.Shard, evaluate.Scored]] = []
+        failures: dict[evaluate.Shard, int] = {}
+        idle = list(range(len(self._actors)))
+        while waiting or running:
+            while waiting and idle:
+                number, shard = idle.pop(), waiting.popleft()
+                running[self._actors[number].score.remote(stage, shared, shard)] = (number, shard)
+            finished, _ = ray.wait(list(running), timeout=5.0)
+            for future in finished:
+                number, shard = running.pop(future)
+                idle.append(number)
+                try:
+                    results.append((shard, ray.get(future)))
+                    tracker.event({"event": "step", "step": len(results), "total_steps": len(shards)})
+                    continue
+                except RayTaskError as error:
+                    cause: BaseException = error.cause if isinstance(error.cause, BaseException) else error
+                    if isinstance(cause, ClDistError):
+                        raise cause from error
+                except RayActorError as error:
+                    cause = error
+                    self._actors[number] = self._start(number)
+                failures[shard] = failures.get(shard, 0) + 1
+                if failures[shard] > self._cluster.max_failures:
+                    raise TrainingError(
+                        f"shard {shard} failed {failures[shard]} times; last: {last_lines(cause)}"
+                    ) from cause
+                tracker.event({"event": "shard_retry", "shard": str(shard), "attempt": failures[shard] + 1})
+                log.warning(
+                    "shard retry shard=%s attempt=%d error=%s", shard, failures[shard] + 1, type(cause).__name__
+                )
+                waiting.append(shard)
+        return results
+
+    def free(self, keep_actors: bool) -> None:
+        """Make room: drop the models, or end the actors."""
+        if not keep_actors:
+            for actor in self._actors:
+                ray.kill(actor)
+            return
+        try:
+            ray.get([actor.drop.remote() for actor in self._actors], timeout=ACTOR_TIMEOUT_S)
+        except (RayActorError, GetTimeoutError) as error:
+            log.warning("pool actor gone while idle: %s", error)
+            self._actors = [self._start(number) for number in range(len(self._places))]
