@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from cl_dist.stages import evaluate, train
+from cl_dist.stages import train
 from cl_dist.stages.job import Job
+from cl_dist.stages.shards import SHARDED
 from cl_dist.tracking import Tracker
 
 
@@ -15,8 +16,9 @@ class LocalDispatcher:
         if job.stage.kind == "train":
             train.run(job, Path(out), tracker.event)
             return
-        scorer = evaluate.Scorer(job)
-        evaluate.merge(job, [(shard, scorer.score(shard)) for shard in evaluate.shards(job)], Path(out))
+        kind = SHARDED[job.stage.kind]
+        worker = kind.worker(job)
+        kind.merge(job, [(shard, worker.run(shard)) for shard in reversed(kind.cut(job))], Path(out))
 
     def close(self) -> None:
         """Nothing is kept between stages."""

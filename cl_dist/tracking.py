@@ -168,8 +168,8 @@ def summary(book: Workbook, individual: Sequence[float | None] | None = None, jo
         "references": {"individual": None, "joint": None},
         "stages": _stage_facts(book),
     }
-    if config.science.method.name == "ctr":
-        result["ctr"] = _ctr_facts(book)
+    if plugins := _plugin_facts(book):
+        result["plugins"] = plugins
     return result
 
 
@@ -206,22 +206,24 @@ def _stage_facts(book: Workbook) -> list[dict[str, Any]]:
     return facts
 
 
-def _ctr_facts(book: Workbook) -> dict[str, Any]:
-    facts: dict[str, Any] = {"layers": [], "units": []}
-    lists = ("mask_use", "mask_shared", "free_units")
-    facts |= {name: [] for name in (*lists, "gate_open", "accuracy_without_ksm")}
+def _plugin_facts(book: Workbook) -> dict[str, Any]:
+    """Return what masks and routers of the finished tasks say; nothing where the method has none."""
+    facts: dict[str, Any] = {}
     for t in range(len(book.tasks)):
         train, score = (Ref(task=t, stage=name) for name in ("train", "evaluate"))
-        if book.ledger.manifest(train) is not None:
-            learner = book.ledger.read(train, "train.json")["learner"]
-            facts |= {"layers": learner["layers"]}
-            facts["units"] = [{"hidden": hidden, "output": output} for hidden, output in learner["units"]]
-            for name in lists:
-                facts[name].append(learner[name])
+        learner = {} if book.ledger.manifest(train) is None else book.ledger.read(train, "train.json")["learner"]
+        if "mask_use" not in learner:
+            continue
+        facts["layers"] = learner["layers"]
+        facts["units"] = [{"hidden": hidden, "output": output} for hidden, output in learner["units"]]
+        for name in ("mask_use", "mask_shared", "free_units"):
+            facts.setdefault(name, []).append(learner[name])
         if book.ledger.manifest(score) is not None:
             scores = book.ledger.read(score, "scores.json")
-            facts["gate_open"].append(scores["tasks"][str(t)]["observed"].get("gate_open", []))
-            facts["accuracy_without_ksm"].append(scores["without"].get("sharing", {}).get("accuracy"))
+            opened = scores["tasks"][str(t)]["observed"].get("gate_open", [])
+            facts.setdefault("gate_open", []).append(opened or None)
+            without = scores["without"].get("sharing", {}).get("accuracy")
+            facts.setdefault("accuracy_without_ksm", []).append(without)
     return facts
 
 

@@ -27,7 +27,7 @@ from launcher.figures import (
     shorten,
     spark,
 )
-from launcher.report_ctr import ctr_view
+from launcher.report_plugins import plugin_view
 
 SCHEMA_VERSION = 1
 DASH = "\N{EN DASH}"
@@ -110,7 +110,7 @@ def view(summaries: Sequence[Summary]) -> dict[str, Any]:
         "f1": _matrix({**main, "references": {}}, f1, ()) if _num_learned(f1) else None,
         "mean_chart": _mean_chart(summaries),
         "task_chart": _task_chart(main, accuracy, num_learned),
-        "ctr": ctr_view(main, accuracy) if main.get("ctr") else None,
+        "plugins": plugin_view(main, accuracy) if main.get("plugins") else None,
         "overlaps": [task for task in main["tasks"] if task.get("overlap")],
         "time": _time(main),
         "metrics": [(name, MEANING.get(name, ""), metric) for name, metric in main["metrics"].items()],

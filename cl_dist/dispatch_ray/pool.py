@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections import deque
+from itertools import pairwise
 from typing import Any
 
 import ray
@@ -13,8 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, enter, last_lines
 from cl_dist.errors import ClDistError, TrainingError
 from cl_dist.run_config import ClusterConfig
-from cl_dist.stages import evaluate
 from cl_dist.stages.job import Job
+from cl_dist.stages.shards import SHARDED, Shard, Worker
 from cl_dist.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -28,18 +29,18 @@ class ShardWorker:
         if gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # before torch looks
         self._stage: str | None = None
-        self._scorer: evaluate.Scorer | None = None
+        self._worker: Worker | None = None
 
-    def score(self, stage: str, job: Job, shard: evaluate.Shard) -> evaluate.Scored:
-        """Score a shard, loading the stage's model with the first one."""
-        if stage != self._stage or self._scorer is None:
-            self._scorer = None  # never two models resident
-            self._stage, self._scorer = stage, evaluate.Scorer(job)
-        return self._scorer.score(shard)
+    def run(self, stage: str, job: Job, shard: Shard) -> Any:
+        """Work on a shard, loading the stage's model with the first one."""
+        if stage != self._stage or self._worker is None:
+            self._worker = None  # never two models resident
+            self._stage, self._worker = stage, SHARDED[job.stage.kind].worker(job)
+        return self._worker.run(shard)
 
     def drop(self) -> None:
         """Free the model, so that the gang has the memory."""
-        self._stage = self._scorer = None
+        self._stage = self._worker = None
         import torch
 
         if torch.cuda.is_available():
@@ -64,25 +65,28 @@ class Pool:
         kind = ray.remote(ShardWorker).options(num_cpus=0, num_gpus=0, scheduling_strategy=here)
         return kind.remote(os.getcwd(), place.gpus if cluster.gpus_per_worker else None)
 
-    def map(
-        self, tracker: Tracker, job: Job, shards: list[evaluate.Shard]
-    ) -> list[tuple[evaluate.Shard, evaluate.Scored]]:
-        """Score all shards, each once.
+    def map(self, tracker: Tracker, job: Job, shards: list[Shard]) -> list[tuple[Shard, Any]]:
+        """Have all shards worked on, each once, and return (shard, result) in any order.
+
+        Every actor has a block of neighbouring shards, which it works on from the last to the first; one that has
+        finished its own takes the first of the longest block.
 
         Raises:
             TrainingError: If a shard failed more often than allowed.
             ClDistError: As raised by a worker.
         """
         stage, shared = f"{id(job)}-{time.monotonic()}", ray.put(job)
-        waiting = deque(shards)
-        running: dict[Any, tuple[int, evaluate.Shard]] = {}
-        results: list[tuple[evaluate.Shard, evaluate.Scored]] = []
-        failures: dict[evaluate.Shard, int] = {}
+        bounds = [len(shards) * number // len(self._actors) for number in range(len(self._actors) + 1)]
+        blocks = [deque(shards[first:end]) for first, end in pairwise(bounds)]
+        running: dict[Any, tuple[int, Shard]] = {}
+        results: list[tuple[Shard, Any]] = []
+        failures: dict[Shard, int] = {}
         idle = list(range(len(self._actors)))
-        while waiting or running:
-            while waiting and idle:
-                number, shard = idle.pop(), waiting.popleft()
-                running[self._actors[number].score.remote(stage, shared, shard)] = (number, shard)
+        while any(blocks) or running:
+            while any(blocks) and idle:
+                number = idle.pop()
+                shard = blocks[number].pop() if blocks[number] else max(blocks, key=len).popleft()
+                running[self._actors[number].run.remote(stage, shared, shard)] = (number, shard)
             finished, _ = ray.wait(list(running), timeout=5.0)
             for future in finished:
                 number, shard = running.pop(future)
@@ -107,7 +111,7 @@ class Pool:
                 log.warning(
                     "shard retry shard=%s attempt=%d error=%s", shard, failures[shard] + 1, type(cause).__name__
                 )
-                waiting.append(shard)
+                blocks[number].append(shard)
         return results
 
     def free(self, keep_actors: bool) -> None:

@@ -50,7 +50,7 @@ class Scorer:
     def __init__(self, job: Job) -> None:
         self._job, self._predictor = job, Predictor(job)
 
-    def score(self, shard: Shard) -> Scored:
+    def run(self, shard: Shard) -> Scored:
         """Score a shard; its numbers do not depend on who scores it."""
         rows = task_data(self._job, shard.task).test[shard.start : shard.stop]
         observed: dict[str, list[Any]] = {}

@@ -70,26 +70,30 @@ def new_learner(method: MethodConfig, name: str, num_labels: tuple[int, ...], po
     return kind(method, num_labels, pooling, seed)
 
 
-def build_learner(job: Job) -> Learner:
+def build_learner(job: Job, up_to: int | None = None) -> Learner:
     """Return the stage's learner with its model: backbone, parts of all tasks so far, stored weights.
 
-    New parts are drawn from a seed of (run seed, task id), so every rank and every restart draws the same.
+    New parts are drawn from a seed of (run seed, task id), so every rank and every restart draws the same. With up_to,
+    parts of later tasks are neither made nor read: what scores an early task needs no capsules of later ones.
 
     Raises:
         CheckpointError: If a stored file is missing or does not fit the model.
     """
     name = job.stage.learner if job.stage.kind == "train" else "main"
-    num_labels = tuple(len(task_data(job, task).labels) for task in range(len(job.tasks)))
+    last = job.stage.task if up_to is None else up_to
+    num_labels = tuple(len(task_data(job, task).labels) for task in range(last + 1))
     learner = new_learner(job.method, name, num_labels, job.model.pooling, job.seed)
-    with seeded(job.seed, "build", job.tasks[-1].id):
-        model = learner.build(load_backbone(job.model), job.stage.task)
+    with seeded(job.seed, "build", job.tasks[last].id):
+        model = learner.build(load_backbone(job.model), last)
+    known = model.state_dict().keys()
     for folder in job.chain:
+        stored = StoredWeights(folder)
+        if last == job.stage.task and (unexpected := stored.keys() - known):
+            raise CheckpointError(f"{folder}: holds weights of {min(unexpected)!r}, which this model does not have")
         try:
-            _, unexpected = model.load_state_dict(dict(StoredWeights(folder)), strict=False)
+            model.load_state_dict({name: stored[name] for name in stored if name in known}, strict=False)
         except RuntimeError as error:
             raise CheckpointError(f"{folder}: weights do not fit the model: {error}") from error
-        if unexpected:
-            raise CheckpointError(f"{folder}: holds weights of {unexpected[0]!r}, which this model does not have")
     if job.chain and (Path(job.chain[-1]) / LEARNER).exists():
         learner.load_state_dict(load_file(Path(job.chain[-1]) / LEARNER))
     return learner

@@ -8,21 +8,33 @@ from torch import Tensor
 
 from cl_dist.data.classify import ClassifyRows
 from cl_dist.data.rows import Row
+from cl_dist.methods.base import Learner
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.parallel.world import World
 from cl_dist.stages.job import Job, build_learner, task_data
 
 
 class Predictor:
-    """Holds the model of an Evaluate stage's job. Rows need no label, and theirs are not looked at."""
+    """Holds the model of an Evaluate stage's job. Rows need no label, and theirs are not looked at.
+
+    It has the parts of the latest task that it was asked for and of those before it: what later tasks added is not
+    loaded. Asked for a later task it starts anew, so ask for that first.
+    """
+
+    learner: Learner
 
     def __init__(self, job: Job) -> None:
-        self._job, self._world = job, World.current()
-        self.learner = build_learner(job)
-        self._model = self.learner.model.to(self._world.device).eval()
-        if job.model.dtype == "bfloat16":
-            self._model = self._model.to(torch.bfloat16)
+        self._job, self._world, self._latest = job, World.current(), -1
         self._tokenizer = load_tokenizer(job.model)
+
+    def _load(self, task: int) -> None:
+        if task <= self._latest:
+            return
+        self._model = self.learner = None  # type: ignore[assignment]  # never two models resident
+        self.learner, self._latest = build_learner(self._job, task), task
+        self._model = self.learner.model.to(self._world.device).eval()
+        if self._job.model.dtype == "bfloat16":
+            self._model = self._model.to(torch.bfloat16)
 
     @torch.no_grad()
     def logits(
@@ -33,6 +45,7 @@ class Predictor:
         Rows are cut into shards, and these by length into batches of a fixed size: a row's last bits may depend on how
         far its batch is padded, so that only equal batches give equal bits.
         """
+        self._load(task)
         size, labels = self._job.evaluate.shard_rows, task_data(self._job, task).labels
         self.learner.activate(task, without)
         found: list[Tensor] = []

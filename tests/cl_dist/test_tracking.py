@@ -89,17 +89,27 @@ def test_the_summary_tells_tasks_and_stages(book: Workbook) -> None:
         f"{number:02d}-{task}/{kind}" for number, task in enumerate(tiny.TASKS) for kind in ("train", "evaluate")
     ]
     assert all(stage["metrics"]["train/loss"] > 0 for stage in stored["stages"] if stage["kind"] == "train")
-    assert "ctr" not in stored
+    assert "plugins" not in stored
 
 
 def test_a_ctr_summary_tells_masks_gates_and_the_ablation(tmp_path: Path) -> None:
     book = tiny.compute(tiny.book(tmp_path, {"science": FAST}, tasks=("food", "film")))
-    facts = read(book, "metrics/summary.json")["ctr"]
+    facts = read(book, "metrics/summary.json")["plugins"]
     assert facts["layers"] == ["0.attention", "0.ffn", "1.attention", "1.ffn"]
     assert facts["units"] == [{"hidden": 24, "output": 32}] * 4
     assert [len(facts[name]) for name in ("mask_use", "mask_shared", "free_units", "accuracy_without_ksm")] == [2] * 4
     assert facts["mask_shared"][0] == [[0.0, 0.0]] * 4  # nobody to share with
     assert [[len(gates) for gates in layer] for layer in facts["gate_open"]] == [[0] * 4, [1] * 4]
+
+
+def test_a_hat_summary_tells_masks_and_no_gates(tmp_path: Path) -> None:
+    science = FAST | {"method": {"name": "hat", "tsm_size": 24}}
+    facts = read(
+        tiny.compute(tiny.book(tmp_path, {"science": science}, tasks=("food", "film"))), "metrics/summary.json"
+    )
+    assert [len(facts["plugins"][name]) for name in ("mask_use", "mask_shared", "free_units")] == [2] * 3
+    assert facts["plugins"]["gate_open"] == [None, None]
+    assert facts["plugins"]["accuracy_without_ksm"] == [None, None]
 
 
 def test_a_run_is_running_until_it_is_finished(tmp_path: Path) -> None:

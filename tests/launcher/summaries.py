@@ -29,7 +29,7 @@ def summaries(ids: list[str] | None = None, num_layers: int = 6, seed: int = 0) 
     individual = _run("individual", "individual", tasks, np.diag(one) + np.where(np.eye(T), 0, np.nan), rng)
     learned = np.clip(one + rng.uniform(0.0, 0.05, T) * np.linspace(0, 1, T), 0, 0.97)
     ctr = _run("ctr-demo", "ctr", tasks, _matrix(learned, 0.004, rng), rng, one)
-    ctr["ctr"] = _ctr(T, num_layers, np.diag(np.array(ctr["matrix"]["accuracy"], float)), rng)
+    ctr["plugins"] = _ctr(T, num_layers, np.diag(np.array(ctr["matrix"]["accuracy"], float)), rng)
     sequential = _run("sequential", "sequential", tasks, _matrix(learned - 0.01, 0.05, rng), rng, one)
     return [ctr, sequential, individual]
 
@@ -43,9 +43,9 @@ def unfinished(summary: Summary, learned: int) -> Summary:
     }
     stages = [stage for stage in summary["stages"] if stage["task"] < learned]
     per_task = ("mask_use", "mask_shared", "free_units", "gate_open", "accuracy_without_ksm")
-    ctr = {key: value[:learned] if key in per_task else value for key, value in summary["ctr"].items()}
+    ctr = {key: value[:learned] if key in per_task else value for key, value in summary.get("plugins", {}).items()}
     metrics = summarize(matrix["accuracy"], matrix["f1_macro"])
-    changed = {"matrix": matrix, "stages": stages, "ctr": ctr, "metrics": metrics, "status": "running"}
+    changed = {"matrix": matrix, "stages": stages, "plugins": ctr, "metrics": metrics, "status": "running"}
     return summary | changed
 
 

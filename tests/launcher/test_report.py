@@ -109,7 +109,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         run["stages"][2]["key"] = run["run"] = run["command"] = run["stages"][0]["kind"] = HOSTILE
         run["references"] = {"individual": HOSTILE, "joint": HOSTILE}
         run["versions"] = {HOSTILE: HOSTILE}
-    runs[0]["ctr"]["layers"][0] = HOSTILE
+    runs[0]["plugins"]["layers"][0] = HOSTILE
     html = page(runs, tmp_path)
     assert "<script" not in html
     assert html.count("</title>") - html.count("<title>") == 0
@@ -130,7 +130,7 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
 
 def test_ctr_figures_are_left_out_one_by_one(tmp_path: Path) -> None:
     run = summaries()[0]
-    run["ctr"] = run["ctr"] | {"mask_use": None, "accuracy_without_ksm": [None] * 6}
+    run["plugins"] = run["plugins"] | {"mask_use": None, "accuracy_without_ksm": [None] * 6}
     html = page([run], tmp_path)
     assert section(html, "transfer")
     assert not section(html, "masks")
@@ -151,7 +151,7 @@ def test_a_cell_that_was_not_measured_is_hatched_and_has_no_number(tmp_path: Pat
 
 def test_nothing_measured_shows_dashes_and_no_zero(tmp_path: Path) -> None:
     run = unfinished(summaries()[0], 0)
-    html = page([run | {"stages": [], "ctr": {**run["ctr"], "accuracy_without_ksm": None}}], tmp_path)
+    html = page([run | {"stages": [], "plugins": {**run["plugins"], "accuracy_without_ksm": None}}], tmp_path)
     for name in ("matrix", "time", "masks", "transfer", "sharing", "stages"):
         assert not section(html, name)
     assert not re.search(r">[^<\d]?0\.0+<", html)
@@ -164,14 +164,16 @@ def test_an_unfinished_run_says_so_and_covers_what_is_learned(tmp_path: Path) ->
     assert all(style == "void" for row in cells(html)[3:6] for style, _ in row[:4])
     short = unfinished(summaries()[0], 3)
     short["matrix"] = {name: rows[:3] for name, rows in short["matrix"].items()}
-    short["ctr"] = {key: [*value, *[None] * 3] for key, value in short["ctr"].items() if key not in {"layers", "units"}}
-    short["ctr"] |= {key: summaries()[0]["ctr"][key] for key in ("layers", "units")}
+    short["plugins"] = {
+        key: [*value, *[None] * 3] for key, value in short["plugins"].items() if key not in {"layers", "units"}
+    }
+    short["plugins"] |= {key: summaries()[0]["plugins"][key] for key in ("layers", "units")}
     assert page([short], tmp_path) == html, "rows not reached may be absent or null"
 
 
 def test_runs_over_other_tasks_are_not_ranked(tmp_path: Path) -> None:
     ctr, sequential, _ = summaries()
-    html = page([ctr, unfinished({**sequential, "ctr": {}}, 4)], tmp_path)
+    html = page([ctr, unfinished({**sequential, "plugins": {}}, 4)], tmp_path)
     assert '<td class="best"' not in html
     assert "no best is marked" in html
 

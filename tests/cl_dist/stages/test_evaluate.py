@@ -36,7 +36,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def scored(job: Job, of: list[Shard]) -> list[tuple[Shard, dict[str, Any]]]:
     scorer = Scorer(job)
-    return [(shard, scorer.score(shard)) for shard in of]
+    return [(shard, scorer.run(shard)) for shard in of]
 
 
 def test_shards_cover_every_test_row_of_every_task_once_and_the_new_task_again_without_sharing(job: Job) -> None:

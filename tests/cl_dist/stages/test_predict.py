@@ -1,13 +1,17 @@
 import hashlib
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cl_dist.data.rows import Row
 from cl_dist.jobs import Workbook
 from cl_dist.stage import Ref
 from cl_dist.stages.predict import Predictor
+from cl_dist.stages.weights import StoredWeights
 from tests import tiny
 
 LAST = Ref(task=1, stage="evaluate")
@@ -47,3 +51,34 @@ def test_nothing_is_written(book: Workbook, predictor: Predictor) -> None:
     before = stamps()
     predictor.logits(1, book.data(1).dev)
     assert stamps() == before
+
+
+def test_an_early_task_is_answered_without_loading_what_later_tasks_added(book: Workbook, tmp_path: Path) -> None:
+    """The last task's files need not even hold its capsules; those of the shared layers are still its own."""
+    job = book.job(book.stage(LAST))
+    lean = tmp_path / "lean"
+    weights = StoredWeights(job.chain[-1])
+    shared = {name: tensor for name, tensor in weights.items() if ".fc1." in name or ".fc2." in name}
+    lean.mkdir()
+    save_file(shared, lean / "trainable.safetensors")
+    shutil.copy(Path(job.chain[-1]) / "learner.safetensors", lean)
+    early = Predictor(replace(job, chain=(*job.chain[:-1], str(lean))))
+    expected = Predictor(job)
+    expected.logits(1, book.data(1).test)  # which loads all there is
+    rows = book.data(0).test
+    assert torch.equal(torch.stack(early.logits(0, rows)), torch.stack(expected.logits(0, rows)))
+    sizes = [sum(p.numel() for p in predictor.learner.model.parameters()) for predictor in (early, expected)]
+    own = sum(t.numel() for name, t in weights.items() if name not in shared)
+    assert sizes[1] - sizes[0] >= own > 0
+
+
+def test_shared_weights_of_a_later_task_are_not_left_out(book: Workbook, tmp_path: Path) -> None:
+    job = book.job(book.stage(LAST))
+    old = Predictor(replace(job, chain=job.chain[:-1]))
+    new = Predictor(job)
+    rows = book.data(0).test
+    old.logits(0, rows)
+    new.logits(0, rows)
+    name = next(name for name, _ in new.learner.model.named_parameters() if name.endswith("fc1.weight"))
+    weights = [predictor.learner.model.get_parameter(name) for predictor in (old, new)]
+    assert not torch.equal(*weights)  # the second task has changed units that the first does not use

@@ -1,4 +1,4 @@
-"""What CTR adds to a report: how masks fill up, whose capsules tasks open, what sharing is worth."""
+"""What task masks and capsules add to a report: how masks fill up, whose capsules tasks open, what sharing is worth."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,15 +12,15 @@ Value = float | None
 Table = list[list[list[Value]]]
 
 
-def ctr_view(main: Summary, accuracy: Sequence[Sequence[Value]]) -> dict[str, Any]:
-    """Return the figures of a CTR run over the tasks that have masks; a figure without data is None."""
-    ctr = main["ctr"]
-    num_tasks = max(_num_measured(ctr.get(key)) for key in ("mask_use", "gate_open", "accuracy_without_ksm"))
+def plugin_view(main: Summary, accuracy: Sequence[Sequence[Value]]) -> dict[str, Any]:
+    """Return the figures of a CTR or HAT run over the tasks that have masks; a figure without data is None."""
+    facts = main["plugins"]
+    num_tasks = max(_num_measured(facts.get(key)) for key in ("mask_use", "gate_open", "accuracy_without_ksm"))
     names = [clean(task["id"]) for task in main["tasks"][:num_tasks]]
     return {
-        "masks": _masks(ctr, names) if _num_measured(ctr.get("mask_use")) else None,
-        "transfer": _transfer(ctr, names) if _num_measured(ctr.get("gate_open")) > 1 else None,
-        "sharing": _sharing(ctr, accuracy, names),
+        "masks": _masks(facts, names) if _num_measured(facts.get("mask_use")) else None,
+        "transfer": _transfer(facts, names) if _num_measured(facts.get("gate_open")) > 1 else None,
+        "sharing": _sharing(facts, accuracy, names),
     }
 
 
@@ -44,13 +44,13 @@ def _weighted(pair: Sequence[Value], weights: Sequence[float]) -> Value:
     return sum(x * w for x, w in zip(pair, weights, strict=True) if x is not None) / sum(weights)
 
 
-def _masks(ctr: Summary, names: Sequence[str]) -> dict[str, Any]:
+def _masks(facts: Summary, names: Sequence[str]) -> dict[str, Any]:
     """Return heat maps of layers and tasks, and how the units of the whole model are divided after each task.
 
     A plugin has two masks of different width; its number is that of all its units together.
     """
-    layers, sizes = ctr["layers"], [(unit["hidden"], unit["output"]) for unit in ctr["units"]]
-    use, shared, free = (_padded(ctr.get(key), len(names)) for key in ("mask_use", "mask_shared", "free_units"))
+    layers, sizes = facts["layers"], [(unit["hidden"], unit["output"]) for unit in facts["units"]]
+    use, shared, free = (_padded(facts.get(key), len(names)) for key in ("mask_use", "mask_shared", "free_units"))
     opened = [entry or [(None, None)] * len(layers) for entry in use]
 
     def grid(table: Table, of_open_units: bool = False) -> tuple[list[list[Value]], list[list[str]]]:
@@ -117,12 +117,12 @@ def _capacity(names: Sequence[str], use: Sequence[Value], shared: Sequence[Value
     return bars
 
 
-def _transfer(ctr: Summary, names: Sequence[str]) -> dict[str, Any]:
+def _transfer(facts: Summary, names: Sequence[str]) -> dict[str, Any]:
     """Return how often task u opens the capsule of an earlier task i, mean of plugins, as table and arcs."""
     opened: list[list[Value]] = []
     rows = []
     for u, name in enumerate(names):
-        plugins = _padded(ctr["gate_open"], len(names))[u] or []
+        plugins = _padded(facts["gate_open"], len(names))[u] or []
         values, cells = [], []
         for i in range(u):
             known = [plugin[i] for plugin in plugins if i < len(plugin) and plugin[i] is not None]
@@ -143,9 +143,9 @@ def _transfer(ctr: Summary, names: Sequence[str]) -> dict[str, Any]:
     return {"rows": rows, "arcs": both, "few": False}
 
 
-def _sharing(ctr: Summary, accuracy: Sequence[Sequence[Value]], names: Sequence[str]) -> dict[str, Any] | None:
+def _sharing(facts: Summary, accuracy: Sequence[Sequence[Value]], names: Sequence[str]) -> dict[str, Any] | None:
     """Return each task's score with and without the knowledge sharing module, as places on a common axis."""
-    without = _padded(ctr.get("accuracy_without_ksm"), len(names))
+    without = _padded(facts.get("accuracy_without_ksm"), len(names))
     pairs = [(accuracy[t][t], x) for t, x in enumerate(without)]
     known = [x for pair in pairs if None not in pair for x in pair if x is not None]
     if not known:
