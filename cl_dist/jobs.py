@@ -14,7 +14,7 @@ from cl_dist.methods import METHODS
 from cl_dist.models.config import ModelConfig
 from cl_dist.places import resolve
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import SCHEMA_VERSION, Evaluate, Ref, Stage, Train, digest_of, flat
+from cl_dist.stage import SCHEMA_VERSION, Evaluate, Generate, Ref, Stage, Train, digest_of, flat
 
 if TYPE_CHECKING:
     from cl_dist.stages.job import Job
@@ -28,6 +28,11 @@ class Workbook:
         self.tasks = config.science.sequence()
         self.ledger = Ledger(config.folder, [task.id for task in self.tasks.tasks], self.facts)
         self._facts: dict[tuple[int, str], dict[str, Any]] = {}
+
+    @property
+    def answers(self) -> str:
+        """How the run answers: "class" or "text"."""
+        return METHODS[self.config.science.method.name].answers(self.config.science.model.answers)
 
     def plan(self, task: int) -> list[Stage]:
         """Return the stages of a task."""
@@ -45,6 +50,18 @@ class Workbook:
             DataError: With every fault, by file, line and field.
         """
         return _load(self.tasks.tasks[task].model_dump_json(), self.config.science.data.overlap)
+
+    def num_rows(self, stage: Stage) -> int:
+        """Return how many rows a stage trains on, writes or scores."""
+        if isinstance(stage, Evaluate):
+            return sum(len(self.data(task).test) for task in stage.tasks)
+        new = len(self.data(stage.task).train)
+        if isinstance(stage, Generate):
+            return len(stage.sources) * stage.budget.per_task(new, len(stage.sources))
+        kept = stage.replay_rows if stage.budget is None else stage.budget.per_task(new, len(stage.replay))
+        written = 0 if stage.samples is None else self.num_rows(self.stage(stage.samples))
+        replayed = sum(min(kept, len(self.data(task).train)) for task in stage.replay)
+        return sum(len(self.data(task).train) for task in stage.data) + replayed + written
 
     def check_data(self) -> None:
         """Read the rows of every task.
@@ -69,7 +86,13 @@ class Workbook:
         """
         key = (stage.task, stage.name)
         if key not in self._facts:
-            self._facts[key] = self._train_facts(stage) if isinstance(stage, Train) else self._evaluate_facts(stage)
+            match stage:
+                case Train():
+                    self._facts[key] = self._train_facts(stage)
+                case Generate():
+                    self._facts[key] = self._generate_facts(stage)
+                case Evaluate():
+                    self._facts[key] = self._evaluate_facts(stage)
         return self._facts[key]
 
     def _train_facts(self, stage: Train) -> dict[str, Any]:
@@ -86,6 +109,23 @@ class Workbook:
             "replay_rows": {self.tasks.tasks[u].id: self.data(u).digests["train"] for u in stage.replay},
             "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in (*stage.data, *stage.replay)},
         }
+        if self.answers == "text":
+            facts["questions"] = {self.tasks.tasks[u].id: self.data(u).question for u in (*stage.data, *stage.replay)}
+        if stage.budget is not None:
+            facts["new_rows"] = len(self.data(stage.task).train)
+        return flat(facts | self._inputs(stage))
+
+    def _generate_facts(self, stage: Generate) -> dict[str, Any]:
+        science = self.config.science
+        facts = {
+            "schema_version": SCHEMA_VERSION,
+            "stage": stage.changed(),
+            "generate": science.generate.changed(),
+            "seed": science.seed,
+            "max_length": science.train_of(self.tasks.tasks[stage.task]).max_length,
+            "new_rows": len(self.data(stage.task).train),
+            "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in stage.sources},
+        }
         return flat(facts | self._inputs(stage))
 
     def _evaluate_facts(self, stage: Evaluate) -> dict[str, Any]:
@@ -99,6 +139,9 @@ class Workbook:
             "max_length": {self.tasks.tasks[u].id: n for u, n in lengths.items() if n != lengths[stage.task]},
             "rows": {self.tasks.tasks[u].id: self.data(u).digests["test"] for u in stage.tasks},
         }
+        if self.answers == "text":
+            facts["questions"] = {self.tasks.tasks[u].id: self.data(u).question for u in stage.tasks}
+            facts["metrics"] = {self.tasks.tasks[u].id: self.tasks.tasks[u].metric for u in stage.tasks}
         return flat(facts | self._inputs(stage))
 
     def _inputs(self, stage: Stage) -> dict[str, Any]:
@@ -110,6 +153,7 @@ class Workbook:
 
         science = self.config.science
         start = stage.init if isinstance(stage, Train) else stage.model
+        samples = stage.samples if isinstance(stage, Train) else None
         return Job(
             stage=stage,
             method=science.method,
@@ -120,6 +164,8 @@ class Workbook:
             train=science.train_of(self.tasks.tasks[stage.task]),
             max_length=tuple(science.train_of(task).max_length for task in self.tasks.tasks[: stage.task + 1]),
             evaluate=science.evaluate,
+            generate=science.generate,
+            samples=None if samples is None else str(self.ledger.path(samples).absolute()),
             engine=self.config.cluster,
             seed=science.seed,
             chain=tuple(str(self.ledger.path(ref).absolute()) for ref in self._chain(start)),
@@ -146,12 +192,14 @@ def _load(task: str, overlap: str) -> TaskData:
 def _model_facts(model: ModelConfig) -> dict[str, Any]:
     """Return what decides a backbone: its bytes, wherever they lie, and how it is used."""
     used = {name: value for name, value in model.changed().items() if name not in ("source", "revision")}
-    return used | {"digest": model_digest(model.source, model.revision)}
+    return used | {"digest": model_digest(model.source, model.revision, model.config is not None)}
 
 
 @lru_cache(maxsize=8)
-def model_digest(source: str, revision: str | None) -> str:
-    """Return what identifies a backbone's weights: the digest of its files, or the commit of a hub name.
+def model_digest(source: str, revision: str | None, drawn: bool = False) -> str:
+    """Return what identifies a backbone: the digest of its files, or the commit of a hub name.
+
+    drawn: whether its weights are, so that the files are a tokenizer's.
 
     Raises:
         ConfigError: If a folder holds no weights.
@@ -159,7 +207,8 @@ def model_digest(source: str, revision: str | None) -> str:
     if not source.startswith(("package:", ".", "/", "~")) and not Path(source).is_dir():
         return f"{source}@{revision}"
     folder = resolve(source)
-    files = [p for pattern in ("config.json", "*.safetensors", "tokenizer*", "vocab*") for p in folder.glob(pattern)]
-    if not any(p.suffix == ".safetensors" for p in files):
+    patterns = ("tokenizer*", "vocab*", *(() if drawn else ("config.json", "*.safetensors")))
+    files = [p for pattern in patterns for p in folder.glob(pattern)]
+    if not drawn and not any(p.suffix == ".safetensors" for p in files):
         raise ConfigError(f"science.model.source={source!r}: expected a folder with config.json and *.safetensors")
     return digest_of({p.name: sha256(p) for p in sorted(files)})

@@ -14,7 +14,7 @@ from cl_dist.methods import METHODS
 from cl_dist.methods.base import MethodConfig, TaskSequence
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.config import EngineConfig
-from cl_dist.stage import EvaluateConfig, TrainConfig
+from cl_dist.stage import EvaluateConfig, GenerateConfig, TrainConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 
@@ -43,6 +43,7 @@ class Science(Section):
     """Task ids in the order they are learned, or the name of an order; None takes the tasks as listed."""
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    generate: GenerateConfig = GenerateConfig()
     data: DataConfig = DataConfig()
 
     @field_validator("method", mode="before")
@@ -60,8 +61,11 @@ class Science(Section):
         ids = [task.id for task in self.tasks]
         if len(set(ids)) != len(ids):
             raise ValueError(f"tasks: ids must be distinct, got {ids}")
+        answers = METHODS[self.method.name].answers(self.model.answers)
         for task in self.tasks:
             self.train_of(task)
+            if task.answer == "text" and answers == "class":
+                raise ValueError(f"tasks.{task.id}.answer='text': method {self.method.name!r} picks one of some labels")
         return self
 
     def train_of(self, task: TaskConfig) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -56,6 +57,39 @@ class EvaluateConfig(Section):
     """Rows of one shard: the unit of retry."""
 
 
+class GenerateConfig(Section):
+    """How pseudo-samples are drawn, and the unit of that work: all of it decides which samples come out."""
+
+    slots: int = Field(32, gt=0)
+    """Samples that are written side by side; when one ends, the next takes its place."""
+    shard_samples: int = Field(64, gt=0)
+    """Samples of one shard: the unit of retry."""
+    top_k: int = Field(20, ge=0)
+    """Draw among so many likeliest tokens; 0 among all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw among the likeliest tokens that together have this probability."""
+    temperature: float = Field(1.0, gt=0)
+    max_attempts: int = Field(5, gt=0)
+    """How often a sample is drawn anew when it is malformed, the first time included."""
+    known_labels: bool = True
+    """Whether an answer that is no label of the sample's task is malformed; not so for tasks with free answers."""
+    min_yield: float = Field(0.5, ge=0, le=1)
+    """Share of the requested samples that must come out well-formed and distinct; below it the run stops."""
+
+
+class Budget(Section):
+    """How many rows of earlier tasks are replayed beside a new task."""
+
+    gamma: float = Field(0.2, ge=0)
+    """All earlier tasks together get this share of the new task's train rows, in equal parts."""
+    min_replay: int = Field(0, ge=0)
+    """Every earlier task gets at least so many: a small new task would else replay next to nothing of large ones."""
+
+    def per_task(self, new_rows: int, earlier: int) -> int:
+        """Return the rows of each of some earlier tasks: ceil(gamma * new_rows) / earlier, rounded down."""
+        return max(math.ceil(self.gamma * new_rows) // earlier, self.min_replay) if earlier else 0
+
+
 class Train(Section):
     """A gang trains one model on the train rows of some tasks; their dev rows select the best weights."""
 
@@ -65,11 +99,16 @@ class Train(Section):
     """Tasks whose train rows are used."""
     init: Ref | None = None
     """Stage whose model this one starts from; None starts from the backbone."""
-    learner: str = "main"
+    learner: str | None = None
+    """Which of the method's learners; None takes the one that the run answers with."""
     replay: tuple[int, ...] = ()
     """Earlier tasks of which some train rows are used too."""
     replay_rows: int = 0
     """How many of each, chosen by the run's seed."""
+    budget: Budget | None = None
+    """Says how many of each instead, from the rows of the stage's own task."""
+    samples: Ref | None = None
+    """Generate stage whose pseudo-samples are trained on too."""
 
     @property
     def name(self) -> str:
@@ -79,7 +118,28 @@ class Train(Section):
     @property
     def inputs(self) -> tuple[Ref, ...]:
         """Stages that must be done before this one."""
-        return () if self.init is None else (self.init,)
+        return tuple(ref for ref in (self.init, self.samples) if ref is not None)
+
+
+class Generate(Section):
+    """Shards write pseudo-samples of earlier tasks with the model that has learned them."""
+
+    kind: Literal["generate"] = "generate"
+    task: int
+    model: Ref
+    sources: tuple[int, ...]
+    """The earlier tasks."""
+    budget: Budget
+
+    @property
+    def name(self) -> str:
+        """Folder name of the stage below its task."""
+        return "generate"
+
+    @property
+    def inputs(self) -> tuple[Ref, ...]:
+        """Stages that must be done before this one."""
+        return (self.model,)
 
 
 class Evaluate(Section):
@@ -105,7 +165,7 @@ class Evaluate(Section):
         return (self.model,) if self.previous is None else (self.model, self.previous)
 
 
-Stage = Train | Evaluate
+Stage = Train | Generate | Evaluate
 
 
 def ref(stage: Stage) -> Ref:

@@ -19,7 +19,7 @@ from cl_dist.errors import CheckpointError
 from cl_dist.jobs import Workbook
 from cl_dist.ledger import write_json
 from cl_dist.metrics import summarize
-from cl_dist.stage import Evaluate, Ref, Stage, Train, ref
+from cl_dist.stage import Evaluate, Generate, Ref, Stage, Train, ref
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("cl-dist", "torch", "deepspeed", "accelerate", "transformers", "datasets", "ray", "peft")
@@ -82,14 +82,14 @@ class Tracker:
         self.write_summary()
         event: dict[str, Any] = {"event": "stage_done"}
         if isinstance(stage, Evaluate):
-            row = matrix(self._book, "accuracy")[stage.task]
+            row = matrix(self._book, "score")[stage.task]
             event |= {"accuracy": {self._book.tasks.tasks[u].id: row[u] for u in range(stage.task + 1)}}
         self.event(event)
         self._stage = None
 
     def write_summary(self) -> None:
         """Write R.csv and summary.json."""
-        write_matrix(self._folder / "metrics" / "R.csv", self._book, matrix(self._book, "accuracy"))
+        write_matrix(self._folder / "metrics" / "R.csv", self._book, matrix(self._book, "score"))
         write_json(self._folder / "metrics" / "summary.json", summary(self._book))
 
     def finish(self, status: str = "finished") -> None:
@@ -151,7 +151,7 @@ def summary(book: Workbook, individual: Sequence[float | None] | None = None, jo
     individual[t] is the score of a model of its own for task t, joint[t] that of one trained on all tasks at once.
     """
     config, state = book.config, read_state(book.config.folder)
-    accuracy, f1 = matrix(book, "accuracy"), matrix(book, "f1_macro")
+    accuracy, f1 = matrix(book, "score"), matrix(book, "f1_macro")
     result: dict[str, Any] = {
         "schema_version": 1,
         "run": config.run.name,
@@ -170,6 +170,8 @@ def summary(book: Workbook, individual: Sequence[float | None] | None = None, jo
     }
     if plugins := _plugin_facts(book):
         result["plugins"] = plugins
+    if replay := _replay_facts(book):
+        result["replay"] = replay
     return result
 
 
@@ -192,6 +194,10 @@ def _stage_facts(book: Workbook) -> list[dict[str, Any]]:
         manifest = book.ledger.manifest(ref(stage))
         if manifest is not None:
             metrics = book.ledger.read(ref(stage), "train.json")["metrics"] if isinstance(stage, Train) else {}
+            if isinstance(stage, Generate):
+                written = book.ledger.read(ref(stage), "replay.json")["tasks"].values()
+                names = ("requested", "generated", "malformed", "duplicate", "kept")
+                metrics = {f"replay/{name}": sum(numbers[name] for numbers in written) for name in names}
             facts.append(
                 {
                     "key": book.ledger.key(ref(stage)),
@@ -224,6 +230,21 @@ def _plugin_facts(book: Workbook) -> dict[str, Any]:
             facts.setdefault("gate_open", []).append(opened or None)
             without = scores["without"].get("sharing", {}).get("accuracy")
             facts.setdefault("accuracy_without_ksm", []).append(without)
+    return facts
+
+
+def _replay_facts(book: Workbook) -> list[dict[str, Any]]:
+    """Return what the Generate stages wrote of each earlier task, beside some of its real rows."""
+    facts = []
+    for stage in (stage for t in range(len(book.tasks)) for stage in book.plan(t)):
+        if not isinstance(stage, Generate) or book.ledger.manifest(ref(stage)) is None:
+            continue
+        for source in stage.sources:
+            data = book.data(source)
+            numbers = book.ledger.read(ref(stage), "replay.json")["tasks"][data.id]
+            shown = [(row.text, row.text_pair, data.question, row.label) for row in data.train[:5]]
+            real = [" => ".join(part for part in parts if part) for parts in shown]
+            facts.append({"before": book.tasks.tasks[stage.task].id, "task": data.id, "real": real, **numbers})
     return facts
 
 

@@ -99,19 +99,17 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
     """Print the stages of a run, what each needs, and which are done; starts nothing."""
     from cl_dist.jobs import Workbook
     from cl_dist.run_config import load_run
-    from cl_dist.stage import Train, ref
+    from cl_dist.stage import ref
 
     book = Workbook(load_run(runs.run_file(config), overrides or []))
     book.check_data()
     stages = []
     for stage in (stage for t in range(len(book.tasks)) for stage in book.plan(t)):
-        tasks = stage.data if isinstance(stage, Train) else stage.tasks
-        split = "train" if isinstance(stage, Train) else "test"
         stages.append(
             {
                 "stage": book.ledger.key(ref(stage)),
                 "kind": stage.kind,
-                "rows": sum(len(book.data(t).rows(split)) for t in tasks),
+                "rows": book.num_rows(stage),
                 "inputs": [book.ledger.key(r) for r in stage.inputs],
                 "fingerprint": book.ledger.fingerprint(stage)[:12],
                 "done": book.ledger.is_done(stage),
@@ -283,7 +281,7 @@ def data_check(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
 
 @data_app.command("show")
 def data_show(config: Config, overrides: Overrides = None) -> None:
-    """Print the first train row of each task as an encoder reads it."""
+    """Print the first train row of each task as the model reads it."""
     from cl_dist.jobs import Workbook
     from cl_dist.models.backbone import load_tokenizer
     from cl_dist.run_config import load_run
@@ -296,6 +294,16 @@ def data_show(config: Config, overrides: Overrides = None) -> None:
         data = book.data(number)
         row = data.train[0]
         length = run.science.train_of(task).max_length
+        if book.answers == "text":
+            from cl_dist.data.language import Speller, spell
+
+            speller = Speller(tokenizer)
+            prefix, answer = spell(speller, row, data.question, length)
+            console.out.rule(f"{task.id}: row {row.id}")
+            console.out.print(f"decoder reads  {speller.decode(prefix)}", markup=False, soft_wrap=True)
+            console.out.print(f"and answers    {speller.decode(answer)}", markup=False, soft_wrap=True)
+            console.out.print(f"tokens         {len(prefix)} + {len(answer)} of at most {length - 2}", markup=False)
+            continue
         ids = tokenizer(row.text, row.text_pair, truncation=True, max_length=length)["input_ids"]
         console.out.rule(f"{task.id}: row {row.id}")
         console.out.print(f"encoder reads  {tokenizer.decode(ids)}", markup=False, soft_wrap=True)

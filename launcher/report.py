@@ -111,6 +111,7 @@ def view(summaries: Sequence[Summary]) -> dict[str, Any]:
         "mean_chart": _mean_chart(summaries),
         "task_chart": _task_chart(main, accuracy, num_learned),
         "plugins": plugin_view(main, accuracy) if main.get("plugins") else None,
+        "replay": main.get("replay") or [],
         "overlaps": [task for task in main["tasks"] if task.get("overlap")],
         "time": _time(main),
         "metrics": [(name, MEANING.get(name, ""), metric) for name, metric in main["metrics"].items()],

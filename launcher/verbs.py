@@ -30,7 +30,7 @@ def eval_(
     verbose: Verbose = False,
 ) -> None:
     """Score tasks of a run again, in this process; nothing is written."""
-    from cl_dist.metrics import accuracy, f1_macro, majority_accuracy
+    from cl_dist.metrics import majority_accuracy
 
     console.start_logging(verbose)
     book = _open(run)
@@ -40,23 +40,22 @@ def eval_(
         if not book.data(number).rows(split):
             raise ConfigError(f"--split {split}: task {book.data(number).id} has no {split} rows")
     models = answering(book, tasks, last)
+    from cl_dist.stages.evaluate import compared
     from cl_dist.stages.predict import Predictor
 
     lines = {}
     for stage, own in models:
         with console.results_only():
             predictor = Predictor(book.job(stage))
-            logits = {number: predictor.logits(number, book.data(number).rows(split)) for number in own}
+            answers = {number: predictor.answers(number, book.data(number).rows(split)) for number in own}
         for number in own:
             data = book.data(number)
             truth = [row.label for row in data.rows(split)]
-            guesses = [data.labels[int(logits_K.argmax())] for logits_K in logits[number]]
             lines[number] = {
                 "task": data.id,
                 "model": book.ledger.key(stage.model),
                 "rows": len(truth),
-                "accuracy": accuracy(truth, guesses),
-                "f1_macro": f1_macro(truth, guesses),
+                **compared(book.tasks.tasks[number], data, truth, answers[number]),
                 "majority": majority_accuracy([row.label for row in data.train], truth),
             }
     scored = [lines[number] for number in tasks]
@@ -66,10 +65,11 @@ def eval_(
         console.out.print_json(json.dumps(document))
         return
     table = Table(title=f"{book.config.run.name}: {split} rows, after task {after}")
-    for heading in ("task", "model", "rows", "accuracy", "macro F1", "majority"):
+    for heading in ("task", "model", "rows", "score", "accuracy", "macro F1", "majority"):
         table.add_column(heading, justify="left" if heading in ("task", "model") else "right")
     for line in scored:
-        numbers = (f"{line[name]:.4f}" for name in ("accuracy", "f1_macro", "majority"))
+        values = (line[name] for name in ("score", "accuracy", "f1_macro", "majority"))
+        numbers = ("-" if value is None else f"{value:.4f}" for value in values)
         table.add_row(str(line["task"]), str(line["model"]), str(line["rows"]), *numbers)
     console.out.print(table)
 
@@ -78,7 +78,7 @@ def predict(run: Run, task: Task, verbose: Verbose = False) -> None:
     """Answer JSON lines from stdin with JSON lines on stdout, by the model after the last learned task.
 
     A line is {"text": ..., "text_pair": ..., "id": ...}, or has the fields of the task's own data. The answer is
-    {"id": ..., "prediction": ..., "scores": {label: probability}}.
+    {"id": ..., "prediction": ..., "scores": {label: probability}}; a method that writes its answers gives no scores.
     """
     from cl_dist.data.unlabelled import read_unlabelled
 
@@ -86,7 +86,7 @@ def predict(run: Run, task: Task, verbose: Verbose = False) -> None:
     book = _open(run)
     number = number_of(book, task)
     ((stage, _),) = answering(book, [number], last_learned(book))
-    labels, rows = book.data(number).labels, read_unlabelled(sys.stdin.buffer, book.tasks.tasks[number])
+    rows = read_unlabelled(sys.stdin.buffer, book.tasks.tasks[number])
     from cl_dist.stages.predict import Predictor
 
     try:
@@ -94,11 +94,15 @@ def predict(run: Run, task: Task, verbose: Verbose = False) -> None:
             predictor = Predictor(book.job(stage))
             # As many rows at a time as a shard has: a task's own rows meet in the batches of its Evaluate stage.
             while shard := list(islice(rows, book.config.science.evaluate.shard_rows)):
-                logits = predictor.logits(number, [row for _, row in shard])
-                for (given, _), logits_K in zip(shard, logits, strict=True):
-                    scores = dict(zip(labels, logits_K.double().softmax(-1).tolist(), strict=True))
-                    answer = {"id": given, "prediction": labels[int(logits_K.argmax())], "scores": scores}
-                    stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                chosen = [row for _, row in shard]
+                found: list[dict[str, object]]
+                if predictor.writes:
+                    found = [{"prediction": text} for text in predictor.answers(number, chosen)]
+                else:
+                    shares = predictor.probabilities(number, chosen)
+                    found = [{"prediction": max(own, key=own.__getitem__), "scores": own} for own in shares]
+                for (given, _), answer in zip(shard, found, strict=True):
+                    stdout.write(json.dumps({"id": given} | answer, ensure_ascii=False) + "\n")
                 stdout.flush()
     except BrokenPipeError:  # whoever read the answers has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

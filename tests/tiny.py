@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from cl_dist.config import Tree, merged, parse
 from cl_dist.jobs import Workbook
+from cl_dist.methods import METHODS as METHOD_TABLE
 from cl_dist.run_config import RunConfig
 from cl_dist.sequence import Dispatcher, run
 from cl_dist.tracking import Tracker
@@ -50,6 +51,8 @@ CTR: Mapping[str, Any] = {
 }
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "ctr": CTR,
+    "lamol": {"name": "lamol", "gamma": 0.5},
+    "lamol_real": {"name": "lamol_real", "gamma": 0.5},
     "hat": {"name": "hat", "tsm_size": 24, "s_max": 50.0, "head_lr": 0.01},
     "adapter": {"name": "adapter", "size": 8},
     "lora": {"name": "lora", "r": 4},
@@ -61,6 +64,29 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "joint": {"name": "joint"},
 }
 """Settings with which each method learns something on these tasks: a new method is tested by adding its line."""
+SPOKEN = (*WORDS, *dict.fromkeys(label for labels in LABELS.values() for label in labels), "which", "one", "?")
+"""The words of a decoder, which spells labels and questions too."""
+DECODER: Mapping[str, Any] = {
+    "model_type": "gpt2",
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 32,
+    "vocab_size": len(SPOKEN),
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+"""A GPT-2 with random weights, for methods that answer in text."""
+
+
+TEXT_TRAIN: Mapping[str, Any] = {"epochs": 16, "lr": 0.01}
+"""With these a decoder writes more good samples than bad ones."""
+
+
+def writes(method: str) -> bool:
+    """Return whether a method works on decoders alone."""
+    return "class" not in METHOD_TABLE[method].learners
 
 
 def save_model(folder: Path) -> Path:
@@ -81,7 +107,12 @@ def save_model(folder: Path) -> Path:
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    return save_tokenizer(folder, WORDS)
+
+
+def save_tokenizer(folder: Path, spoken: Sequence[str]) -> Path:
+    """Write a tokenizer of whole words."""
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(spoken)}, unk_token="[UNK]"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(
@@ -151,6 +182,13 @@ def tree(folder: Path, over: Mapping[str, Any] | None = None, tasks: Sequence[st
         "cluster": {"dispatcher": "local", "engine": "torch"},
     }
     method = (over or {}).get("science", {}).get("method")
+    if method is not None and writes(method["name"]):
+        spelling = save_tokenizer(folder / "decoder", SPOKEN)
+        base["science"]["model"] = {"source": str(spelling), "config": dict(DECODER), "spare_task_tokens": 4}
+        base["science"]["generate"] = {"slots": 3, "shard_samples": 4, "min_yield": 0.0, "top_k": 5}
+        for task in base["science"]["tasks"]:
+            task["question"] = "which one ?"
+        base["science"]["train"] |= TEXT_TRAIN
     result = merged(base, over or {})
     if method is not None:
         result["science"]["method"] = method  # replaced, as in a run's baselines

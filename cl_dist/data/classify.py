@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cl_dist.data.rows import Row
+from cl_dist.data.rows import Row, TaskData
 
 DUMMY = -1
 """Row number of a place that only fills up a micro-batch: it is encoded as the first row, with weight 0."""
@@ -26,13 +26,13 @@ class ClassifyRows:
         self._labels: list[int] = []
         self._tasks: list[int] = []
 
-    def add(self, task: int, rows: Sequence[Row], labels: Sequence[str]) -> None:
-        """Append the rows of a task; labels[k] is its class k."""
+    def add(self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False) -> None:
+        """Append rows of a task; data.labels[k] is its class k. A class learns replayed rows like others."""
         if not rows:
             return
         pairs = [row.text_pair for row in rows] if rows[0].text_pair is not None else None
         encoded = self._tokenizer([row.text for row in rows], pairs, truncation=True, max_length=self._max_length)
-        class_of = {label: number for number, label in enumerate(labels)}
+        class_of = {label: number for number, label in enumerate(data.labels)}
         self._ids += encoded["input_ids"]
         self._types += encoded.get("token_type_ids", [])
         self._labels += [class_of[row.label] for row in rows]
@@ -48,6 +48,10 @@ class ClassifyRows:
         """
         chosen = range(len(self)) if indices is None else [int(index) for index in indices]
         return sorted(chosen, key=lambda index: (-len(self._ids[index]), index))
+
+    def units(self, indices: Collection[int]) -> dict[str, float]:
+        """Return what the sums of a loss over these rows are divided by, by term: none but their number."""
+        return {}
 
     def batch(self, indices: Collection[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Return the rows of these numbers as one batch; see `models.classifier.Batch` for its keys and shapes."""

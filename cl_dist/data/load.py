@@ -91,9 +91,9 @@ def check_task(task: TaskConfig, data: DataConfig) -> Checked:
     splits = _divide(task.source.split, items, notes)
     is_whole = not notes.faults  # otherwise a split may be empty only because its rows have faults
     _check_ids(task, splits, notes)
-    labels = _labels(task, splits, notes)
+    labels = _labels(task, splits, notes) if task.answer == "label" else ()
     for split, limit in task.rows.items():
-        kept = _limited(task.id, split, splits[split], limit)
+        kept = _limited(task, split, splits[split], limit)
         notes.counts["rows"] += len(splits[split]) - len(kept)
         splits[split] = kept
     overlap = _overlap(task, splits, data, notes)
@@ -105,7 +105,7 @@ def check_task(task: TaskConfig, data: DataConfig) -> Checked:
         split: digest_of([[row.id, row.text, row.text_pair, row.label] for row in rows])
         for split, rows in zip(SPLITS, (train, dev, test), strict=True)
     }
-    loaded = TaskData(task.id, labels, train, dev, test, digests, overlap)
+    loaded = TaskData(task.id, labels, task.question or "", train, dev, test, digests, overlap)
     return Checked(loaded, tuple(notes.faults), tuple(notes.warnings), notes.counts)
 
 
@@ -333,18 +333,18 @@ def _and_more(records: Sequence[Record]) -> str:
     return f" (here and in {len(records) - 1} more)" if len(records) > 1 else ""
 
 
-def _limited(task_id: str, split: str, items: list[_Item], limit: int) -> list[_Item]:
+def _limited(task: TaskConfig, split: str, items: list[_Item], limit: int) -> list[_Item]:
     """Draw rows by hash, the i-th of every label before the (i+1)-th of any, and return them in file order.
 
-    A larger limit adds rows and takes none away.
+    A larger limit adds rows and takes none away. Answers that are free text are drawn as they come.
     """
     if len(items) <= limit:
         return items
-    hashes = [hashlib.sha256(f"{task_id}\0{split}\0{item.row.id}".encode()).digest() for item in items]
+    hashes = [hashlib.sha256(f"{task.id}\0{split}\0{item.row.id}".encode()).digest() for item in items]
     drawn: Counter[str] = Counter()
     ranked = []
     for index in sorted(range(len(items)), key=hashes.__getitem__):
-        label = items[index].row.label
+        label = items[index].row.label if task.answer == "label" else ""
         ranked.append((drawn[label], hashes[index], index))
         drawn[label] += 1
     return [items[index] for index in sorted(index for _, _, index in sorted(ranked)[:limit])]

@@ -21,7 +21,9 @@ class TaskData:
 
     id: str
     labels: tuple[str, ...]
-    """Class k of the task's head is labels[k]."""
+    """Class k of the task's head is labels[k]; none where answers are free text."""
+    question: str
+    """What a decoder is asked about each row, besides its text_pair."""
     train: tuple[Row, ...]
     dev: tuple[Row, ...]
     test: tuple[Row, ...]

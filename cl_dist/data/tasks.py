@@ -123,14 +123,26 @@ class TaskConfig(Section):
     labels: list[str] | None = None
     """The allowed labels; None takes those of the train split, sorted."""
     question: str | None = None
-    """What a decoder is asked about the text."""
+    """What a decoder is asked about the text, behind text_pair where there is one."""
+    answer: Literal["label", "text"] = "label"
+    """label: one of a set; text: anything, which only a method that writes answers can learn."""
     rationale: str | None = None
     """Column with the spans that justify the label."""
-    metric: Literal["accuracy"] = "accuracy"
+    metric: Literal["accuracy", "exact_match", "f1", "turn_state", "rouge_l", "bleu"] = "accuracy"
+    """What the cells of R hold. accuracy: of labels; the others compare free text (see cl_dist/data/answers.py)."""
     train: dict[str, Any] = {}
     """Settings of `science.train` that differ for this task: {epochs: 30}."""
     rows: dict[Literal["train", "dev", "test"], Annotated[int, Field(gt=0)]] = {}
     """Upper bound of rows per split, drawn by a hash of the row id, balanced over labels as far as they go."""
+
+    @model_validator(mode="after")
+    def _metric_fits(self) -> "TaskConfig":
+        if self.answer == "text" and self.labels is not None:
+            raise ValueError("`labels` belong to answer: label")
+        if (self.metric == "accuracy") != (self.answer == "label"):
+            kinds = "accuracy" if self.answer == "label" else "exact_match, f1, turn_state, rouge_l or bleu"
+            raise ValueError(f"metric={self.metric!r} does not fit answer={self.answer!r}: expected {kinds}")
+        return self
 
     @field_validator("labels")
     @classmethod

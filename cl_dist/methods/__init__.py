@@ -1,10 +1,12 @@
 """The methods: one explicit registry."""
 
-from cl_dist.methods import adapter, ctr, ewc, finetune, hat, lifelong_embedding, lora, replay
+from cl_dist.methods import adapter, ctr, ewc, finetune, hat, lamol, lifelong_embedding, lora, replay
 from cl_dist.methods.base import Method
 
 METHODS: dict[str, Method] = {
     "ctr": ctr.METHOD,
+    "lamol": lamol.LAMOL,
+    "lamol_real": lamol.LAMOL_REAL,
     "hat": hat.METHOD,
     "adapter": adapter.METHOD,
     "lora": lora.METHOD,

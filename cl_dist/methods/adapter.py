@@ -61,6 +61,6 @@ class Adapter(Learner):
 METHOD = Method(
     config=AdapterConfig,
     plan=plan_sequential,
-    learners={"main": "cl_dist.methods.adapter:Adapter"},
+    learners={"class": "cl_dist.methods.adapter:Adapter"},
     about="bottleneck adapters of its own for every task in a frozen backbone",
 )

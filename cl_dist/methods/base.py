@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from cl_dist.config import Section
+from cl_dist.data.rows import Row, TaskData
 from cl_dist.data.tasks import TaskConfig
+from cl_dist.errors import ConfigError
 from cl_dist.stage import Evaluate, Ref, Stage, Train, model_after
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cl_dist.models.classifier import Batch
+    from cl_dist.models.config import ModelConfig
     from cl_dist.parallel.engine import GradScale, Pull
 
 
@@ -43,9 +47,21 @@ class Method:
     plan: Callable[[Any, TaskSequence, int], list[Stage]]
     """(config, tasks, t) -> the stages of task t, in order. Pure: no torch, no Ray, no disk."""
     learners: Mapping[str, str]
-    """Learner classes by name, as 'module:Class'; resolved in the worker, so that a driver needs no torch."""
+    """Learner classes by name, as 'module:Class'; resolved in the worker, so that a driver needs no torch. "class" picks
+    a label, "text" writes an answer; which of them is used, `science.model.answers` says, else the first."""
     about: str
     """One line for `cl-dist list methods`."""
+
+    def answers(self, wanted: str | None) -> str:
+        """Return how a run of this method answers: "class" or "text".
+
+        Raises:
+            ConfigError: If the method does not answer in the way that is wanted.
+        """
+        known = [name for name in self.learners if name in ("class", "text")]
+        if wanted is None or wanted in known:
+            return wanted or known[0]
+        raise ConfigError(f"science.model.answers={wanted!r}: this method answers by {known[0]!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +76,30 @@ class Progress:
     round_steps: int
 
 
+class Rows(Protocol):
+    """Encoded rows of one or more tasks, numbered through: ClassifyRows or LanguageRows."""
+
+    def add(self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False) -> None:
+        """Append rows of a task."""
+
+    def __len__(self) -> int: ...
+
+    def by_length(self, indices: Iterable[int] | None = None) -> list[int]:
+        """Return row numbers from long to short."""
+
+    def units(self, indices: Collection[int]) -> dict[str, float]:
+        """Return what each term of a loss over these rows is divided by; their number where a term is not named."""
+
+    def batch(self, indices: Collection[int], device: torch.device | str = "cpu") -> Batch:
+        """Return the rows of these numbers as one batch; -1 stands for a dummy of weight 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
     """Named terms of a loss; their sum is minimised."""
 
     rows: Mapping[str, Tensor]
-    """Per row (B,), unreduced: the loop weights them and divides by the weight of the *global* batch."""
+    """Per row (B,), unreduced: the loop weights them and divides by the units of the *global* batch (see Rows)."""
     own: Mapping[str, Tensor]
     """Scalars that depend on parameters alone, such as a sparsity term: equal on all ranks, not summed over them."""
 
@@ -78,11 +112,15 @@ class Learner(ABC):
 
     model: nn.Module
     """Set by build."""
+    answers: ClassVar[Literal["class", "text"]] = "class"
+    """Whether it picks a class or writes an answer: decides how rows are encoded, which backbone is loaded and how the
+    model is scored."""
     end_rows: ClassVar[int] = 0
     """How many train rows end_task wants to see; above 0 it is given the finished model, whole on every rank."""
 
-    def __init__(self, config: Any, num_labels: tuple[int, ...], pooling: str, seed: int) -> None:
-        self.config, self.num_labels, self.pooling, self.seed = config, num_labels, pooling, seed
+    def __init__(self, config: Any, num_labels: tuple[int, ...], model: ModelConfig, seed: int) -> None:
+        self.config, self.num_labels, self.model_config, self.seed = config, num_labels, model, seed
+        self.pooling = model.pooling
 
     @abstractmethod
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
@@ -95,12 +133,28 @@ class Learner(ABC):
         Sets whatever training needs (slope, noise, head) itself, since scoring dev rows may have come in between.
         """
 
+    def rows(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, training: bool) -> Rows:
+        """Return an empty collection that encodes rows as this learner reads them, in training or when it is scored."""
+        from cl_dist.data.classify import ClassifyRows
+
+        return ClassifyRows(tokenizer, max_length)
+
+    def judge(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss (B,) and whether it is right (B,) of each row of a scored batch."""
+        from cl_dist.models.classifier import cross_entropy
+
+        return cross_entropy(output, batch), output.argmax(-1) == batch["label"]
+
     @abstractmethod
     def activate(self, task: int, without: str | None = None) -> None:
         """Prepare for scoring a task (its head, masks, adapters), with one part switched off where asked."""
 
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
         """Choose what this stage trains, after the earlier weights are in place; tasks are those its rows come from."""
+
+    def fitted(self, name: str, stored: Tensor, initial: Tensor) -> Tensor:
+        """Return a stored weight in the shape that the model has now; initial is what the model was built with."""
+        return stored
 
     def grad_scales(self) -> Mapping[str, GradScale]:
         """Return elementwise gradient factors by parameter name."""

@@ -78,6 +78,6 @@ class Ctr(Hat):
 METHOD = Method(
     config=CtrConfig,
     plan=plan,
-    learners={"main": "cl_dist.methods.ctr:Ctr"},
+    learners={"class": "cl_dist.methods.ctr:Ctr"},
     about="capsule CL-plugins with transfer routing and task masks in a frozen backbone",
 )

@@ -93,6 +93,6 @@ class Ewc(Finetune):
 METHOD = Method(
     config=EwcConfig,
     plan=plan_sequential,
-    learners={"main": "cl_dist.methods.ewc:Ewc"},
+    learners={"class": "cl_dist.methods.ewc:Ewc"},
     about="one model, pulled back where earlier tasks' losses were sensitive (online EWC)",
 )

@@ -105,7 +105,7 @@ class Finetune(Learner):
         self.model.task = task
 
 
-_LEARNERS = {"main": "cl_dist.methods.finetune:Finetune"}
+_LEARNERS = {"class": "cl_dist.methods.finetune:Finetune", "text": "cl_dist.methods.text:TextLearner"}
 SEQUENTIAL = Method(
     config=FinetuneConfig,
     plan=plan_sequential,

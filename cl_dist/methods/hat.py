@@ -152,6 +152,6 @@ def _shared(mask_TU: Tensor, task: int) -> float:
 METHOD = Method(
     config=HatConfig,
     plan=plan_sequential,
-    learners={"main": "cl_dist.methods.hat:Hat"},
+    learners={"class": "cl_dist.methods.hat:Hat"},
     about="task masks over adapters in a frozen backbone",
 )

@@ -81,6 +81,6 @@ class LifelongEmbedding(Finetune):
 METHOD = Method(
     config=LifelongEmbeddingConfig,
     plan=plan_sequential,
-    learners={"main": "cl_dist.methods.lifelong_embedding:LifelongEmbedding"},
+    learners={"class": "cl_dist.methods.lifelong_embedding:LifelongEmbedding"},
     about="word embeddings of its own for every task, under shared layers that change slowly",
 )

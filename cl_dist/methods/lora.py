@@ -95,6 +95,6 @@ def _name(task: int) -> str:
 METHOD = Method(
     config=LoraSettings,
     plan=plan_sequential,
-    learners={"main": "cl_dist.methods.lora:Lora"},
+    learners={"class": "cl_dist.methods.lora:Lora"},
     about="low-rank updates of its own for every task, through peft, in a frozen backbone",
 )

@@ -31,6 +31,6 @@ def plan(config: ReplayConfig, tasks: TaskSequence, t: int) -> list[Stage]:
 METHOD = Method(
     config=ReplayConfig,
     plan=plan,
-    learners={"main": "cl_dist.methods.finetune:Finetune"},
+    learners={"class": "cl_dist.methods.finetune:Finetune", "text": "cl_dist.methods.text:TextLearner"},
     about="one model that sees some kept rows of every earlier task again",
 )

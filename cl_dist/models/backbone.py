@@ -5,7 +5,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from cl_dist.errors import ConfigError, DataError
 from cl_dist.models.config import ModelConfig
@@ -39,6 +47,10 @@ _BERT = Places(
         SubBlock("ffn", "output.dropout", "output.LayerNorm"),
     ),
     query_value=("query", "value"),
+)
+_DROPOUTS = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
+    *("attn_pdrop", "embd_pdrop", "resid_pdrop"),
 )
 PLACES: dict[str, Places] = {
     "bert": _BERT,
@@ -84,21 +96,37 @@ def location(config: ModelConfig) -> str:
     return config.source
 
 
-def load_backbone(config: ModelConfig) -> PreTrainedModel:
+def load_backbone(config: ModelConfig, *, causal: bool = False) -> PreTrainedModel:
     """Load a backbone in float32 with every dropout rate replaced by `dropout`; the engine lowers the precision later.
+
+    causal: whether its language modelling head is wanted too. With `config.config` nothing is loaded: the weights are
+    drawn, always the same ones.
 
     Raises:
         ConfigError: If transformers cannot load the source.
     """
-    where = location(config)
+    kind = AutoModelForCausalLM if causal else AutoModel
     try:
+        if config.config is not None:
+            sizes = {name: value for name, value in config.config.items() if name != "model_type"}
+            hf = AutoConfig.for_model(config.config.get("model_type", ""), **sizes)
+            _set_dropout(hf, config.dropout)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                drawn: PreTrainedModel = kind.from_config(hf, dtype=torch.float32)  # type: ignore[no-untyped-call]
+                return drawn
+        where = location(config)
         hf = AutoConfig.from_pretrained(where, revision=config.revision)
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
-            if hasattr(hf, name):
-                setattr(hf, name, config.dropout)
-        return AutoModel.from_pretrained(where, revision=config.revision, config=hf, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        _set_dropout(hf, config.dropout)
+        return kind.from_pretrained(where, revision=config.revision, config=hf, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"science.model.source={config.source!r}: cannot be loaded: {error}") from error
+
+
+def _set_dropout(hf: PretrainedConfig, rate: float) -> None:
+    for name in _DROPOUTS:
+        if hasattr(hf, name):
+            setattr(hf, name, rate)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -1,7 +1,7 @@
 """Which backbone, in which precision; torch-free."""
 
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,15 @@ class ModelConfig(Section):
     """Replaces every dropout rate of the backbone. Above 0, results depend on how rows meet ranks."""
     pooling: Literal["mean", "cls", "pooler"] = "mean"
     """Sentence vector: mean over tokens, the first token, or the pretrained tanh pooler of the first token."""
+    answers: Literal["class", "text"] | None = None
+    """class: a head per task picks one of its labels; text: a causal language model writes the answer. None takes what
+    the method was made for."""
+    spare_task_tokens: int = Field(64, gt=0)
+    """Rows of the vocabulary that are reserved for tasks (answers: text), so that tensors keep their shapes when tasks
+    are appended; as many more are added when they are used up."""
+    config: dict[str, Any] | None = None
+    """Builds a model with random weights instead of loading one: a `model_type` of transformers and its sizes; `source`
+    then gives the tokenizer alone."""
 
 
 class SharingShape(Section):

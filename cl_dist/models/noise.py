@@ -1,4 +1,4 @@
-"""Counter-based Gumbel noise: a function of what is sampled, never of rank, process or batch.
+"""Counter-based noise: a function of what is sampled, never of rank, process or batch.
 
 Axes: B rows, P plugins, U earlier tasks; the last axis holds the two logits of a gate (open, closed).
 """
@@ -18,6 +18,12 @@ def _mix(x: Tensor) -> Tensor:
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def uniform(key_B: Tensor, step_B: Tensor) -> Tensor:
+    """Return numbers in (0, 1) keyed on (key, step): (B,) float64."""
+    bits = _shift(_mix(_mix(key_B) + step_B * -7046029254386353131), 33) & _MASK_31
+    return (bits.to(torch.float64) + 0.5) / float(1 << 31)
 
 
 def gumbel(seed: int, step: int, row_B: Tensor, num_plugins: int, num_tasks: int) -> Tensor:

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from cl_dist.data.answers import TEXT_METRICS
+from cl_dist.data.rows import TaskData
+from cl_dist.data.tasks import TaskConfig
 from cl_dist.metrics import accuracy, f1_macro, majority_accuracy
 from cl_dist.stage import Evaluate
 from cl_dist.stages.job import Job, task_data
@@ -28,8 +31,8 @@ class Shard:
 
 
 Scored = dict[str, Any]
-"""Per row of a shard: predictions (class numbers), logits (float32 bytes in hexadecimal), what the learner observed
-(in any row order, since only its mean is used)."""
+"""Per row of a shard: answers as text, or predictions (class numbers) with their logits (float32 bytes in hexadecimal),
+and what the learner observed (in any row order, since only its mean is used)."""
 
 
 def shards(job: Job) -> list[Shard]:
@@ -53,6 +56,8 @@ class Scorer:
     def run(self, shard: Shard) -> Scored:
         """Score a shard; its numbers do not depend on who scores it."""
         rows = task_data(self._job, shard.task).test[shard.start : shard.stop]
+        if self._predictor.writes:
+            return {"answers": self._predictor.answers(shard.task, rows), "observed": {}}
         observed: dict[str, list[Any]] = {}
 
         def observe() -> None:
@@ -78,18 +83,18 @@ def merge(job: Job, results: Iterable[tuple[Shard, Scored]], out: Path) -> None:
     (out / "predictions").mkdir(exist_ok=True)
     for (task, without), scored_parts in parts.items():
         data = task_data(job, task)
-        predictions = [data.labels[k] for _, scored in scored_parts for k in scored["predictions"]]
+        predictions = [text for _, scored in scored_parts for text in _answers(scored, data)]
         truth = [row.label for row in data.test]
-        numbers = {"accuracy": accuracy(truth, predictions), "f1_macro": f1_macro(truth, predictions)}
+        numbers = compared(job.tasks[task], data, truth, predictions)
         if without:
             scores["without"][without] = numbers
             continue
-        logits = [text for _, scored in scored_parts for text in scored["logits"]]
+        output = [text for _, scored in scored_parts for text in scored["logits" if "logits" in scored else "answers"]]
         observed = [scored["observed"] for _, scored in scored_parts]
         scores["tasks"][str(task)] = numbers | {
             "rows": len(truth),
             "majority": majority_accuracy([row.label for row in data.train], truth),
-            "logits_sha256": hashlib.sha256("\n".join(logits).encode()).hexdigest(),
+            "output_sha256": hashlib.sha256("\n".join(output).encode()).hexdigest(),
             "observed": {name: _mean(row for part in observed for row in part[name]) for name in observed[0]},
         }
         lines = [
@@ -98,6 +103,25 @@ def merge(job: Job, results: Iterable[tuple[Shard, Scored]], out: Path) -> None:
         ]
         (out / "predictions" / f"{data.id}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf8")
     (out / SCORES).write_text(json.dumps(scores, indent=1), encoding="utf8")
+
+
+def compared(task: TaskConfig, data: TaskData, truth: list[str], answers: list[str]) -> dict[str, Any]:
+    """Return the scores of some answers; "score" is the one that R holds.
+
+    A free text has no classes: its f1_macro is null, and "accuracy" counts the answers that are right to the letter.
+    """
+    numbers: dict[str, Any] = {"accuracy": accuracy(truth, answers), "f1_macro": None}
+    if task.answer == "text":
+        numbers |= {name: TEXT_METRICS[name](truth, answers) for name in {"exact_match", "f1", task.metric}}
+    else:
+        known = set(data.labels)
+        numbers["f1_macro"] = f1_macro(truth, [text if text in known else "" for text in answers])
+    return numbers | {"score": numbers[task.metric]}
+
+
+def _answers(scored: Scored, data: TaskData) -> list[str]:
+    answers: list[str] = scored["answers"] if "answers" in scored else [data.labels[k] for k in scored["predictions"]]
+    return answers
 
 
 def _mean(rows: Iterable[Any]) -> Any:

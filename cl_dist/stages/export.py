@@ -92,7 +92,7 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
     _, places = _untrained(card, job.model)
     learner = build_learner(job)
     tensors = {name: tensor.detach().cpu() for name, tensor in learner.model.state_dict().items()}
-    backbone = load_backbone(job.model)  # one that no method has put anything into
+    backbone = load_backbone(job.model, causal=learner.answers == "text")  # one that no method has put anything into
     backbone.load_state_dict({inner: tensors[name] for name, inner in places.items()}, strict=False)
     parts = {_MODEL + name: tensor for name, tensor in tensors.items() if name not in places}
     parts |= {_LEARNER + name: tensor.cpu() for name, tensor in learner.state_dict().items()}
@@ -184,9 +184,9 @@ def _untrained(card: Card, model: ModelConfig) -> tuple[Learner, dict[str, str]]
     if name not in METHODS:
         raise ConfigError(f"method={name!r}: no such method{did_you_mean(name, list(METHODS))}")
     method = parse(METHODS[name].config, card.method, "method.")
-    learner = new_learner(method, "main", tuple(len(task.labels) for task in card.tasks), card.pooling, card.seed)
+    learner = new_learner(method, model, tuple(len(task.labels) for task in card.tasks), card.seed)
     with seeded(card.seed, "build", card.tasks[-1].id):  # as in a run: some of what is drawn may never be trained
-        backbone = load_backbone(model)
+        backbone = load_backbone(model, causal=learner.answers == "text")
         inner: dict[str, Tensor] = backbone.state_dict(keep_vars=True)  # held, so that no id is used again
         outer: dict[str, Tensor] = learner.build(backbone, len(card.tasks) - 1).state_dict(keep_vars=True)
     names = {id(tensor): name for name, tensor in inner.items()}

@@ -17,7 +17,7 @@ from cl_dist.models.backbone import load_backbone
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.seeds import seeded
-from cl_dist.stage import EvaluateConfig, Stage, TrainConfig
+from cl_dist.stage import EvaluateConfig, Generate, GenerateConfig, Stage, Train, TrainConfig
 from cl_dist.stages.weights import StoredWeights
 
 LEARNER = "learner.safetensors"
@@ -40,10 +40,23 @@ class Job:
     max_length: tuple[int, ...]
     """Longest input of each task when it is scored: as its own settings say, whichever task the model has come to."""
     evaluate: EvaluateConfig
+    generate: GenerateConfig
+    samples: str | None
+    """Folder of the Generate stage whose pseudo-samples are trained on."""
     engine: EngineConfig
     seed: int
     chain: tuple[str, ...]
     """Folders of the Train stages whose weights make up the model, oldest first."""
+
+
+def replayed_rows(job: Job) -> int:
+    """Return how many rows of each earlier task a Train stage replays, or a Generate stage writes."""
+    stage = job.stage
+    assert isinstance(stage, Train | Generate)
+    if stage.budget is None:
+        return stage.replay_rows if isinstance(stage, Train) else 0
+    earlier = stage.sources if isinstance(stage, Generate) else stage.replay
+    return stage.budget.per_task(len(task_data(job, stage.task).train), len(earlier))
 
 
 def task_data(job: Job, task: int) -> TaskData:
@@ -63,11 +76,14 @@ def _load(task: str, data: str) -> TaskData:
     return load_task(TaskConfig.model_validate_json(task), DataConfig.model_validate_json(data))
 
 
-def new_learner(method: MethodConfig, name: str, num_labels: tuple[int, ...], pooling: str, seed: int) -> Learner:
-    """Return a method's learner of a name, without a model yet."""
-    module, _, cls = METHODS[method.name].learners[name].partition(":")
+def new_learner(
+    method: MethodConfig, model: ModelConfig, num_labels: tuple[int, ...], seed: int, name: str | None = None
+) -> Learner:
+    """Return a method's learner, the one that the run answers with unless another is named, without a model yet."""
+    entry = METHODS[method.name]
+    module, _, cls = entry.learners[name or entry.answers(model.answers)].partition(":")
     kind: type[Learner] = getattr(import_module(module), cls)
-    return kind(method, num_labels, pooling, seed)
+    return kind(method, num_labels, model, seed)
 
 
 def build_learner(job: Job, up_to: int | None = None) -> Learner:
@@ -79,21 +95,23 @@ def build_learner(job: Job, up_to: int | None = None) -> Learner:
     Raises:
         CheckpointError: If a stored file is missing or does not fit the model.
     """
-    name = job.stage.learner if job.stage.kind == "train" else "main"
+    name = job.stage.learner if job.stage.kind == "train" else None
     last = job.stage.task if up_to is None else up_to
     num_labels = tuple(len(task_data(job, task).labels) for task in range(last + 1))
-    learner = new_learner(job.method, name, num_labels, job.model.pooling, job.seed)
+    learner = new_learner(job.method, job.model, num_labels, job.seed, name)
     with seeded(job.seed, "build", job.tasks[last].id):
-        model = learner.build(load_backbone(job.model), last)
-    known = model.state_dict().keys()
+        model = learner.build(load_backbone(job.model, causal=learner.answers == "text"), last)
+    own = model.state_dict()
+    latest: dict[str, StoredWeights] = {}
     for folder in job.chain:
         stored = StoredWeights(folder)
-        if last == job.stage.task and (unexpected := stored.keys() - known):
+        if last == job.stage.task and (unexpected := stored.keys() - own.keys()):
             raise CheckpointError(f"{folder}: holds weights of {min(unexpected)!r}, which this model does not have")
-        try:
-            model.load_state_dict({name: stored[name] for name in stored if name in known}, strict=False)
-        except RuntimeError as error:
-            raise CheckpointError(f"{folder}: weights do not fit the model: {error}") from error
+        latest |= {name: stored for name in stored if name in own}
+    try:
+        model.load_state_dict({n: learner.fitted(n, w[n], own[n]) for n, w in latest.items()}, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{job.chain[-1]}: weights do not fit the model: {error}") from error
     if job.chain and (Path(job.chain[-1]) / LEARNER).exists():
         learner.load_state_dict(load_file(Path(job.chain[-1]) / LEARNER))
     return learner

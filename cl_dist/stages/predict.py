@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cl_dist.data.classify import ClassifyRows
+from cl_dist.data.language import Speller, spell
 from cl_dist.data.rows import Row
+from cl_dist.methods import METHODS
 from cl_dist.methods.base import Learner
 from cl_dist.models.backbone import load_tokenizer
+from cl_dist.models.causal import CausalModel
+from cl_dist.models.decode import answer_all
 from cl_dist.parallel.world import World
 from cl_dist.stages.job import Job, build_learner, task_data
 
@@ -30,11 +34,17 @@ class Predictor:
     def _load(self, task: int) -> None:
         if task <= self._latest:
             return
-        self._model = self.learner = None  # type: ignore[assignment]  # never two models resident
+        self._model: Any = None
+        self.__dict__.pop("learner", None)  # never two models resident
         self.learner, self._latest = build_learner(self._job, task), task
         self._model = self.learner.model.to(self._world.device).eval()
         if self._job.model.dtype == "bfloat16":
             self._model = self._model.to(torch.bfloat16)
+
+    @property
+    def writes(self) -> bool:
+        """Whether answers are written as text, instead of being chosen among classes."""
+        return METHODS[self._job.method.name].answers(self._job.model.answers) == "text"
 
     @torch.no_grad()
     def logits(
@@ -46,18 +56,56 @@ class Predictor:
         far its batch is padded, so that only equal batches give equal bits.
         """
         self._load(task)
-        size, labels = self._job.evaluate.shard_rows, task_data(self._job, task).labels
+        size, data = self._job.evaluate.shard_rows, task_data(self._job, task)
         self.learner.activate(task, without)
         found: list[Tensor] = []
         for start in range(0, len(rows), size):
-            encoded = ClassifyRows(self._tokenizer, self._job.max_length[task])
-            encoded.add(task, [replace(row, label=labels[0]) for row in rows[start : start + size]], labels)
+            encoded = self.learner.rows(self._tokenizer, self._job.max_length[task], training=False)
+            encoded.add(task, data, [replace(row, label=data.labels[0]) for row in rows[start : start + size]])
             order, of_row = encoded.by_length(), dict[int, Tensor]()
-            for first in range(0, len(order), self._job.evaluate.batch):
-                indices = order[first : first + self._job.evaluate.batch]
+            for indices in self._batches(order):
                 logits_BK = self._model(encoded.batch(indices, self._world.device)).float().cpu()
                 of_row |= dict(zip(indices, logits_BK, strict=True))
                 if after_batch is not None:
                     after_batch()
             found += [of_row[index] for index in range(len(order))]
         return found
+
+    def probabilities(self, task: int, rows: Sequence[Row]) -> list[dict[str, float]]:
+        """Return each row's probability of each of the task's labels."""
+        labels = task_data(self._job, task).labels
+        found = (logits_K.double().softmax(-1).tolist() for logits_K in self.logits(task, rows))
+        return [dict(zip(labels, values, strict=True)) for values in found]
+
+    def answers(self, task: int, rows: Sequence[Row]) -> list[str]:
+        """Return the answer to each row: the likeliest label, or what is written greedily.
+
+        A written answer that spells a label token by token is that label, else its text. It has at most as many tokens
+        as the longest of the train rows, and one more.
+        """
+        if not self.writes:
+            labels = task_data(self._job, task).labels
+            return [labels[int(logits_K.argmax())] for logits_K in self.logits(task, rows)]
+        self._load(task)
+        assert isinstance(self.learner.model, CausalModel)
+        speller, data = Speller(self._tokenizer), task_data(self._job, task)
+        backbone, special = self.learner.model.backbone, speller.special
+        known = {tuple(speller.encode(label)): label for label in data.labels}
+        longest = max(len(speller.encode(text)) for text in {row.label for row in data.train})
+        length = self._job.max_length[task]
+        found: list[str] = []
+        for start in range(0, len(rows), self._job.evaluate.shard_rows):
+            blind = [replace(row, label="") for row in rows[start : start + self._job.evaluate.shard_rows]]
+            prompts = [[*spell(speller, row, data.question, length - longest)[0], special.ans] for row in blind]
+            of_row: dict[int, str] = {}
+            for indices in self._batches(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))):
+                chosen = [prompts[index] for index in indices]
+                written = answer_all(backbone, chosen, special.pad, special.eos, longest + 1)
+                for index, tokens in zip(indices, written, strict=True):
+                    of_row[index] = known.get(tuple(tokens)) or speller.decode(tokens)
+            found += [of_row[index] for index in range(len(prompts))]
+        return found
+
+    def _batches(self, order: list[int]) -> list[list[int]]:
+        size = self._job.evaluate.batch
+        return [order[first : first + size] for first in range(0, len(order), size)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cl_dist.stages import evaluate
+from cl_dist.stages import evaluate, generate
 from cl_dist.stages.job import Job
 
 Shard = Any
@@ -24,10 +24,13 @@ class Sharded:
     """A kind of stage that any number of workers may compute."""
 
     cut: Callable[[Job], list[Any]]
-    """Job -> shards, in order. Ask for those of a run from the last to the first: the last one needs most of a model."""
+    """Job -> shards, in order. Work through neighbours from the last to the first: the last needs most of a model."""
     worker: Callable[[Job], Worker]
     merge: Callable[[Job, Iterable[tuple[Any, Any]], Path], None]
     """(job, (shard, result) in any order, folder): join the results and write the stage's files."""
 
 
-SHARDED = {"evaluate": Sharded(evaluate.shards, evaluate.Scorer, evaluate.merge)}
+SHARDED = {
+    "evaluate": Sharded(evaluate.shards, evaluate.Scorer, evaluate.merge),
+    "generate": Sharded(generate.shards, generate.Dreamer, generate.merge),
+}

@@ -12,17 +12,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cl_dist.data.classify import ClassifyRows
+from cl_dist.data.language import LanguageRows
 from cl_dist.data.sampler import global_batch, num_micro_batches, num_steps, sample, share
-from cl_dist.methods.base import Learner
+from cl_dist.data.samples import read_samples
+from cl_dist.methods.base import Learner, Rows
 from cl_dist.models.backbone import load_tokenizer
-from cl_dist.models.classifier import count_parameters, cross_entropy
+from cl_dist.models.classifier import count_parameters
 from cl_dist.parallel.engine import Engine, GradScale, Optimizing, build_engine
 from cl_dist.parallel.guard import Guard
 from cl_dist.parallel.seeds import seeded
 from cl_dist.parallel.world import World
 from cl_dist.stage import Train
-from cl_dist.stages.job import LEARNER, Job, build_learner, task_data
+from cl_dist.stages.job import LEARNER, Job, build_learner, replayed_rows, task_data
 from cl_dist.stages.schedule import Schedule
 from cl_dist.stages.weights import Pieces, StoredWeights
 
@@ -42,7 +43,7 @@ def run(job: Job, out: Path, report: Report) -> None:
     began = time.monotonic()
     learner = build_learner(job)
     learner.start_task(stage.task, (*stage.data, *stage.replay))
-    rows, dev = _rows(job, stage)
+    rows, dev = _rows(job, stage, learner)
     steps_per_epoch = num_steps(len(rows), config.global_batch)
     schedule = Schedule(config.epochs * steps_per_epoch, steps_per_epoch, config.min_round_steps)
     scales = learner.grad_scales()
@@ -64,12 +65,16 @@ def run(job: Job, out: Path, report: Report) -> None:
         progress = schedule.at(step)
         _, indices = global_batch(job.seed, job.tasks[stage.task].id, step, len(rows), config.global_batch)
         indices = np.array(rows.by_length(indices))
+        units = rows.units(indices)
         engine.module.train()
         with seeded(job.seed, "step", step, world.rank):  # for dropout, the one thing that is drawn per rank
             for places in share(indices, world.rank, world.size, micro, num_micro):
                 batch = rows.batch(places, world.device)
                 loss = learner.loss(engine, batch, progress)
-                terms = {name: (term * batch["weight"]).sum() / len(indices) for name, term in loss.rows.items()}
+                terms = {
+                    name: (term * batch["weight"]).sum() / units.get(name, len(indices))
+                    for name, term in loss.rows.items()
+                }
                 engine.backward(_total(terms, world), _total(loss.own, world))
                 engine.step()
                 sums.add(terms, {name: term / num_micro for name, term in loss.own.items()})
@@ -105,18 +110,23 @@ def run(job: Job, out: Path, report: Report) -> None:
         (out / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf8")
 
 
-def _rows(job: Job, stage: Train) -> tuple[ClassifyRows, dict[int, ClassifyRows]]:
+def _rows(job: Job, stage: Train, learner: Learner) -> tuple[Rows, dict[int, Rows]]:
     """Return the rows to train on, replayed ones last, and the dev rows of each task."""
     tokenizer, length = load_tokenizer(job.model), job.train.max_length
-    rows, dev = ClassifyRows(tokenizer, length), {task: ClassifyRows(tokenizer, length) for task in stage.data}
+    rows = learner.rows(tokenizer, length, training=True)
+    dev = {task: learner.rows(tokenizer, length, training=False) for task in stage.data}
     for task in stage.data:
         data = task_data(job, task)
-        rows.add(task, data.train, data.labels)
-        dev[task].add(task, data.dev, data.labels)
+        rows.add(task, data, data.train)
+        dev[task].add(task, data, data.dev)
     for task in stage.replay:
         data = task_data(job, task)
-        chosen = sample(job.seed, data.id, len(data.train), stage.replay_rows)
-        rows.add(task, [data.train[number] for number in chosen], data.labels)
+        chosen = sample(job.seed, data.id, len(data.train), replayed_rows(job))
+        rows.add(task, data, [data.train[number] for number in chosen], replayed=True)
+    if job.samples is not None:
+        assert isinstance(rows, LanguageRows)  # the stage that wrote them was planned by a method on decoders
+        for found in read_samples(Path(job.samples)):
+            rows.add_tokens(found.source, found.prefix, found.answer)
     return rows, dev
 
 
@@ -202,7 +212,7 @@ class _Sums:
 
 
 @torch.no_grad()
-def score_dev(engine: Engine, learner: Learner, dev: dict[int, ClassifyRows], batch: int) -> dict[str, float]:
+def score_dev(engine: Engine, learner: Learner, dev: dict[int, Rows], batch: int) -> dict[str, float]:
     """Return mean loss and accuracy over the dev rows, each rank scoring its stride; every rank gets the same numbers.
 
     Rows are put back into order before they are summed, so the sums do not depend on the number of ranks.
@@ -217,13 +227,8 @@ def score_dev(engine: Engine, learner: Learner, dev: dict[int, ClassifyRows], ba
             indices = torch.arange(start, min(start + size * world.size, len(rows))).numpy()
             (places,) = share(indices, world.rank, world.size, size, 1)
             inputs = rows.batch(places, world.device)
-            logits_BK = engine(inputs)
-            scored = zip(
-                places.tolist(),
-                cross_entropy(logits_BK, inputs).tolist(),
-                (logits_BK.argmax(-1) == inputs["label"]).tolist(),
-                strict=True,
-            )
+            losses_B, right_B = learner.judge(engine(inputs), inputs)
+            scored = zip(places.tolist(), losses_B.tolist(), right_B.tolist(), strict=True)
             mine += [row for row in scored if row[0] >= 0]
         everyone = sorted(row for part in world.gather(mine) for row in part)
         losses += [loss for _, loss, _ in everyone]

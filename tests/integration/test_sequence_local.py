@@ -133,7 +133,7 @@ def test_ctr_forgets_nothing_when_a_later_task_has_shorter_inputs(tmp_path: Path
 
 def test_sequential_fine_tuning_changes_what_it_knew(undisturbed: Callable[[str], Workbook]) -> None:
     book = undisturbed("sequential")
-    digests = {scores(book, after)["0"]["logits_sha256"] for after in range(3)}
+    digests = {scores(book, after)["0"]["output_sha256"] for after in range(3)}
     assert len(digests) == 3
 
 

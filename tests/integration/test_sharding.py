@@ -52,7 +52,7 @@ def hold(rank: int, world: int, job: Job) -> Held:
     engine, micro, _ = train._engine(job, learner, learner.grad_scales(), Schedule(10, 10, 10), World.current())
     rows = ClassifyRows(load_tokenizer(job.model), 16)
     data = task_data(job, job.stage.task)
-    rows.add(job.stage.task, data.train, data.labels)
+    rows.add(job.stage.task, data, data.train)
     own: Any = engine
     forwards: list[int] = []
     own._engine.register_forward_hook(lambda *args: forwards.append(1))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cl_dist.methods.ctr import Ctr, CtrConfig
 from cl_dist.models.classifier import Batch
+from cl_dist.models.config import ModelConfig
 from tests.encoders import WORDS, encoder, train
 
 LENGTH, HITS, SYNONYMS, FIRST_WORD = 8, 2, 4, 5
@@ -46,7 +47,7 @@ def batches(data: Batch, steps: int, generator: torch.Generator) -> list[Batch]:
 
 
 def learner_of(num_tasks: int, seed: int) -> Ctr:
-    learner = Ctr(CONFIG, (2,) * num_tasks, "mean", seed)
+    learner = Ctr(CONFIG, (2,) * num_tasks, ModelConfig(source="."), seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         learner.build(encoder(layers=1), num_tasks - 1)

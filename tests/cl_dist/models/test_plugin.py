@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cl_dist.methods.base import Progress
 from cl_dist.methods.ctr import Ctr, CtrConfig
 from cl_dist.models.adapters import TaskNorms
-from cl_dist.models.config import plugin_sizes
+from cl_dist.models.config import ModelConfig, plugin_sizes
 from cl_dist.models.noise import gumbel
 from cl_dist.models.plugin import CtrClassifier, Plugin, pack, unpack
 from cl_dist.stages.schedule import Schedule
@@ -25,7 +25,7 @@ ROUTINGS = ("transfer", "dynamic")
 
 def learner_of(kind: str = "bert", num_tasks: int = 2, seed: int = 0, **settings_: Any) -> Ctr:
     """The real learner of CTR, its model having parts for all the tasks."""
-    learner = Ctr(CtrConfig(**SHAPE.changed() | settings_), (2,) * num_tasks, "mean", seed)
+    learner = Ctr(CtrConfig(**SHAPE.changed() | settings_), (2,) * num_tasks, ModelConfig(source="."), seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         learner.build(encoder(kind), num_tasks - 1)

@@ -42,7 +42,7 @@ def last_job(book: Workbook, task: int) -> Job:
 
 def batch(book: Workbook, job: Job, task: int) -> Batch:
     rows = ClassifyRows(load_tokenizer(job.model), job.max_length[task])
-    rows.add(task, book.data(task).test, book.data(task).labels)
+    rows.add(task, book.data(task), book.data(task).test)
     return rows.batch(range(len(rows)))
 
 

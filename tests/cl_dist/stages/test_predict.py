@@ -34,7 +34,7 @@ def test_logits_are_to_the_bit_those_of_the_evaluate_stage(book: Workbook, predi
     logits = predictor.logits(task, book.data(task).test)
     text = "\n".join(row_K.numpy().tobytes().hex() for row_K in logits)
     scores = book.ledger.read(LAST, "scores.json")["tasks"][str(task)]
-    assert hashlib.sha256(text.encode()).hexdigest() == scores["logits_sha256"]
+    assert hashlib.sha256(text.encode()).hexdigest() == scores["output_sha256"]
 
 
 def test_labels_are_not_looked_at(book: Workbook, predictor: Predictor) -> None:

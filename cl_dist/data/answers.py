@@ -1,0 +1,89 @@
+"""How free-text answers are compared with the right ones. Each score lies in [0, 1]; a task's is the mean over rows.
+
+Sources: exact match and token F1 after Rajpurkar et al. 2016 (SQuAD); turn_state as the turn request and goal accuracy
+of decaNLP (McCann et al. 2018) on WOZ; ROUGE-L and BLEU through rouge-score and sacrebleu, which need the `text` extra.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from statistics import mean
+from typing import Any
+
+from cl_dist.errors import ConfigError
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def plain(text: str) -> str:
+    """Return a text without case, punctuation, articles and repeated white space."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(truth: str, answer: str) -> float:
+    """Return 1 where the two are equal but for case, punctuation, articles and white space."""
+    return float(plain(truth) == plain(answer))
+
+
+def token_f1(truth: str, answer: str) -> float:
+    """Return the harmonic mean of precision and recall over the words of the two, as bags."""
+    wanted, found = Counter(plain(truth).split()), Counter(plain(answer).split())
+    if not wanted or not found:
+        return float(wanted == found)
+    common = sum((wanted & found).values())
+    return 2 * common / (sum(wanted.values()) + sum(found.values()))
+
+
+def state(text: str) -> tuple[frozenset[tuple[str, str]], frozenset[str]]:
+    """Return what "slot: value, slot: value; request, request" says: the slots with their values, and the requests.
+
+    Of a slot that is named twice the last value counts; what has no colon before the semicolon says nothing.
+    """
+    informed, _, requested = text.lower().partition(";")
+    pairs = (part.partition(":") for part in informed.split(",") if ":" in part)
+    slots = {slot.strip(): value.strip() for slot, _, value in pairs}
+    return frozenset(slots.items()), frozenset(part.strip() for part in requested.split(",") if part.strip())
+
+
+def turn_state(truth: str, answer: str) -> float:
+    """Return 1 where slots, values and requests are all those of the truth, in any order."""
+    return float(state(truth) == state(answer))
+
+
+def rouge_l(truths: Sequence[str], answers: Sequence[str]) -> float:
+    """Return the mean ROUGE-L F-measure, with stemming."""
+    scorer = _library("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
+    return mean(scorer.score(t, a)["rougeL"].fmeasure for t, a in zip(truths, answers, strict=True))
+
+
+def bleu(truths: Sequence[str], answers: Sequence[str]) -> float:
+    """Return the corpus BLEU as a share of 1."""
+    score: float = _library("sacrebleu").corpus_bleu(list(answers), [list(truths)]).score
+    return score / 100
+
+
+def _library(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        raise ConfigError(f"this metric needs {name.partition('.')[0]}: pip install 'cl-dist[text]'") from None
+
+
+def _mean_of(score: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[str]], float]:
+    def over(truths: Sequence[str], answers: Sequence[str]) -> float:
+        return mean(score(t, a) for t, a in zip(truths, answers, strict=True))
+
+    return over
+
+
+TEXT_METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
+    "exact_match": _mean_of(exact_match),
+    "f1": _mean_of(token_f1),
+    "turn_state": _mean_of(turn_state),
+    "rouge_l": rouge_l,
+    "bleu": bleu,
+}
+"""(right answers, given answers) -> score. Names as in `tasks.metric`."""

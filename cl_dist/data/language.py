@@ -1,0 +1,210 @@
+"""Rows as a language model reads them: context, question, answer, as numbers of tokens.
+
+With g the token that asks for a sample, C context, Q question, A answer:
+    question  C Q ans A        labels from `ans` on: A eos
+    sample    g C Q ans A      labels everywhere: C Q ans A eos
+The special tokens are numbers behind the tokenizer's vocabulary, no strings that a text could contain: a row is put
+together from numbers, and taken apart by them.
+Source: Sun et al. 2020 (LAMOL), section 3. The parts are encoded apart. What is too long loses the end of its context,
+never of its question or answer.
+Axes: B rows, S = B or 2 B sequences, L tokens, N positions that have a label.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from cl_dist.data.rows import Row, TaskData
+from cl_dist.errors import DataError
+
+DUMMY = -1
+"""Row number of a place that only fills up a micro-batch: it is encoded as the first row, with weight 0."""
+QA, LM = 0, 1
+"""The two parts of a loss that a label may belong to."""
+
+_FIXED = 4  # special tokens besides those of tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """Numbers of the special tokens. base is the first number that the tokenizer does not use."""
+
+    base: int
+    eos: int
+    """The tokenizer's own end of text, or one of ours where it has none."""
+
+    @property
+    def ans(self) -> int:
+        """Stands between question and answer."""
+        return self.base
+
+    @property
+    def pad(self) -> int:
+        """Fills up a batch."""
+        return self.base + 1
+
+    @property
+    def gen(self) -> int:
+        """Asks for a sample of any task."""
+        return self.base + 2
+
+    def task(self, number: int) -> int:
+        """Asks for a sample of one task."""
+        return self.base + _FIXED + number
+
+    def size(self, num_tasks: int, spare: int) -> int:
+        """Return the rows of a vocabulary with tokens for some tasks: whole blocks of `spare`, so it seldom grows."""
+        return self.base + _FIXED + spare * -(-max(num_tasks, 1) // spare)
+
+
+def special(tokenizer: PreTrainedTokenizerBase) -> Special:
+    """Return the special tokens behind a tokenizer's vocabulary."""
+    base = len(tokenizer)
+    return Special(base, base + 3 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id))
+
+
+class Speller:
+    """Text to token numbers and back, for one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self.special = tokenizer, special(tokenizer)
+        bare, spaced = (self._numbers(text) for text in ("a", " a"))
+        # Byte-level vocabularies have words with the space before them; others would spell it as a token of its own.
+        self._lead = " " if len(bare) == len(spaced) else ""
+
+    def _numbers(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a part of a row."""
+        text = text.strip()
+        return self._numbers(self._lead + text) if text else []
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Return the text of tokens; special ones say nothing."""
+        own = [token for token in tokens if token < self.special.base and token != self.special.eos]
+        return str(self._tokenizer.decode(own, clean_up_tokenization_spaces=False)).strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """One row as tokens."""
+
+    prefix: tuple[int, ...]
+    """Context and question."""
+    answer: tuple[int, ...]
+    gen: int
+    """The token that asks for such a sample."""
+    task: int
+    replayed: bool
+
+    def __len__(self) -> int:
+        return len(self.prefix) + len(self.answer) + 2
+
+
+def spell(speller: Speller, row: Row, question: str, max_length: int) -> tuple[list[int], list[int]]:
+    """Return (context and question, answer) of a row as tokens.
+
+    Raises:
+        DataError: If question and answer alone are too long.
+    """
+    context, answer = speller.encode(row.text), speller.encode(row.label)
+    asked = speller.encode(" ".join(part for part in (row.text_pair, question) if part))
+    room = max_length - len(asked) - len(answer) - 2  # `ans`, and the token that asks for a sample
+    if room < 0:
+        raise DataError(
+            f"row {row.id}: question and answer have {len(asked) + len(answer)} tokens, more than "
+            f"train.max_length={max_length} leaves room for; raise it"
+        )
+    return context[:room] + asked, answer
+
+
+class LanguageRows:
+    """The encoded rows of one or more tasks, numbered through; batches are padded to their longest row."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        samples: bool = False,
+        per_task: bool = True,
+        ans_weight: float = 1.0,
+    ) -> None:
+        """samples: whether a batch holds every row as a sample too. per_task: whether each task has a token of its own
+        that asks for one. ans_weight: weight of the label `ans` within a sample.
+        """
+        self.speller, self._max_length = Speller(tokenizer), max_length
+        self._samples, self._per_task, self._ans_weight = samples, per_task, ans_weight
+        self._rows: list[Spelled] = []
+
+    @property
+    def special(self) -> Special:
+        """The special tokens."""
+        return self.speller.special
+
+    def add(self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False) -> None:
+        """Append rows of a task."""
+        for row in rows:
+            prefix, answer = spell(self.speller, row, data.question, self._max_length)
+            self.add_tokens(task, prefix, answer, replayed=replayed)
+
+    def add_tokens(self, task: int, prefix: Sequence[int], answer: Sequence[int], *, replayed: bool = True) -> None:
+        """Append a row that is tokens already."""
+        gen = self.special.task(task) if self._per_task else self.special.gen
+        self._rows.append(Spelled(tuple(prefix), tuple(answer), gen, task, replayed))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def by_length(self, indices: Iterable[int] | None = None) -> list[int]:
+        """Return row numbers, all unless some are given, from long to short."""
+        chosen = range(len(self)) if indices is None else [int(index) for index in indices]
+        return sorted(chosen, key=lambda index: (-len(self._rows[index]), index))
+
+    def units(self, indices: Iterable[int]) -> dict[str, float]:
+        """Return what the sums of a loss over these rows are divided by: labels, by part, with their weights."""
+        rows = [self._rows[int(index)] for index in indices]
+        qa = float(sum(len(row.answer) + 1 for row in rows))
+        lm = float(sum(len(row.prefix) + len(row.answer) + 1 + self._ans_weight for row in rows))
+        return {"qa_loss": qa, "lm_loss": lm}
+
+    def batch(self, indices: Collection[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Return the rows of these numbers as one batch.
+
+        input_ids (S, L): the questions, then the samples where there are any. place (N,): where in the flat (S * L) a
+        label is predicted; target, owner, part, unit (N,): the label, its row within the batch, QA or LM, its weight.
+        row, task (B,) int64; weight, replayed (B,) float32. No attention mask: padding lies behind every label.
+        """
+        rows = [self._rows[0 if index == DUMMY else int(index)] for index in indices]
+        length = max(len(row) for row in rows)
+        ids: list[list[int]] = []
+        labels: list[tuple[int, int, int, int, float]] = []
+        for part in (QA, LM) if self._samples else (QA,):
+            for owner, row in enumerate(rows):
+                full = [*row.prefix, self.special.ans, *row.answer]
+                targets = [*full[1:], self.special.eos] if part == QA else [*full, self.special.eos]
+                first = len(row.prefix) if part == QA else 0
+                tokens = full if part == QA else [row.gen, *full]
+                start = len(ids) * length
+                for at in range(first, len(tokens)):
+                    is_ans = part == LM and at == len(row.prefix)
+                    labels.append((start + at, targets[at], owner, part, self._ans_weight if is_ans else 1.0))
+                ids.append(tokens + [self.special.pad] * (length - len(tokens)))
+        place, target, owner_N, part_N, unit = zip(*labels, strict=True)
+        batch = {
+            "input_ids": torch.tensor(ids),
+            "place": torch.tensor(place),
+            "target": torch.tensor(target),
+            "owner": torch.tensor(owner_N),
+            "part": torch.tensor(part_N),
+            "unit": torch.tensor(unit),
+            "row": torch.tensor([0 if index == DUMMY else int(index) for index in indices]),
+            "task": torch.tensor([row.task for row in rows]),
+            "replayed": torch.tensor([float(row.replayed) for row in rows]),
+            "weight": torch.tensor([0.0 if index == DUMMY else 1.0 for index in indices]),
+        }
+        return {key: value.to(device) for key, value in batch.items()}

@@ -1,0 +1,100 @@
+"""A causal language model that answers questions in words: what every method on decoders starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from cl_dist.methods.base import Learner, Loss, MethodConfig, Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cl_dist.data.language import LanguageRows
+    from cl_dist.models.causal import CausalModel
+    from cl_dist.models.classifier import Batch
+    from cl_dist.parallel.engine import GradScale
+
+EMBEDDINGS = ("wte.", "wpe.", "embed_tokens.", "lm_head.")
+
+
+class TextLearner(Learner):
+    """Trains the whole language model, or all of it but the embeddings, on the answers."""
+
+    config: MethodConfig
+    model: CausalModel
+    answers: ClassVar[Literal["class", "text"]] = "text"
+
+    def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
+        """See Learner. The vocabulary gets rows for the special tokens of the tasks so far and of those to come."""
+        from cl_dist.data.language import special
+        from cl_dist.models.backbone import load_tokenizer
+        from cl_dist.models.causal import CausalModel
+        from cl_dist.models.vocabulary import extend
+
+        known = special(load_tokenizer(self.model_config))
+        size = known.size(len(self.num_labels), self.model_config.spare_task_tokens)
+        extend(backbone, size, known.base, self.seed)
+        self.model = CausalModel(backbone)
+        return self.model
+
+    def fitted(self, name: str, stored: Tensor, initial: Tensor) -> Tensor:
+        """See Learner: an earlier task may have been trained with fewer rows of the vocabulary."""
+        import torch
+
+        if stored.dim() == initial.dim() and stored.shape[1:] == initial.shape[1:] and len(stored) < len(initial):
+            return torch.cat([stored.to(initial), initial[len(stored) :]])
+        return stored
+
+    def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
+        """Train the language model.
+
+        A bias on the keys of an attention shifts all of its logits alike, so that its gradient is rounding noise, of
+        which AdamW would make whole steps: it is left as it is. GPT-2 has it in the middle of one vector, for which see
+        grad_scales.
+        """
+        tune = getattr(self.config, "tune", "all")
+        for name, parameter in self.model.named_parameters():
+            is_embedding = any(part in name for part in EMBEDDINGS)
+            keep = name.endswith("k_proj.bias") or (tune == "layers" and is_embedding) or tune == "head"
+            parameter.requires_grad_(not keep or (tune == "head" and is_embedding))
+
+    def grad_scales(self) -> Mapping[str, GradScale]:
+        """Keep the key's third of GPT-2's fused attention biases."""
+        import torch
+
+        from cl_dist.parallel.engine import GradScale
+
+        scales = {}
+        for name, parameter in self.model.named_parameters():
+            if name.endswith("attn.c_attn.bias") and parameter.requires_grad:
+                third = getattr(parameter, "ds_numel", parameter.numel()) // 3
+                ones = torch.ones(third)
+                scales[name] = GradScale(row=torch.cat([ones, torch.zeros(third), ones]))
+        return scales
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, training: bool) -> LanguageRows:
+        """See Learner: questions with their answers."""
+        from cl_dist.data.language import LanguageRows
+
+        return LanguageRows(tokenizer, max_length)
+
+    def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:
+        """Return the cross-entropy of each row's answer, summed over its tokens."""
+        from cl_dist.data.language import QA
+        from cl_dist.models.causal import LOSS, per_row
+
+        return Loss(rows={"qa_loss": per_row(model(batch)[:, LOSS], batch, QA)}, own={})
+
+    def judge(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy per token of each answer, and whether greedy decoding would write it."""
+        from cl_dist.data.language import QA
+        from cl_dist.models.causal import LOSS, RIGHT, per_row
+
+        ones = output.new_ones(len(output))
+        tokens_B = per_row(ones, batch, QA)
+        return per_row(output[:, LOSS], batch, QA) / tokens_B, per_row(output[:, RIGHT], batch, QA) == tokens_B
+
+    def activate(self, task: int, without: str | None = None) -> None:
+        """See Learner: one model answers for all tasks, the question says which."""

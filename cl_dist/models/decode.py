@@ -1,0 +1,162 @@
+"""Writing with a causal language model: rows of a fixed batch stand at places of their own, and start anew one by one.
+
+`generate` of transformers ends a batch when its longest row ends. Here a row that has ended makes room for the next at
+once: its keys stay in the cache, but no later token of that row looks at them.
+Axes: B rows, L tokens, V tokens of the vocabulary, T cache length, k candidates.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from cl_dist.models.noise import uniform
+
+SPAN = 16
+"""Cache lengths are rounded up to a multiple of this, so that few shapes occur."""
+
+
+class _Places:
+    """Where each row stands; shared by the cache layers."""
+
+    def __init__(self, at_B: Tensor) -> None:
+        self.at_B = at_B
+        self.row_B = torch.arange(len(at_B), device=at_B.device)
+        self.span = 0
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the library
+    """Keys and values of one layer: (B, heads, capacity, size)."""
+
+    def __init__(self, places: _Places, capacity: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._places, self._capacity = places, capacity
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, size = key_states.shape
+        self.keys = key_states.new_zeros(batch, heads, self._capacity, size)
+        self.values = value_states.new_zeros(batch, heads, self._capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        length, places = key_states.shape[2], self._places
+        if length > 1:  # the first tokens of all rows
+            self.keys[:, :, :length], self.values[:, :, :length] = key_states, value_states
+            return key_states, value_states
+        self.keys[places.row_B, :, places.at_B] = key_states[:, :, 0]
+        self.values[places.row_B, :, places.at_B] = value_states[:, :, 0]
+        return self.keys[:, :, : places.span], self.values[:, :, : places.span]
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Drop all rows but these."""
+        if self.is_initialized:
+            assert self.keys is not None
+            assert self.values is not None
+            self.keys, self.values = self.keys[rows_B], self.values[rows_B]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self._capacity
+
+
+class Writer:
+    """A batch of rows under way. Every row has at most `capacity` tokens."""
+
+    def __init__(self, model: PreTrainedModel, rows: int, capacity: int) -> None:
+        self._model: Any = model  # the library's methods carry no types
+        self._device = next(model.parameters()).device
+        self._capacity = -(-capacity // SPAN) * SPAN
+        self._places = _Places(torch.zeros(rows, dtype=torch.int64, device=self._device))
+        layers = model.config.get_text_config().num_hidden_layers
+        self._layers = [_Layer(self._places, self._capacity) for _ in range(layers)]
+        self._cache = Cache(layers=list(self._layers))
+
+    @torch.no_grad()
+    def start(self, prompts: list[list[int]], pad: int) -> Tensor:
+        """Read all rows' first tokens and return the logits behind the last of each: (B, V) float32."""
+        length_B = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
+        longest = int(length_B.max())
+        ids_BL = torch.tensor([p + [pad] * (longest - len(p)) for p in prompts], device=self._device)
+        if longest == 1:
+            return self.step(ids_BL[:, 0], torch.zeros_like(length_B))
+        hidden_BLH = self._model.base_model(ids_BL, past_key_values=self._cache, use_cache=True).last_hidden_state
+        last_BH = hidden_BLH[torch.arange(len(prompts), device=self._device), length_B - 1]
+        logits_BV: Tensor = self._model.get_output_embeddings()(last_BH).float()
+        return logits_BV
+
+    @torch.no_grad()
+    def step(self, token_B: Tensor, at_B: Tensor) -> Tensor:
+        """Put a token at place at_B of each row, 0 being its start, and return the logits behind it: (B, V) float32."""
+        places = self._places
+        places.at_B = at_B.to(self._device)
+        places.span = min(self._capacity, -(-(int(at_B.max()) + 1) // SPAN) * SPAN)
+        seen_BT = torch.arange(places.span, device=self._device)[None, :] <= places.at_B[:, None]
+        output = self._model.base_model(
+            token_B.to(self._device)[:, None],
+            position_ids=places.at_B[:, None],
+            attention_mask=seen_BT[:, None, None, :],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        logits_BV: Tensor = self._model.get_output_embeddings()(output.last_hidden_state[:, 0]).float()
+        return logits_BV
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with some of the rows, in this order."""
+        rows_B = torch.tensor(rows, device=self._device)
+        for layer in self._layers:
+            layer.keep(rows_B)
+        self._places.row_B = torch.arange(len(rows), device=self._device)
+
+
+def draw(logits_BV: Tensor, key_B: Tensor, step_B: Tensor, top_k: int, top_p: float, temperature: float) -> Tensor:
+    """Draw a token for each row: (B,). A row's draw depends on its logits, its key and its step alone.
+
+    The candidates in falling order of probability are walked through until their sum exceeds a uniform number.
+    """
+    count = min(top_k, logits_BV.shape[-1]) if top_k else logits_BV.shape[-1]
+    best_Bk, token_Bk = torch.topk(logits_BV / temperature, count)
+    share_Bk = best_Bk.softmax(-1)
+    if top_p < 1:
+        before_Bk = share_Bk.cumsum(-1) - share_Bk
+        share_Bk = share_Bk.masked_fill(before_Bk >= top_p, 0.0)  # the likeliest one always stays
+    sum_Bk = share_Bk.double().cumsum(-1)
+    mark_B1 = uniform(key_B, step_B)[:, None] * sum_Bk[:, -1:]
+    chosen_B1 = (sum_Bk <= mark_B1).sum(-1, keepdim=True).clamp(max=count - 1)
+    return token_Bk.gather(-1, chosen_B1)[:, 0]
+
+
+def answer_all(
+    model: PreTrainedModel, prompts: list[list[int]], pad: int, eos: int, max_answer: int
+) -> list[list[int]]:
+    """Return the likeliest continuation of each prompt, token by token, without its end; at most max_answer tokens."""
+    writer = Writer(model, len(prompts), max(len(prompt) for prompt in prompts) + max_answer)
+    found: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))
+    at_B = torch.tensor([len(prompt) for prompt in prompts])
+    logits_BV = writer.start(prompts, pad)
+    for _ in range(max_answer):
+        tokens = logits_BV.argmax(-1).cpu()
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if token != eos:
+                found[row].append(token)
+        alive = [place for place, token in enumerate(tokens.tolist()) if token != eos]
+        if not alive or len(found[rows[alive[0]]]) == max_answer:
+            break
+        if len(alive) < len(rows):
+            writer.keep(alive)
+            rows, tokens, at_B = [rows[place] for place in alive], tokens[alive], at_B[alive]
+        logits_BV = writer.step(tokens, at_B)
+        at_B = at_B + 1
+    return found

@@ -1,0 +1,234 @@
+"""Worker side of a Generate stage: pseudo-samples of earlier tasks, cut into shards of fixed sample numbers.
+
+What a shard writes depends on the model file and the science settings alone: its samples stand in a fixed number of
+slots, a slot that is free takes the next number in order, and every draw is keyed on (seed, task, number, attempt, step).
+"""
+
+import json
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from cl_dist.data.language import Special, Speller
+from cl_dist.data.samples import STATISTICS, Sample, write_samples
+from cl_dist.errors import TrainingError
+from cl_dist.models.backbone import load_tokenizer
+from cl_dist.models.causal import CausalModel
+from cl_dist.models.decode import Writer, draw
+from cl_dist.parallel.seeds import seed_of
+from cl_dist.parallel.world import World
+from cl_dist.stage import Generate
+from cl_dist.stages.job import Job, build_learner, replayed_rows, task_data
+
+SHOWN = 20
+"""First attempts of each task that are kept as they came, for the report."""
+Fault = Literal["no_answer_mark", "stray_token", "no_end", "empty", "unknown_label"]
+"""no_answer_mark: ended without the token between question and answer, or has two; stray_token: holds another special
+token; no_end: longer than train.max_length; empty: nothing before or behind the mark; unknown_label: see
+science.generate.known_labels."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shard:
+    """Samples start..stop-1 of an earlier task."""
+
+    source: int
+    start: int
+    stop: int
+
+
+Written = dict[str, Any]
+"""samples (list of Sample), faults (count by kind over all attempts), attempts, firsts (texts of first attempts), tokens
+(rows times steps)."""
+
+
+def shards(job: Job) -> list[Shard]:
+    """Cut the stage into shards. They depend on the science settings alone, never on the workers."""
+    assert isinstance(job.stage, Generate)
+    count, size = replayed_rows(job), job.generate.shard_samples
+    return [
+        Shard(source, start, min(start + size, count))
+        for source in job.stage.sources
+        for start in range(0, count, size)
+    ]
+
+
+class Dreamer:
+    """Holds the model of the previous task and writes one shard after the other."""
+
+    def __init__(self, job: Job) -> None:
+        world = World.current()
+        self._job = job
+        learner = build_learner(job)
+        assert isinstance(learner.model, CausalModel)
+        model: Any = learner.model.backbone  # the library's methods carry no types
+        self._model: Any = model.to(world.device).eval()
+        if job.model.dtype == "bfloat16":
+            self._model = self._model.to(torch.bfloat16)
+        self._speller = Speller(load_tokenizer(job.model))
+        self._shared = getattr(job.method, "task_token", "task") == "shared"
+
+    def run(self, shard: Shard) -> Written:
+        """Write a shard's samples."""
+        settings, special = self._job.generate, self._speller.special
+        waiting = deque((number, 0) for number in range(shard.start, shard.stop))
+        length = self._job.train.max_length
+        gen = special.gen if self._shared else special.task(shard.source)
+
+        def slot_of(number: int, attempt: int) -> _Slot:
+            return _Slot(number, attempt, gen, seed_of(self._job.seed, "sample", shard.source, number, attempt))
+
+        slots = [slot_of(*waiting.popleft()) for _ in range(min(settings.slots, len(waiting)))]
+        writer = Writer(self._model, len(slots), length)
+        known = {tuple(self._speller.encode(name)) for name in self._known(shard.source)}
+        found: list[Sample] = []
+        faults: Counter[str] = Counter()
+        firsts: dict[int, str] = {}
+        attempts = tokens = 0
+        while slots:  # none where a shard has no samples
+            at_B = torch.tensor([len(slot.tokens) for slot in slots])
+            logits_BV = writer.step(torch.tensor([slot.last for slot in slots]), at_B)
+            key_B = torch.tensor([slot.key for slot in slots]).to(logits_BV.device)
+            drawn_B = draw(
+                logits_BV, key_B, at_B.to(logits_BV.device), settings.top_k, settings.top_p, settings.temperature
+            )
+            tokens += len(slots)
+            kept: list[int] = []
+            for place, (slot, token) in enumerate(zip(slots, drawn_B.tolist(), strict=True)):
+                if slot.is_done:
+                    continue
+                if not slot.takes(token, special, length):
+                    kept.append(place)
+                    continue
+                attempts += 1
+                slot.is_done = True
+                sample, fault = self._judged(slot, shard.source, known)
+                if slot.attempt == 0 and slot.number < SHOWN:
+                    firsts[slot.number] = self._shown(slot.tokens) + (f"  [{fault}]" if fault else "")
+                if fault:
+                    faults[fault] += 1
+                    if slot.attempt + 1 < settings.max_attempts:
+                        waiting.append((slot.number, slot.attempt + 1))
+                else:
+                    assert sample is not None
+                    found.append(sample)
+                if waiting:
+                    slots[place] = slot_of(*waiting.popleft())
+                    kept.append(place)
+            if not kept:
+                break
+            if len(kept) <= len(slots) // 2:  # halving keeps the number of shapes small
+                writer.keep(kept)
+                slots = [slots[place] for place in kept]
+        return {
+            "samples": found,
+            "faults": dict(faults),
+            "attempts": attempts,
+            "firsts": firsts,
+            "tokens": tokens,
+        }
+
+    def _judged(self, slot: "_Slot", source: int, known: set[tuple[int, ...]]) -> tuple[Sample | None, Fault | None]:
+        """Return the sample that a slot has written, or what is wrong with it."""
+        tokens, special = slot.tokens, self._speller.special
+        if slot.fault is not None:
+            return None, slot.fault
+        if tokens.count(special.ans) != 1:
+            return None, "no_answer_mark"
+        mark = tokens.index(special.ans)
+        prefix, answer = tuple(tokens[:mark]), tuple(tokens[mark + 1 :])
+        text, label = self._speller.decode(prefix), self._speller.decode(answer)
+        if not text or not label:
+            return None, "empty"
+        if self._job.generate.known_labels and known and answer not in known:
+            return None, "unknown_label"
+        return Sample(source, slot.number, slot.attempt, prefix, answer, text, label), None
+
+    def _known(self, source: int) -> tuple[str, ...]:
+        stage = self._job.stage
+        assert isinstance(stage, Generate)
+        sources = stage.sources if self._shared else (source,)  # a shared token says nothing of the task
+        labels = [task_data(self._job, task).labels for task in sources]
+        return tuple(name for names in labels for name in names) if all(labels) else ()
+
+    def _shown(self, tokens: list[int]) -> str:
+        parts: list[list[int]] = [[]]
+        for token in tokens:
+            if token == self._speller.special.ans:
+                parts.append([])
+            else:
+                parts[-1].append(token)
+        return " => ".join(self._speller.decode(part) for part in parts)
+
+
+class _Slot:
+    """A sample being written. It has one token at least to be read: the one that asks for it."""
+
+    def __init__(self, number: int, attempt: int, gen: int, key: int) -> None:
+        self.number, self.attempt, self.last, self.key = number, attempt, gen, key
+        self.tokens: list[int] = []
+        self.is_done = False
+        self.fault: Fault | None = None
+
+    def takes(self, token: int, special: Special, length: int) -> bool:
+        """Take a token and return whether the sample ends here, well or not."""
+        if token == special.eos:
+            return True
+        if token >= special.base and (token != special.ans or special.ans in self.tokens):
+            self.fault = "no_answer_mark" if token == special.ans else "stray_token"
+            return True
+        self.tokens.append(token)
+        self.last = token
+        if len(self.tokens) >= length - 1:
+            self.fault = "no_end"
+            return True
+        return False
+
+
+def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None:
+    """Sort the samples, drop repeats of one that came before, and write samples.jsonl and replay.json to out.
+
+    Raises:
+        TrainingError: If too few are left.
+    """
+    assert isinstance(job.stage, Generate)
+    parts = sorted(results, key=lambda result: result[0])
+    requested = replayed_rows(job)
+    kept: list[Sample] = []
+    facts: dict[str, Any] = {}
+    for source in job.stage.sources:
+        own = [written for shard, written in parts if shard.source == source]
+        samples = sorted((s for written in own for s in written["samples"]), key=lambda s: s.number)
+        distinct = {(s.prefix, s.answer): s for s in reversed(samples)}  # of equal ones the first remains
+        left = sorted(distinct.values(), key=lambda s: s.number)
+        kept += left
+        attempts = sum(written["attempts"] for written in own)
+        faults = {name: sum(written["faults"].get(name, 0) for written in own) for name in get_args(Fault)}
+        firsts = {number: text for written in own for number, text in written["firsts"].items()}
+        facts[job.tasks[source].id] = {
+            "requested": requested,
+            "generated": attempts,
+            "malformed": sum(faults.values()),
+            "faults": faults,
+            "duplicate": len(samples) - len(left),
+            "kept": len(left),
+            "first_attempt_yield": sum(s.attempt == 0 for s in samples) / max(requested, 1),
+            "labels": dict(sorted(Counter(s.label for s in left).items())),
+            "tokens": sum(written["tokens"] for written in own),
+            "firsts": [firsts[number] for number in sorted(firsts)],
+        }
+    for name, numbers in facts.items():
+        if numbers["kept"] < job.generate.min_yield * requested:
+            worst = max(numbers["faults"], key=numbers["faults"].__getitem__)
+            raise TrainingError(
+                f"task {name}: {numbers['kept']} of {requested} pseudo-samples are well-formed and distinct, less than "
+                f"science.generate.min_yield={job.generate.min_yield:g} asks for; commonest fault: {worst} "
+                f"({numbers['faults'][worst]} of {numbers['generated']} attempts), {numbers['duplicate']} repeats. "
+                "Train longer, raise science.generate.max_attempts, or lower min_yield."
+            )
+    write_samples(out, kept)
+    (out / STATISTICS).write_text(json.dumps({"tasks": facts}, indent=1, ensure_ascii=False), encoding="utf8")

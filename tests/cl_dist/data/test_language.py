@@ -1,0 +1,133 @@
+"""Rows as a language model reads them, checked against sequences written out by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from cl_dist.data.answers import TEXT_METRICS, exact_match, token_f1, turn_state
+from cl_dist.data.language import LM, QA, LanguageRows, Speller, spell
+from cl_dist.data.rows import Row, TaskData
+from cl_dist.errors import ConfigError, DataError
+from tests import tiny
+
+DATA = TaskData("t", ("good", "bad"), "which one ?", (), (), (), {}, 0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return AutoTokenizer.from_pretrained(tiny.save_tokenizer(tmp_path_factory.mktemp("words"), tiny.SPOKEN))
+
+
+def number(*words: str) -> list[int]:
+    return [tiny.SPOKEN.index(word) for word in words]
+
+
+def row(text: str, label: str, pair: str | None = None) -> Row:
+    return Row("r", text, pair, label)
+
+
+def test_a_row_is_a_question_and_a_sample(tokenizer: Any) -> None:
+    rows = LanguageRows(tokenizer, 16, samples=True, ans_weight=5.0)
+    rows.add(1, DATA, [row("the cake", "good")])
+    known = rows.special
+    batch = rows.batch([0])
+    content = number("the", "cake", "which", "one", "?")
+    question, sample = batch["input_ids"].tolist()
+    assert question == [*content, known.ans, *number("good"), known.pad]
+    assert sample == [known.task(1), *content, known.ans, *number("good")]
+    labels: list[dict[int, int]] = [{}, {}]
+    for place, target, part in zip(*(batch[key].tolist() for key in ("place", "target", "part")), strict=True):
+        labels[part][place % 8] = target
+    assert labels[QA] == {5: number("good")[0], 6: known.eos}
+    assert labels[LM] == dict(enumerate([*content, known.ans, *number("good"), known.eos]))
+    assert batch["unit"].tolist() == [1.0] * 7 + [5.0, 1.0, 1.0]
+    assert rows.units([0]) == {"qa_loss": 2.0, "lm_loss": 12.0}
+
+
+def test_only_the_context_is_cut(tokenizer: Any) -> None:
+    speller = Speller(tokenizer)
+    prefix, answer = spell(speller, row("the cake is the table", "good", "soup"), "which one ?", 9)
+    assert prefix == number("the", "cake", "soup", "which", "one", "?")
+    assert answer == number("good")
+    with pytest.raises(DataError, match="row r: question and answer have 4 tokens"):
+        spell(speller, row("the cake", "good"), "which one ?", 5)
+
+
+def test_the_token_that_asks_may_be_shared(tokenizer: Any) -> None:
+    rows = LanguageRows(tokenizer, 16, samples=True, per_task=False)
+    rows.add(0, DATA, [row("the cake", "good")])
+    rows.add_tokens(1, number("table"), number("bad"))
+    assert rows.batch([0, 1])["input_ids"][2:, 0].tolist() == [rows.special.gen] * 2
+    assert rows.batch([0, 1])["replayed"].tolist() == [0.0, 1.0]
+
+
+def test_a_dummy_has_no_weight(tokenizer: Any) -> None:
+    rows = LanguageRows(tokenizer, 16)
+    rows.add(0, DATA, [row("the cake", "good"), row("the", "bad")])
+    assert rows.batch([1, -1])["weight"].tolist() == [1.0, 0.0]
+    assert rows.by_length() == [0, 1]
+
+
+def test_special_tokens_grow_by_whole_blocks(tokenizer: Any) -> None:
+    known = Speller(tokenizer).special
+    assert known.base == len(tiny.SPOKEN)
+    assert [known.size(tasks, 4) - known.base for tasks in (0, 1, 4, 5)] == [8, 8, 8, 12]
+    assert known.size(4, 4) > known.task(3)
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer", "match", "f1"),
+    [
+        ("The cat.", "cat", 1.0, 1.0),
+        ("red wine", "red house wine", 0.0, 0.8),
+        ("red", "blue", 0.0, 0.0),
+        ("", "", 1.0, 1.0),
+        ("red", "", 0.0, 0.0),
+    ],
+)
+def test_answers_are_compared_as_in_squad(truth: str, answer: str, match: float, f1: float) -> None:
+    assert exact_match(truth, answer) == match
+    assert token_f1(truth, answer) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer", "right"),
+    [
+        ("food: thai, area: east; phone, address", "area: east, food: thai; address, phone", 1.0),
+        ("food: thai;", "food: thai", 1.0),
+        (";", "", 1.0),
+        ("food: thai;", "food: thai; phone", 0.0),
+        ("food: thai;", "food: italian;", 0.0),
+        ("food: thai, area: east;", "food: thai;", 0.0),
+    ],
+)
+def test_a_turn_is_right_where_all_slots_and_requests_are(truth: str, answer: str, right: float) -> None:
+    assert turn_state(truth, answer) == right
+
+
+def test_a_metric_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cl_dist.data.answers.import_module", _absent)
+    for name in ("rouge_l", "bleu"):
+        with pytest.raises(ConfigError, match=r"pip install 'cl-dist\[text\]'"):
+            TEXT_METRICS[name](["a"], ["a"])
+
+
+def _absent(name: str) -> None:
+    raise ImportError(name)
+
+
+def test_a_byte_level_vocabulary_gets_its_leading_space(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: place for place, word in enumerate(["a", "\u0120a", "\u0120", "b", "\u0120b", "<end>"])}
+    bpe = Tokenizer(models.BPE(vocab, merges=[("\u0120", "a"), ("\u0120", "b")]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    fast: Any = PreTrainedTokenizerFast
+    speller = Speller(fast(tokenizer_object=bpe, eos_token="<end>"))
+    assert speller.special.eos == 5
+    assert speller.encode("a b") == [1, 4]
+    assert speller.decode([1, 4, 5, speller.special.ans]) == "a b"
