@@ -207,6 +207,8 @@ def model_digest(source: str, revision: str | None, drawn: bool = False) -> str:
     if not source.startswith(("package:", ".", "/", "~")) and not Path(source).is_dir():
         return f"{source}@{revision}"
     folder = resolve(source)
+    if folder.suffix == ".gguf":
+        return sha256(folder)
     patterns = ("tokenizer*", "vocab*", *(() if drawn else ("config.json", "*.safetensors")))
     files = [p for pattern in patterns for p in folder.glob(pattern)]
     if not drawn and not any(p.suffix == ".safetensors" for p in files):

@@ -103,18 +103,18 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
 
     book = Workbook(load_run(runs.run_file(config), overrides or []))
     book.check_data()
-    stages = []
-    for stage in (stage for t in range(len(book.tasks)) for stage in book.plan(t)):
-        stages.append(
-            {
-                "stage": book.ledger.key(ref(stage)),
-                "kind": stage.kind,
-                "rows": book.num_rows(stage),
-                "inputs": [book.ledger.key(r) for r in stage.inputs],
-                "fingerprint": book.ledger.fingerprint(stage)[:12],
-                "done": book.ledger.is_done(stage),
-            }
-        )
+    stages = [
+        {
+            "stage": book.ledger.key(ref(stage)),
+            "kind": stage.kind,
+            "rows": book.num_rows(stage),
+            "inputs": [book.ledger.key(r) for r in stage.inputs],
+            "fingerprint": book.ledger.fingerprint(stage)[:12],
+            "done": book.ledger.is_done(stage),
+        }
+        for t in range(len(book.tasks))
+        for stage in book.plan(t)
+    ]
     plugins = sizes.plugins(book.config)
     if as_json:
         console.out.print_json(json.dumps({"run": book.config.run.name, "stages": stages, "plugins": plugins}))

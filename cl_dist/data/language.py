@@ -134,8 +134,14 @@ class LanguageRows:
         per_task: bool = True,
         ans_weight: float = 1.0,
     ) -> None:
-        """samples: whether a batch holds every row as a sample too. per_task: whether each task has a token of its own
-        that asks for one. ans_weight: weight of the label `ans` within a sample.
+        """Begin an empty collection.
+
+        Args:
+            tokenizer: Spells the rows.
+            max_length: Longest sequence in tokens.
+            samples: Whether a batch holds every row as a sample too.
+            per_task: Whether each task has a token of its own that asks for a sample.
+            ans_weight: Weight of the label `ans` within a sample.
         """
         self.speller, self._max_length = Speller(tokenizer), max_length
         self._samples, self._per_task, self._ans_weight = samples, per_task, ans_weight

@@ -47,8 +47,8 @@ class Method:
     plan: Callable[[Any, TaskSequence, int], list[Stage]]
     """(config, tasks, t) -> the stages of task t, in order. Pure: no torch, no Ray, no disk."""
     learners: Mapping[str, str]
-    """Learner classes by name, as 'module:Class'; resolved in the worker, so that a driver needs no torch. "class" picks
-    a label, "text" writes an answer; which of them is used, `science.model.answers` says, else the first."""
+    """Learner classes by name, as 'module:Class'; resolved in the worker, so that a driver needs no torch. The one of
+    name "class" picks a label, "text" writes an answer: `science.model.answers` chooses, else it is the first."""
     about: str
     """One line for `cl-dist list methods`."""
 

@@ -90,6 +90,10 @@ def location(config: ModelConfig) -> str:
     """
     if config.source.startswith(("package:", ".", "/", "~")) or Path(config.source).is_dir():
         folder = resolve(config.source)
+        if folder.suffix == ".gguf" and folder.is_file():
+            from cl_dist.models.gguf import unpacked
+
+            folder = unpacked(folder)
         if not folder.is_dir():  # `./name` would else be asked for on the hub, as `name`
             raise DataError(f"science.model.source={config.source!r}: there is no folder {folder}")
         return str(folder)

@@ -12,7 +12,7 @@ class ModelConfig(Section):
     """The backbone that every task starts from."""
 
     source: str
-    """Folder, `package:NAME/inner/path` (a folder inside an installed package), or a name on the model hub."""
+    """Folder or .gguf file, `package:NAME/inner/path` (one inside an installed package), or a name on the model hub."""
     revision: str | None = None
     """Commit on the hub: name one, so that the weights cannot change under a run."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -5,7 +5,9 @@ once: its keys stay in the cache, but no later token of that row looks at them.
 Axes: B rows, L tokens, V tokens of the vocabulary, T cache length, k candidates.
 """
 
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -118,6 +120,51 @@ class Writer:
         for layer in self._layers:
             layer.keep(rows_B)
         self._places.row_B = torch.arange(len(rows), device=self._device)
+
+
+class Line:
+    """A row being written. Its first token is read, and is no part of what is written."""
+
+    def __init__(self, first: int, key: int) -> None:
+        self.last, self.key = first, key
+        self.tokens: list[int] = []
+
+    def takes(self, token: int) -> bool:
+        """Take the next token and return whether the row ends here."""
+        self.tokens.append(token)
+        self.last = token
+        return False
+
+
+L = TypeVar("L", bound=Line)
+Pick = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits (B, V), keys (B,), places (B,)) -> tokens (B,)."""
+
+
+def write(model: PreTrainedModel, waiting: deque[L], rows: int, capacity: int, pick: Pick) -> Iterator[L]:
+    """Write the waiting lines, `rows` at a time, and yield each one that has ended; its place goes to the next.
+
+    Lines may be added to `waiting` on the way. Which lines stand side by side depends on what they become alone: the
+    same model writes the same bits, whoever runs it.
+    """
+    standing = [waiting.popleft() for _ in range(min(rows, len(waiting)))]
+    is_open = [True] * len(standing)  # lines that have ended without a successor stand on, and are not looked at
+    writer = Writer(model, len(standing), capacity)
+    while any(is_open):
+        at_B = torch.tensor([len(line.tokens) for line in standing])
+        logits_BV = writer.step(torch.tensor([line.last for line in standing]), at_B)
+        key_B = torch.tensor([line.key for line in standing]).to(logits_BV.device)
+        tokens = pick(logits_BV, key_B, at_B.to(logits_BV.device)).tolist()
+        for place, token in enumerate(tokens):
+            if is_open[place] and standing[place].takes(token):
+                yield standing[place]
+                is_open[place] = bool(waiting)
+                if waiting:
+                    standing[place] = waiting.popleft()
+        kept = [place for place, is_so in enumerate(is_open) if is_so]
+        if kept and len(kept) <= len(standing) // 2:  # halving keeps the number of shapes small
+            writer.keep(kept)
+            standing, is_open = [standing[place] for place in kept], [True] * len(kept)
 
 
 def draw(logits_BV: Tensor, key_B: Tensor, step_B: Tensor, top_k: int, top_p: float, temperature: float) -> Tensor:

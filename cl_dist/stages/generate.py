@@ -1,7 +1,8 @@
 """Worker side of a Generate stage: pseudo-samples of earlier tasks, cut into shards of fixed sample numbers.
 
 What a shard writes depends on the model file and the science settings alone: its samples stand in a fixed number of
-slots, a slot that is free takes the next number in order, and every draw is keyed on (seed, task, number, attempt, step).
+slots, a slot that is free takes the next number in order, and every draw is keyed on (seed, task, number, attempt,
+step).
 """
 
 import json
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from cl_dist.data.language import Special, Speller
 from cl_dist.data.samples import STATISTICS, Sample, write_samples
 from cl_dist.errors import TrainingError
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.causal import CausalModel
-from cl_dist.models.decode import Writer, draw
+from cl_dist.models.decode import Line, draw, write
 from cl_dist.parallel.seeds import seed_of
 from cl_dist.parallel.world import World
 from cl_dist.stage import Generate
@@ -42,8 +44,8 @@ class Shard:
 
 
 Written = dict[str, Any]
-"""samples (list of Sample), faults (count by kind over all attempts), attempts, firsts (texts of first attempts), tokens
-(rows times steps)."""
+"""samples (list of Sample), faults (count by kind over all attempts), attempts, firsts (texts of first attempts),
+tokens drawn."""
 
 
 def shards(job: Job) -> list[Shard]:
@@ -74,69 +76,40 @@ class Dreamer:
 
     def run(self, shard: Shard) -> Written:
         """Write a shard's samples."""
-        settings, special = self._job.generate, self._speller.special
-        waiting = deque((number, 0) for number in range(shard.start, shard.stop))
-        length = self._job.train.max_length
+        settings, special, length = self._job.generate, self._speller.special, self._job.train.max_length
         gen = special.gen if self._shared else special.task(shard.source)
 
-        def slot_of(number: int, attempt: int) -> _Slot:
-            return _Slot(number, attempt, gen, seed_of(self._job.seed, "sample", shard.source, number, attempt))
+        def line(number: int, attempt: int) -> _Line:
+            key = seed_of(self._job.seed, "sample", shard.source, number, attempt)
+            return _Line(gen, key, number, attempt, special, length)
 
-        slots = [slot_of(*waiting.popleft()) for _ in range(min(settings.slots, len(waiting)))]
-        writer = Writer(self._model, len(slots), length)
+        def pick(logits_BV: Tensor, key_B: Tensor, at_B: Tensor) -> Tensor:
+            return draw(logits_BV, key_B, at_B, settings.top_k, settings.top_p, settings.temperature)
+
+        waiting = deque(line(number, 0) for number in range(shard.start, shard.stop))
         known = {tuple(self._speller.encode(name)) for name in self._known(shard.source)}
         found: list[Sample] = []
         faults: Counter[str] = Counter()
         firsts: dict[int, str] = {}
         attempts = tokens = 0
-        while slots:  # none where a shard has no samples
-            at_B = torch.tensor([len(slot.tokens) for slot in slots])
-            logits_BV = writer.step(torch.tensor([slot.last for slot in slots]), at_B)
-            key_B = torch.tensor([slot.key for slot in slots]).to(logits_BV.device)
-            drawn_B = draw(
-                logits_BV, key_B, at_B.to(logits_BV.device), settings.top_k, settings.top_p, settings.temperature
-            )
-            tokens += len(slots)
-            kept: list[int] = []
-            for place, (slot, token) in enumerate(zip(slots, drawn_B.tolist(), strict=True)):
-                if slot.is_done:
-                    continue
-                if not slot.takes(token, special, length):
-                    kept.append(place)
-                    continue
-                attempts += 1
-                slot.is_done = True
-                sample, fault = self._judged(slot, shard.source, known)
-                if slot.attempt == 0 and slot.number < SHOWN:
-                    firsts[slot.number] = self._shown(slot.tokens) + (f"  [{fault}]" if fault else "")
-                if fault:
-                    faults[fault] += 1
-                    if slot.attempt + 1 < settings.max_attempts:
-                        waiting.append((slot.number, slot.attempt + 1))
-                else:
-                    assert sample is not None
-                    found.append(sample)
-                if waiting:
-                    slots[place] = slot_of(*waiting.popleft())
-                    kept.append(place)
-            if not kept:
-                break
-            if len(kept) <= len(slots) // 2:  # halving keeps the number of shapes small
-                writer.keep(kept)
-                slots = [slots[place] for place in kept]
-        return {
-            "samples": found,
-            "faults": dict(faults),
-            "attempts": attempts,
-            "firsts": firsts,
-            "tokens": tokens,
-        }
+        for ended in write(self._model, waiting, settings.slots, length, pick):
+            attempts, tokens = attempts + 1, tokens + len(ended.tokens) + 1
+            sample, fault = self._judged(ended, shard.source, known)
+            if ended.attempt == 0 and ended.number < SHOWN:
+                firsts[ended.number] = self._shown(ended.tokens) + (f"  [{fault}]" if fault else "")
+            if sample is not None:
+                found.append(sample)
+                continue
+            faults[str(fault)] += 1
+            if ended.attempt + 1 < settings.max_attempts:
+                waiting.append(line(ended.number, ended.attempt + 1))
+        return {"samples": found, "faults": dict(faults), "attempts": attempts, "firsts": firsts, "tokens": tokens}
 
-    def _judged(self, slot: "_Slot", source: int, known: set[tuple[int, ...]]) -> tuple[Sample | None, Fault | None]:
-        """Return the sample that a slot has written, or what is wrong with it."""
-        tokens, special = slot.tokens, self._speller.special
-        if slot.fault is not None:
-            return None, slot.fault
+    def _judged(self, line: "_Line", source: int, known: set[tuple[int, ...]]) -> tuple[Sample | None, Fault | None]:
+        """Return the sample that was written, or what is wrong with it."""
+        tokens, special = line.tokens, self._speller.special
+        if line.fault is not None:
+            return None, line.fault
         if tokens.count(special.ans) != 1:
             return None, "no_answer_mark"
         mark = tokens.index(special.ans)
@@ -146,7 +119,7 @@ class Dreamer:
             return None, "empty"
         if self._job.generate.known_labels and known and answer not in known:
             return None, "unknown_label"
-        return Sample(source, slot.number, slot.attempt, prefix, answer, text, label), None
+        return Sample(source, line.number, line.attempt, prefix, answer, text, label), None
 
     def _known(self, source: int) -> tuple[str, ...]:
         stage = self._job.stage
@@ -165,25 +138,25 @@ class Dreamer:
         return " => ".join(self._speller.decode(part) for part in parts)
 
 
-class _Slot:
-    """A sample being written. It has one token at least to be read: the one that asks for it."""
+class _Line(Line):
+    """A sample being written."""
 
-    def __init__(self, number: int, attempt: int, gen: int, key: int) -> None:
-        self.number, self.attempt, self.last, self.key = number, attempt, gen, key
-        self.tokens: list[int] = []
-        self.is_done = False
+    def __init__(self, gen: int, key: int, number: int, attempt: int, special: Special, length: int) -> None:
+        super().__init__(gen, key)
+        self.number, self.attempt = number, attempt
         self.fault: Fault | None = None
+        self._special, self._length = special, length
 
-    def takes(self, token: int, special: Special, length: int) -> bool:
+    def takes(self, token: int) -> bool:
         """Take a token and return whether the sample ends here, well or not."""
+        special = self._special
         if token == special.eos:
             return True
         if token >= special.base and (token != special.ans or special.ans in self.tokens):
             self.fault = "no_answer_mark" if token == special.ans else "stray_token"
             return True
-        self.tokens.append(token)
-        self.last = token
-        if len(self.tokens) >= length - 1:
+        super().takes(token)
+        if len(self.tokens) >= self._length - 1:
             self.fault = "no_end"
             return True
         return False

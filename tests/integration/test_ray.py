@@ -15,13 +15,14 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cl_dist.config import parse
+from cl_dist.config import merged, parse
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.dispatch_ray import RayDispatcher
 from cl_dist.errors import ClDistError, ClusterError, DataError, TrainingError
 from cl_dist.jobs import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.sequence import run
+from cl_dist.stage import Ref, ref
 from cl_dist.tracking import Tracker
 from tests import tiny
 from tests.integration import ray_runs
@@ -196,6 +197,40 @@ def test_a_run_that_only_has_an_evaluate_stage_left_starts_no_gang(pool: PoolSto
     assert not any(pool.gangs)
     assert [event["stage"] for event in pool.events if event["event"] == "stage_start"] == ["02-topic/evaluate"]
     assert not (pool.run / "logs" / "ray").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- pseudo-samples
+
+
+def test_samples_of_a_zero3_model_are_the_same_whoever_dies_and_on_one_worker(address: str, tmp_path: Path) -> None:
+    """A LAMOL run under ZeRO-3 whose actors are all killed while they write, then written again in this process."""
+    science = {"method": dict(tiny.METHODS["lamol"]), "train": dict(tiny.TEXT_TRAIN), "generate": {"shard_samples": 2}}
+    over = {"run": {"name": "lamol"}, "science": science, "cluster": {"address": address, "zero_stage": 3}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setenv("PYTHONPATH", ray_runs.environment()["PYTHONPATH"])
+        made = Workbook(parse(RunConfig, tiny.tree(tmp_path, merged(ray_runs.SETTINGS, over), tasks=("food", "film"))))
+        killed: list[int] = []
+
+        def watch(dispatcher: RayDispatcher, event: Event) -> None:
+            if event.get("stage") == "01-film/generate" and event["event"] == "step" and not killed:
+                assert dispatcher._pool is not None
+                pids = [actor.__ray_call__.remote(lambda worker: os.getpid()) for actor in dispatcher._pool._actors]
+                killed.extend(ray.get(pids, timeout=60))
+                for pid in killed:
+                    os.kill(pid, signal.SIGKILL)
+
+        compute(made, watch)
+        stage = made.stage(Ref(task=1, stage="generate"))
+        again = tmp_path / "again"
+        again.mkdir()
+        LocalDispatcher().run(made.job(stage), str(again), Tracker(made))
+        stored = made.ledger.path(ref(stage))
+        assert len(killed) == 2
+        assert any(event["event"] == "shard_retry" for event in ray_runs.events(made.config.folder))
+        for name in ("samples.jsonl", "replay.json"):
+            assert (stored / name).read_bytes() == (again / name).read_bytes()
+        assert len((stored / "samples.jsonl").read_text().splitlines()) >= 3
 
 
 # ------------------------------------------------------------------------------------------------------------ cluster

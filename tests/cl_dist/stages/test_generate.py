@@ -86,10 +86,10 @@ def test_every_request_is_accounted_for(job: Job, book: Workbook) -> None:
     ],
 )
 def test_what_ends_a_sample_and_how(tokens: list[int], fault: str | None) -> None:
-    slot, special = generate._Slot(0, 0, 104, 0), Special(base=100, eos=9)
-    ended = [slot.takes(token, special, 16) for token in tokens]
+    line = generate._Line(104, 0, 0, 0, Special(base=100, eos=9), 16)
+    ended = [line.takes(token) for token in tokens]
     assert ended == [False] * (len(tokens) - 1) + [True]
-    assert slot.fault == fault
+    assert line.fault == fault
 
 
 def test_too_few_samples_stop_the_run_and_name_the_commonest_fault(job: Job, tmp_path: Path) -> None:

