@@ -181,8 +181,9 @@ def tree(folder: Path, over: Mapping[str, Any] | None = None, tasks: Sequence[st
         },
         "cluster": {"dispatcher": "local", "engine": "torch"},
     }
-    method = (over or {}).get("science", {}).get("method")
-    if method is not None and writes(method["name"]):
+    science = (over or {}).get("science", {})
+    method = science.get("method")
+    if science.get("model", {}).get("answers") == "text" or (method is not None and writes(method["name"])):
         spelling = save_tokenizer(folder / "decoder", SPOKEN)
         base["science"]["model"] = {"source": str(spelling), "config": dict(DECODER), "spare_task_tokens": 4}
         base["science"]["generate"] = {"slots": 3, "shard_samples": 4, "min_yield": 0.0, "top_k": 5}

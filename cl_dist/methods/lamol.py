@@ -20,9 +20,7 @@ from cl_dist.stage import Budget, Generate, Ref, Stage, model_after
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
-    from cl_dist.data.language import LanguageRows
     from cl_dist.models.classifier import Batch
 
 
@@ -70,17 +68,13 @@ class Lamol(TextLearner):
         super().start_task(task, tasks)
         self.model.teach(deepcopy(self.model.backbone) if task and self.config.distill else None)
 
-    def rows(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, training: bool) -> LanguageRows:
-        """See Learner: in training each row is a question and a sample."""
-        from cl_dist.data.language import LanguageRows
-
-        return LanguageRows(
-            tokenizer,
-            max_length,
-            samples=training and self.config.lm_weight > 0,
-            per_task=self.config.task_token == "task",
-            ans_weight=self.config.ans_weight,
-        )
+    def reading(self, *, training: bool) -> dict[str, Any]:
+        """See TextLearner: in training each row is a question and a sample."""
+        return {
+            "samples": training and self.config.lm_weight > 0,
+            "per_task": self.config.task_token == "task",
+            "ans_weight": self.config.ans_weight,
+        }
 
     def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:
         """Return the loss of each row as a question and as a sample, summed over its labels."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from cl_dist.errors import ConfigError
 from cl_dist.methods.base import Learner, Loss, MethodConfig, Progress
 
 if TYPE_CHECKING:
@@ -75,10 +76,21 @@ class TextLearner(Learner):
         return scales
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, training: bool) -> LanguageRows:
-        """See Learner: questions with their answers."""
+        """See Learner: questions with their answers.
+
+        Raises:
+            ConfigError: If the model cannot read so long a row.
+        """
         from cl_dist.data.language import LanguageRows
 
-        return LanguageRows(tokenizer, max_length)
+        known = getattr(self.model.backbone.config, "max_position_embeddings", None)
+        if known is not None and max_length > known:
+            raise ConfigError(f"train.max_length={max_length}: this model reads at most {known} tokens")
+        return LanguageRows(tokenizer, max_length, **self.reading(training=training))
+
+    def reading(self, *, training: bool) -> dict[str, Any]:
+        """Return how rows are laid out, as arguments of LanguageRows."""
+        return {}
 
     def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:
         """Return the cross-entropy of each row's answer, summed over its tokens."""

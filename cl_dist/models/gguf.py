@@ -45,7 +45,7 @@ def unpacked(path: Path) -> Path:
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    """Write what `from_pretrained` loads. A model read from gguf refuses to save itself, so its weights change hosts."""
+    """Write what `from_pretrained` loads. A model read from gguf refuses to save itself: its weights change hosts."""
     kind: Any = AutoModelForCausalLM
     try:
         packed = kind.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

@@ -15,7 +15,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from cl_dist.data.bayes import NaiveBayes, words
 from cl_dist.data.language import Special, Speller
+from cl_dist.data.rows import TaskData
 from cl_dist.data.samples import STATISTICS, Sample, write_samples
 from cl_dist.errors import TrainingError
 from cl_dist.models.backbone import load_tokenizer
@@ -162,6 +164,24 @@ class _Line(Line):
         return False
 
 
+def _agreement(data: TaskData, samples: list[Sample]) -> dict[str, float | None]:
+    """Return how often a word classifier trained on real rows gives samples their label, and real test rows theirs."""
+    if not data.labels:
+        return {"label_agreement": None, "label_agreement_real": None}
+    judge = NaiveBayes((f"{row.text} {row.text_pair or ''}", row.label) for row in data.train)
+    asked = words(data.question)
+    written = [(" ".join(_without(words(sample.text), asked)), sample.label) for sample in samples]
+    return {
+        "label_agreement": judge.agreement(written),
+        "label_agreement_real": judge.agreement([(f"{r.text} {r.text_pair or ''}", r.label) for r in data.test]),
+    }
+
+
+def _without(text: list[str], asked: list[str]) -> list[str]:
+    """Return the words of a sample before its question, which may name the labels."""
+    return text[: len(text) - len(asked)] if asked and text[-len(asked) :] == asked else text
+
+
 def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None:
     """Sort the samples, drop repeats of one that came before, and write samples.jsonl and replay.json to out.
 
@@ -193,6 +213,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None
             "labels": dict(sorted(Counter(s.label for s in left).items())),
             "tokens": sum(written["tokens"] for written in own),
             "firsts": [firsts[number] for number in sorted(firsts)],
+            **_agreement(task_data(job, source), left),
         }
     for name, numbers in facts.items():
         if numbers["kept"] < job.generate.min_yield * requested:

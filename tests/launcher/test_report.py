@@ -137,6 +137,19 @@ def test_ctr_figures_are_left_out_one_by_one(tmp_path: Path) -> None:
     assert not section(html, "sharing")
 
 
+def test_pseudo_samples_stand_beside_real_rows(tmp_path: Path) -> None:
+    written = {"requested": 40, "generated": 57, "malformed": 15, "duplicate": 2, "kept": 38, "labels": {HOSTILE: 38}}
+    shares = {"first_attempt_yield": 0.7, "label_agreement": 0.61, "label_agreement_real": None}
+    texts = {"real": ["a real row => good"], "firsts": [f"{HOSTILE} => good  [no_end]"]}
+    replay = [{"before": "amazon", "task": "movies", **written, **shares, **texts}]
+    html = page([summaries()[0] | {"replay": replay}], tmp_path)
+    found = section(html, "replay")
+    for text in ("movies", "40", "57", "15", "38", "0.70", "0.61", "a real row", "[no_end]", DASH):
+        assert text in found
+    assert "<script" not in html
+    assert not section(page([summaries()[0]], tmp_path), "replay")
+
+
 def test_a_cell_that_was_not_measured_is_hatched_and_has_no_number(tmp_path: Path) -> None:
     run = summaries()[0]
     run["matrix"]["accuracy"][4][1] = None

@@ -1,0 +1,44 @@
+"""A word classifier that is trained in a moment: the judge of whether pseudo-samples carry the labels of their text.
+
+Multinomial naive Bayes over lower-case words with add-one smoothing. It is weak, so its agreement with pseudo-samples
+means something beside its agreement with real rows only.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+_WORD = re.compile(r"\w+")
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text."""
+    return _WORD.findall(text.lower())
+
+
+class NaiveBayes:
+    """Learns from (text, label) pairs; of equally likely labels it answers the first in alphabetical order."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        self._seen: dict[str, Counter[str]] = {}
+        self._rows: Counter[str] = Counter()
+        for text, label in pairs:
+            self._rows[label] += 1
+            self._seen.setdefault(label, Counter()).update(words(text))
+        self._vocabulary = {word for counts in self._seen.values() for word in counts}
+        self._total = {label: sum(counts.values()) + len(self._vocabulary) for label, counts in self._seen.items()}
+
+    def answer(self, text: str) -> str:
+        """Return the likeliest label."""
+        known = [word for word in words(text) if word in self._vocabulary]
+
+        def score(label: str) -> float:
+            counts, total = self._seen[label], self._total[label]
+            return math.log(self._rows[label]) + sum(math.log((counts[word] + 1) / total) for word in known)
+
+        return max(sorted(self._seen), key=score)
+
+    def agreement(self, pairs: Sequence[tuple[str, str]]) -> float | None:
+        """Return the share of pairs whose label it would give too; None without pairs."""
+        return sum(self.answer(text) == label for text, label in pairs) / len(pairs) if pairs else None
