@@ -55,6 +55,11 @@ class Special:
         """Asks for a sample of one task."""
         return self.base + _FIXED + number
 
+    def names(self, num_tasks: int, spare: int) -> list[str]:
+        """Return what the tokens are called in a tokenizer that is to have them, in order."""
+        tasks = self.size(num_tasks, spare) - self.task(0)
+        return ["<ans>", "<fill>", "<gen>", "<end>", *(f"<task-{number}>" for number in range(tasks))]
+
     def size(self, num_tasks: int, spare: int) -> int:
         """Return the rows of a vocabulary with tokens for some tasks: whole blocks of `spare`, so it seldom grows."""
         return self.base + _FIXED + spare * -(-max(num_tasks, 1) // spare)

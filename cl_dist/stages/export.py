@@ -6,6 +6,9 @@ the two together (see `Card`).
 
     model, tokenizer, labels = load_exported(folder)
     logits_BK = model(tokenizer(texts, padding=True, truncation=True, return_tensors="pt"))
+
+A model that writes its answers needs nothing of ours: AutoModelForCausalLM and AutoTokenizer load it, and it continues
+"<text> <question><ans>", or writes a sample after "<task-0>".
 """
 
 import json
@@ -16,14 +19,16 @@ import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cl_dist.config import Section, did_you_mean, parse
+from cl_dist.data.language import special
 from cl_dist.errors import CheckpointError, ConfigError
 from cl_dist.ledger import write_json
 from cl_dist.methods import METHODS
 from cl_dist.methods.base import Learner
 from cl_dist.models.backbone import load_backbone, load_tokenizer
+from cl_dist.models.causal import CausalModel
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.seeds import seeded
 from cl_dist.stage import Evaluate
@@ -54,6 +59,7 @@ class Card(Section):
     tasks: tuple[ExportedTask, ...] = Field(min_length=1)
     """In learned order."""
     method: dict[str, Any]
+    answers: Literal["class", "text"] = "class"
     pooling: Literal["mean", "cls", "pooler"]
     dtype: Literal["float32", "bfloat16"]
     """Precision of the forward pass; the files hold float32."""
@@ -71,6 +77,7 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
     """
     assert isinstance(job.stage, Evaluate)
     check_free(folder)
+    learner = build_learner(job)
     card = Card(
         task=task,
         tasks=tuple(
@@ -83,29 +90,41 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
             for number, config in enumerate(job.tasks)
         ),
         method=job.method.model_dump(mode="json"),  # with its defaults, which another version may change
+        answers=learner.answers,
         pooling=job.model.pooling,
         dtype=job.model.dtype,
         dropout=job.model.dropout,
         seed=job.seed,
         fingerprint=fingerprint,
     )
+    tokenizer = load_tokenizer(job.model)
+    tokenizer.name_or_path = ""
+    tokenizer.init_kwargs.pop("name_or_path", None)
+    if learner.answers == "text":
+        assert isinstance(learner.model, CausalModel)
+        tokenizer.add_tokens(
+            special(tokenizer).names(len(card.tasks), job.model.spare_task_tokens), special_tokens=True
+        )
+        _save(learner.model.backbone, tokenizer, folder)
+        write_json(folder / CARD, card.model_dump(mode="json"))
+        return
     _, places = _untrained(card, job.model)
-    learner = build_learner(job)
     tensors = {name: tensor.detach().cpu() for name, tensor in learner.model.state_dict().items()}
-    backbone = load_backbone(job.model, causal=learner.answers == "text")  # one that no method has put anything into
+    backbone = load_backbone(job.model)  # one that no method has put anything into
     backbone.load_state_dict({inner: tensors[name] for name, inner in places.items()}, strict=False)
     parts = {_MODEL + name: tensor for name, tensor in tensors.items() if name not in places}
     parts |= {_LEARNER + name: tensor.cpu() for name, tensor in learner.state_dict().items()}
 
+    _save(backbone, tokenizer, folder)
+    save_file({name: tensor.clone().contiguous() for name, tensor in parts.items()}, folder / PARTS)
+    write_json(folder / CARD, card.model_dump(mode="json"))
+
+
+def _save(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     backbone.config._name_or_path = ""  # where it was on this machine
-    tokenizer = load_tokenizer(job.model)
-    tokenizer.name_or_path = ""
-    tokenizer.init_kwargs.pop("name_or_path", None)
     folder.mkdir(parents=True, exist_ok=True)
     backbone.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file({name: tensor.clone().contiguous() for name, tensor in parts.items()}, folder / PARTS)
-    write_json(folder / CARD, card.model_dump(mode="json"))
 
 
 def check_free(folder: Path) -> None:
@@ -127,6 +146,11 @@ def load_exported(folder: Path | str, task: str | None = None) -> tuple[nn.Modul
     """
     folder = Path(folder)
     card = _read_card(folder)
+    if card.answers == "text":
+        raise ConfigError(
+            f"{folder}: this model writes its answers; load it with AutoModelForCausalLM and AutoTokenizer of "
+            'transformers, and let it continue "<text> <question><ans>"'
+        )
     answered = {known.id: number for number, known in enumerate(card.tasks) if known.is_answered}
     if task is not None and task not in answered:
         raise ConfigError(f"task={task!r}: this model does not answer for it{did_you_mean(task, list(answered))}")
