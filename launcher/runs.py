@@ -151,9 +151,9 @@ def _dispatcher(config: RunConfig) -> Any:
 
 
 def conclude(config: RunConfig, references: Mapping[str, Path] | None = None) -> list[dict[str, Any]]:
-    """Return the summaries of a run and of its baselines, and write the run's with its references filled in.
+    """Return the summaries of a run and of its baselines, and write them with their references filled in.
 
-    A baseline of the method `individual` or `joint` serves as reference; `references` names other runs.
+    A baseline of the method `individual` or `joint` serves as reference to the others; `references` names other runs.
 
     Raises:
         ConfigError: If a reference is of another method.
@@ -166,17 +166,22 @@ def conclude(config: RunConfig, references: Mapping[str, Path] | None = None) ->
     for kind, folder in (references or {}).items():
         if (method := sources[kind].config.science.method.name) != kind:
             raise ConfigError(f"{kind}={folder}: its method is {method!r}; expected a run of the method {kind!r}")
-    found: dict[str, list[float | None]] = {}
-    for kind in ("individual", "joint"):
-        if kind in sources:
-            found[kind] = _reference(book, sources[kind], kind)
-    main = summary(book, **found)
-    main["references"] = {
-        kind: sources[kind].config.run.name if kind in found else None for kind in ("individual", "joint")
+    return [_referred(each, sources) for each in (book, *others)]
+
+
+def _referred(book: Workbook, sources: Mapping[str, Workbook]) -> dict[str, Any]:
+    """Return a run's summary with its references filled in, and write it; a run is no reference to itself."""
+    found = {
+        kind: _reference(book, sources[kind], kind)
+        for kind in ("individual", "joint")
+        if kind in sources and book.config.science.method.name != kind
     }
-    if (config.folder / "metrics").is_dir():
-        write_json(config.folder / "metrics" / "summary.json", main)
-    return [main, *(summary(other) for other in others)]
+    result = summary(book, **found)
+    names = {kind: sources[kind].config.run.name if kind in found else None for kind in ("individual", "joint")}
+    result["references"] = names
+    if (book.config.folder / "metrics").is_dir():
+        write_json(book.config.folder / "metrics" / "summary.json", result)
+    return result
 
 
 def _begun_baselines(config: RunConfig) -> list[RunConfig]:

@@ -34,7 +34,7 @@ def kept(summary: Mapping[str, Any]) -> dict[str, Any]:
 def keep(name: str, folders: list[Path]) -> Path:
     """Store the summaries of run folders, and of the baselines inside them."""
     found = [
-        kept(json.loads(path.read_text(encoding="utf8")))
+        kept(json.loads(path.read_text(encoding="utf8"))) | {"folder": folder.name}
         for folder in folders
         for path in (folder / "metrics/summary.json", *sorted(folder.glob("baselines/*/metrics/summary.json")))
     ]
@@ -46,12 +46,15 @@ def keep(name: str, folders: list[Path]) -> Path:
 
 def table(summaries: list[dict[str, Any]]) -> str:
     """Return the Markdown table of some runs: a row per run, and each method's mean over runs where it has several."""
-    lines = [f"| method | seed | {' | '.join(COLUMNS.values())} | seconds |", "| --- " * (len(COLUMNS) + 3) + "|"]
+    orders = len({tuple(task["id"] for task in summary["tasks"]) for summary in summaries})
+    which = "seed" if orders == 1 else "folder"
+    heading = " | ".join(["method", "seed" if orders == 1 else "run", *COLUMNS.values(), "seconds"])
+    lines = [f"| {heading} |", "| --- " * (len(COLUMNS) + 3) + "|"]
     for method in sorted({summary["method"] for summary in summaries}):
-        runs = sorted((s for s in summaries if s["method"] == method), key=lambda s: s["seed"])
+        runs = sorted((s for s in summaries if s["method"] == method), key=lambda s: str(s[which]))
         values = [[run["metrics"].get(name, {}).get("value") for name in COLUMNS] for run in runs]
         seconds = [run["seconds"] for run in runs]
-        labels = [str(run["seed"]) for run in runs]
+        labels = [str(run[which]) for run in runs]
         if len(runs) > 1:
             values.append([None if None in column else mean(column) for column in zip(*values, strict=True)])
             seconds.append(mean(seconds))
@@ -63,7 +66,6 @@ def table(summaries: list[dict[str, Any]]) -> str:
     chance = sum(task["majority"] for task in first["tasks"]) / len(first["tasks"])
     rows = first["tasks"][0]["rows"]
     tasks = ", ".join(task["id"] for task in first["tasks"])
-    orders = len({tuple(task["id"] for task in summary["tasks"]) for summary in summaries})
     order = f"Tasks in this order: {tasks}" if orders == 1 else f"{len(first['tasks'])} tasks in {orders} orders"
     lines.append("")
     lines.append(
