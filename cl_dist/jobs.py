@@ -14,7 +14,7 @@ from cl_dist.methods import METHODS
 from cl_dist.models.config import ModelConfig
 from cl_dist.places import resolve
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import SCHEMA_VERSION, Evaluate, Generate, Ref, Stage, Train, digest_of, flat
+from cl_dist.stage import SCHEMA_VERSION, Evaluate, Generate, Record, Ref, Stage, Train, Vote, digest_of, flat
 
 if TYPE_CHECKING:
     from cl_dist.stages.job import Job
@@ -56,6 +56,8 @@ class Workbook:
         if isinstance(stage, Evaluate):
             return sum(len(self.data(task).test) for task in stage.tasks)
         new = len(self.data(stage.task).train)
+        if isinstance(stage, Record | Vote):
+            return sum(min(stage.vote.samples, len(self.data(u).dev or self.data(u).train)) for u in stage.sources)
         if isinstance(stage, Generate):
             return len(stage.sources) * stage.budget.per_task(new, len(stage.sources))
         kept = stage.replay_rows if stage.budget is None else stage.budget.per_task(new, len(stage.replay))
@@ -91,6 +93,8 @@ class Workbook:
                     self._facts[key] = self._train_facts(stage)
                 case Generate():
                     self._facts[key] = self._generate_facts(stage)
+                case Record() | Vote():
+                    self._facts[key] = self._vote_facts(stage)
                 case Evaluate():
                     self._facts[key] = self._evaluate_facts(stage)
         return self._facts[key]
@@ -128,6 +132,17 @@ class Workbook:
         }
         return flat(facts | self._inputs(stage))
 
+    def _vote_facts(self, stage: Record | Vote) -> dict[str, Any]:
+        science, names = self.config.science, [self.tasks.tasks[u].id for u in stage.sources]
+        facts = {
+            "schema_version": SCHEMA_VERSION,
+            "stage": stage.changed(),
+            "max_length": science.train_of(self.tasks.tasks[stage.task]).max_length,
+            "rows": {name: self.data(u).digests for name, u in zip(names, stage.sources, strict=True)},
+            "questions": {name: self.data(u).question for name, u in zip(names, stage.sources, strict=True)},
+        }
+        return flat(facts | self._inputs(stage))
+
     def _evaluate_facts(self, stage: Evaluate) -> dict[str, Any]:
         science = self.config.science
         lengths = {u: science.train_of(self.tasks.tasks[u]).max_length for u in (*stage.tasks, stage.task)}
@@ -153,7 +168,8 @@ class Workbook:
 
         science = self.config.science
         start = stage.init if isinstance(stage, Train) else stage.model
-        samples = stage.samples if isinstance(stage, Train) else None
+        samples, frozen = (stage.samples, stage.frozen) if isinstance(stage, Train) else (None, None)
+        recorded = stage.recorded if isinstance(stage, Vote) else None
         return Job(
             stage=stage,
             method=science.method,
@@ -165,11 +181,16 @@ class Workbook:
             max_length=tuple(science.train_of(task).max_length for task in self.tasks.tasks[: stage.task + 1]),
             evaluate=science.evaluate,
             generate=science.generate,
-            samples=None if samples is None else str(self.ledger.path(samples).absolute()),
+            samples=self._folder(samples),
+            recorded=self._folder(recorded),
+            frozen=self._folder(frozen),
             engine=self.config.cluster,
             seed=science.seed,
             chain=tuple(str(self.ledger.path(ref).absolute()) for ref in self._chain(start)),
         )
+
+    def _folder(self, ref: Ref | None) -> str | None:
+        return None if ref is None else str(self.ledger.path(ref).absolute())
 
     def _chain(self, ref: Ref | None) -> list[Ref]:
         """Return the Train stages whose weights make up a model, oldest first."""

@@ -109,16 +109,20 @@ class Train(Section):
     """Says how many of each instead, from the rows of the stage's own task."""
     samples: Ref | None = None
     """Generate stage whose pseudo-samples are trained on too."""
+    step: Literal["train", "free"] = "train"
+    """Folder name below the task: train is what the task leaves behind, free a model that is only voted on."""
+    frozen: Ref | None = None
+    """Vote stage whose choice is not trained."""
 
     @property
     def name(self) -> str:
         """Folder name of the stage below its task."""
-        return "train"
+        return self.step
 
     @property
     def inputs(self) -> tuple[Ref, ...]:
         """Stages that must be done before this one."""
-        return tuple(ref for ref in (self.init, self.samples) if ref is not None)
+        return tuple(ref for ref in (self.init, self.samples, self.frozen) if ref is not None)
 
 
 class Generate(Section):
@@ -140,6 +144,70 @@ class Generate(Section):
     def inputs(self) -> tuple[Ref, ...]:
         """Stages that must be done before this one."""
         return (self.model,)
+
+
+class VoteConfig(Section):
+    """How critical components are voted on (see models/cci.py)."""
+
+    level: Literal["block", "group", "head"] = "block"
+    """What may be frozen: whole layers, heads that share keys (heads, where none do), or single heads."""
+    beta: int = Field(80, ge=0, lt=100)
+    """Percentile above which a token of an attention row counts as chosen."""
+    rows: Literal["context", "all"] = "context"
+    """Which tokens look and are looked at: those of the text, or those of question and answer too."""
+    samples: int = Field(200, gt=0)
+    """Rows of each voting task: its first dev rows, or train rows where it has no dev rows."""
+    voters: Literal["previous", "all"] = "previous"
+    """Whose rows vote: those of the task before, or of all earlier tasks."""
+    top_k: int = Field(12, gt=0)
+    """Groups or heads that every row votes for, and that are frozen in the end; of blocks it is one."""
+    shard_samples: int = Field(25, gt=0)
+    """Rows of one shard: the unit of retry."""
+    min_margin: float = Field(0.05, ge=0, le=1)
+    """A lead of the last unit that is frozen over the first one that is not, as a share of the rows, below which a
+    warning says that the vote is not decisive."""
+
+
+class Record(Section):
+    """Shards note where the model before the task looks when it reads the rows that vote, as bits."""
+
+    kind: Literal["record"] = "record"
+    task: int
+    model: Ref
+    sources: tuple[int, ...]
+    """The tasks whose rows vote."""
+    vote: VoteConfig
+
+    @property
+    def name(self) -> str:
+        """Folder name of the stage below its task."""
+        return "record"
+
+    @property
+    def inputs(self) -> tuple[Ref, ...]:
+        """Stages that must be done before this one."""
+        return (self.model,)
+
+
+class Vote(Section):
+    """Shards compare a freely trained model with what was recorded; what has moved furthest away is critical."""
+
+    kind: Literal["vote"] = "vote"
+    task: int
+    model: Ref
+    recorded: Ref
+    sources: tuple[int, ...]
+    vote: VoteConfig
+
+    @property
+    def name(self) -> str:
+        """Folder name of the stage below its task."""
+        return "vote"
+
+    @property
+    def inputs(self) -> tuple[Ref, ...]:
+        """Stages that must be done before this one."""
+        return (self.model, self.recorded)
 
 
 class Evaluate(Section):
@@ -165,7 +233,7 @@ class Evaluate(Section):
         return (self.model,) if self.previous is None else (self.model, self.previous)
 
 
-Stage = Train | Generate | Evaluate
+Stage = Train | Generate | Record | Vote | Evaluate
 
 
 def ref(stage: Stage) -> Ref:

@@ -53,6 +53,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "ctr": CTR,
     "lamol": {"name": "lamol", "gamma": 0.5},
     "lamol_real": {"name": "lamol_real", "gamma": 0.5},
+    "rational_lamol": {"name": "rational_lamol", "gamma": 0.5, "level": "head", "top_k": 1, "shard_samples": 4},
     "hat": {"name": "hat", "tsm_size": 24, "s_max": 50.0, "head_lr": 0.01},
     "adapter": {"name": "adapter", "size": 8},
     "lora": {"name": "lora", "r": 4},
@@ -143,7 +144,8 @@ def rows(task: str, train: int, dev: int = 6, test: int = 10) -> list[dict[str, 
         fill = [FILLERS[(number * 3 + k) % len(FILLERS)] for k in range(1 + number % 5)]
         words = ["the", THINGS[first], *fill, *(["and"] * place), word]
         split = "train" if number < train else "dev" if number < train + dev else "test"
-        found.append({"id": f"{task}-{number}", "text": " ".join(words), "label": label, "split": split})
+        row = {"id": f"{task}-{number}", "text": " ".join(words), "label": label, "split": split}
+        found.append(row | {"rationale": [[len(words) - 1, len(words)]]})
     return found
 
 
@@ -188,7 +190,7 @@ def tree(folder: Path, over: Mapping[str, Any] | None = None, tasks: Sequence[st
         base["science"]["model"] = {"source": str(spelling), "config": dict(DECODER), "spare_task_tokens": 4}
         base["science"]["generate"] = {"slots": 3, "shard_samples": 4, "min_yield": 0.0, "top_k": 5}
         for task in base["science"]["tasks"]:
-            task["question"] = "which one ?"
+            task |= {"question": "which one ?", "rationale": "rationale"}
         base["science"]["train"] |= TEXT_TRAIN
     result = merged(base, over or {})
     if method is not None:

@@ -88,6 +88,14 @@ class Speller:
         text = text.strip()
         return self._numbers(self._lead + text) if text else []
 
+    def encode_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the tokens of a part of a row, and the [start, end) characters of the text that each stands for."""
+        cut = len(text) - len(text.lstrip())
+        shift = cut - len(self._lead)
+        found = self._tokenizer(self._lead + text.strip(), add_special_tokens=False, return_offsets_mapping=True)
+        places = [(max(start + shift, cut), max(end + shift, cut)) for start, end in found["offset_mapping"]]
+        return list(found["input_ids"]), places
+
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of tokens; special ones say nothing."""
         own = [token for token in tokens if token < self.special.base and token != self.special.eos]

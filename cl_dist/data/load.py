@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cl_dist.config import did_you_mean
+from cl_dist.data.rationales import read_spans
 from cl_dist.data.rows import SPLITS, Row, TaskData
 from cl_dist.data.sources import SHOWN, Fault, Record, listing, read
 from cl_dist.data.tasks import DataConfig, Source, Split, TaskConfig
@@ -102,9 +103,11 @@ def check_task(task: TaskConfig, data: DataConfig) -> Checked:
 
     train, dev, test = (tuple(item.row for item in splits[split]) for split in SPLITS)
     digests = {
-        split: digest_of([[row.id, row.text, row.text_pair, row.label] for row in rows])
+        str(split): digest_of([[row.id, row.text, row.text_pair, row.label] for row in rows])
         for split, rows in zip(SPLITS, (train, dev, test), strict=True)
     }
+    if task.rationale is not None:
+        digests["rationales"] = digest_of([[row.id, row.rationale] for row in (*train, *dev)])
     loaded = TaskData(task.id, labels, task.question or "", train, dev, test, digests, overlap)
     return Checked(loaded, tuple(notes.faults), tuple(notes.warnings), notes.counts)
 
@@ -179,11 +182,16 @@ def _items(task: TaskConfig, records: Sequence[Record], notes: _Notes) -> list[_
             found[task.row_id] = _id_fault(row_id)
         if fault is not None:
             found[task.label] = fault
+        spans: tuple[tuple[int, int], ...] = ()
+        if task.rationale is not None and found[task.text] is None:
+            spans, found[task.rationale] = read_spans(
+                values.get(task.rationale), values[task.text], task.rationale_unit
+            )
         faults = [record.fault(column, message) for column, message in found.items() if message is not None]
         notes.faults += faults
         if not faults and label is not None:
             pair = None if task.text_pair is None else values[task.text_pair]
-            items.append(_Item(Row(str(row_id), values[task.text], pair, label), record))
+            items.append(_Item(Row(str(row_id), values[task.text], pair, label, spans), record))
     if seen:
         notes.warnings += [
             f"label_map: no row has the label {label!r}{did_you_mean(label, sorted(seen))}"

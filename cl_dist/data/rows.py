@@ -13,6 +13,8 @@ class Row:
     text: str
     text_pair: str | None
     label: str
+    rationale: tuple[tuple[int, int], ...] = ()
+    """Spans of `text` that justify the label, as [start, end) characters."""
 
 
 @dataclass(frozen=True, slots=True)

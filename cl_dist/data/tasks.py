@@ -127,7 +127,10 @@ class TaskConfig(Section):
     answer: Literal["label", "text"] = "label"
     """label: one of a set; text: anything, which only a method that writes answers can learn."""
     rationale: str | None = None
-    """Column with the spans that justify the label."""
+    """Column with the spans that justify the label: a list of [start, end) offsets into the text; empty or null where a
+    row has none."""
+    rationale_unit: Literal["words", "chars"] = "words"
+    """What the offsets count: words of the text cut at single spaces (as in ERASER), or characters."""
     metric: Literal["accuracy", "exact_match", "f1", "turn_state", "rouge_l", "bleu"] = "accuracy"
     """What the cells of R hold. accuracy: of labels; the others compare free text (see cl_dist/data/answers.py)."""
     train: dict[str, Any] = {}

@@ -133,6 +133,10 @@ class Learner(ABC):
         Sets whatever training needs (slope, noise, head) itself, since scoring dev rows may have come in between.
         """
 
+    def freeze(self, units: list[tuple[int, int]]) -> None:
+        """Take the (layer, unit) pairs that a vote has chosen out of training; after start_task."""
+        raise ConfigError(f"{type(self).__name__} freezes nothing by vote")
+
     def rows(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, training: bool) -> Rows:
         """Return an empty collection that encodes rows as this learner reads them, in training or when it is scored."""
         from cl_dist.data.classify import ClassifyRows

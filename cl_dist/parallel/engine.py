@@ -5,7 +5,7 @@ is this rank's share of a sum over the global batch: DeepSpeed's averaging over 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,9 @@ class GradScale:
     row: Tensor | None = None
     column: Tensor | None = None
     scale: float = 1.0
+    decay: bool = False
+    """Whether weight decay goes on for the entries that may move. AdamW decays whole parameters, so the others are then
+    put back after every step; without it the whole parameter is kept out of decay."""
 
     def factor(self, like: Tensor) -> Tensor:
         """Return the factor in the shape, type and place of a gradient."""
@@ -124,8 +127,12 @@ def build_engine(
     check_engine(config, world.size, bf16)
     attach(model, grad_scales)
     if config.engine == "torch":
-        return TorchEngine(model.to(world.device), optimizing, num_micro, world, pulls)
-    return DeepSpeedEngine(config, model, optimizing, num_micro, micro_batch, bf16, world, pulls)
+        engine: TorchEngine | DeepSpeedEngine = TorchEngine(model.to(world.device), optimizing, num_micro, world, pulls)
+    else:
+        engine = DeepSpeedEngine(config, model, optimizing, num_micro, micro_batch, bf16, world, pulls)
+    if any(scale.decay for scale in grad_scales.values()) and optimizing.weight_decay:
+        engine.optimizer.hold = _Held(engine.module, grad_scales, world.rank).put_back
+    return engine
 
 
 def check_engine(config: EngineConfig, workers: int, bf16: bool) -> None:
@@ -146,6 +153,43 @@ def attach(model: nn.Module, grad_scales: Mapping[str, GradScale]) -> None:
         named[name].register_hook(lambda grad, scale=scale: grad * scale.factor(grad))
 
 
+class HeldAdamW(torch.optim.AdamW):
+    """AdamW that puts chosen entries back after every step, before anybody copies them."""
+
+    hold: Callable[[], None] | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        """Update the weights."""
+        result = super().step(closure)
+        if self.hold is not None:
+            self.hold()
+        return result
+
+
+class _Held:
+    """The bits of some parameters' entries, as far as this rank holds them."""
+
+    def __init__(self, model: nn.Module, grad_scales: Mapping[str, GradScale], rank: int) -> None:
+        self._rank = rank
+        self._parts: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        for name, scale in grad_scales.items():
+            parameter = model.get_parameter(name)
+            if not scale.decay or not parameter.requires_grad:
+                continue
+            piece, start = params.local(parameter, rank)
+            whole = torch.empty(getattr(parameter, "ds_shape", parameter.shape), device=piece.device)
+            keep = (scale.factor(whole) == 0).flatten()[start : start + piece.numel()]
+            keep = torch.nn.functional.pad(keep, (0, piece.numel() - keep.numel()))
+            if bool(keep.any()):
+                self._parts.append((parameter, keep, piece.flatten()[keep].clone()))
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Write the remembered bits."""
+        for parameter, keep, values in self._parts:
+            params.local(parameter, self._rank)[0].view(-1)[keep] = values
+
+
 class TorchEngine:
     """Plain torch on one worker."""
 
@@ -156,7 +200,7 @@ class TorchEngine:
         self._pulls = [(model.get_parameter(name), pull) for name, pull in pulls.items()]
         self._optimizing, self._num_micro = optimizing, num_micro
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer, self._schedule = _adamw(model, optimizing)
+        self.optimizer, self._schedule = _adamw(model, optimizing)
         self._micro, self._norm = 0, 0.0
 
     def __call__(self, batch: Any) -> Any:
@@ -177,9 +221,9 @@ class TorchEngine:
             parameter.grad += pull.gradient(parameter.detach())
         clip = self._optimizing.clip or float("inf")
         self._norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, clip))
-        self._optimizer.step()
+        self.optimizer.step()
         self._schedule.step()
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
 
     def grad_norm(self) -> float:
         """See Engine."""
@@ -187,7 +231,7 @@ class TorchEngine:
 
     def close(self) -> None:
         """See Engine."""
-        self._optimizer.state.clear()
+        self.optimizer.state.clear()
 
 
 class DeepSpeedEngine:
@@ -209,7 +253,7 @@ class DeepSpeedEngine:
         self._pulls = [(model.get_parameter(name), pull) for name, pull in pulls.items()]
         self._undo_mean = world.size * num_micro
         self._norm: Tensor | None = None
-        optimizer, schedule = _adamw(model, optimizing)
+        self.optimizer, schedule = _adamw(model, optimizing)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         exact = params.read(trained) if bf16 else {}
         settings = {
@@ -226,7 +270,7 @@ class DeepSpeedEngine:
             "zero_allow_untested_optimizer": True,
         }
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
+            model=model, optimizer=self.optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
         )
         self.module: nn.Module = self._engine.module
         # DeepSpeed makes its masters from weights that it has rounded to bfloat16: what must not move would move here.
@@ -262,8 +306,8 @@ class DeepSpeedEngine:
         self._engine.destroy()
 
 
-def _adamw(model: nn.Module, optimizing: Optimizing) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = torch.optim.AdamW(optimizing.groups(model), lr=optimizing.lr, eps=1e-8, fused=True)
+def _adamw(model: nn.Module, optimizing: Optimizing) -> tuple[HeldAdamW, Any]:
+    optimizer = HeldAdamW(optimizing.groups(model), lr=optimizing.lr, eps=1e-8, fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, optimizing.factor)
 
 

@@ -43,6 +43,10 @@ class Job:
     generate: GenerateConfig
     samples: str | None
     """Folder of the Generate stage whose pseudo-samples are trained on."""
+    recorded: str | None
+    """Folder of the Record stage that a Vote stage compares with."""
+    frozen: str | None
+    """Folder of the Vote stage whose choice is not trained."""
     engine: EngineConfig
     seed: int
     chain: tuple[str, ...]

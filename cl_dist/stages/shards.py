@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cl_dist.stages import evaluate, generate
+from cl_dist.stages import evaluate, generate, vote
 from cl_dist.stages.job import Job
 
 Shard = Any
@@ -33,4 +33,6 @@ class Sharded:
 SHARDED = {
     "evaluate": Sharded(evaluate.shards, evaluate.Scorer, evaluate.merge),
     "generate": Sharded(generate.shards, generate.Dreamer, generate.merge),
+    "record": Sharded(vote.shards, vote.Recording, vote.merge_record),
+    "vote": Sharded(vote.shards, vote.Comparing, vote.merge_vote),
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from cl_dist.data.language import LanguageRows
 from cl_dist.data.sampler import global_batch, num_micro_batches, num_steps, sample, share
 from cl_dist.data.samples import read_samples
+from cl_dist.data.votes import read_critical
 from cl_dist.methods.base import Learner, Rows
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.classifier import count_parameters
@@ -42,7 +43,7 @@ def run(job: Job, out: Path, report: Report) -> None:
     assert isinstance(stage, Train)
     began = time.monotonic()
     learner = build_learner(job)
-    learner.start_task(stage.task, (*stage.data, *stage.replay))
+    start(job, learner)
     rows, dev = _rows(job, stage, learner)
     steps_per_epoch = num_steps(len(rows), config.global_batch)
     schedule = Schedule(config.epochs * steps_per_epoch, steps_per_epoch, config.min_round_steps)
@@ -110,6 +111,14 @@ def run(job: Job, out: Path, report: Report) -> None:
         (out / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf8")
 
 
+def start(job: Job, learner: Learner) -> None:
+    """Choose what the stage trains."""
+    assert isinstance(job.stage, Train)
+    learner.start_task(job.stage.task, (*job.stage.data, *job.stage.replay))
+    if job.frozen is not None:
+        learner.freeze([(layer, unit) for layer, unit in read_critical(Path(job.frozen))["chosen"]])
+
+
 def _rows(job: Job, stage: Train, learner: Learner) -> tuple[Rows, dict[int, Rows]]:
     """Return the rows to train on, replayed ones last, and the dev rows of each task."""
     tokenizer, length = load_tokenizer(job.model), job.train.max_length
@@ -153,7 +162,7 @@ def _engine(
         lr=config.lr,
         lr_of=learner.learning_rates(),
         # AdamW decays a weight even where its gradient is masked to zero.
-        no_decay=frozenset(scales),
+        no_decay=frozenset(name for name, scale in scales.items() if not scale.decay),
         weight_decay=config.weight_decay,
         clip=config.clip,
         total_steps=schedule.total_steps,
@@ -176,7 +185,7 @@ def _finished(job: Job, weights: Mapping[str, Tensor], world: World) -> Learner:
     """Return a learner with the selected weights in a plain model, which an engine may have left cut up or rounded."""
     assert isinstance(job.stage, Train)
     learner = build_learner(job)
-    learner.start_task(job.stage.task, (*job.stage.data, *job.stage.replay))
+    start(job, learner)
     learner.model.load_state_dict(dict(weights), strict=False)
     learner.model.to(world.device).eval()
     return learner

@@ -1,0 +1,37 @@
+"""What voting stages leave behind, as files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cl_dist.errors import CheckpointError
+
+RECORDED, CRITICAL = "recorded.jsonl", "critical.json"
+
+
+def read_recorded(folder: Path) -> list[dict[str, Any]]:
+    """Return what a Record stage wrote, a line per row.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged.
+    """
+    return [json.loads(line) for line in _read(folder / RECORDED).split("\n") if line]
+
+
+def read_critical(folder: Path) -> dict[str, Any]:
+    """Return what a Vote stage wrote: the units chosen, as (layer, unit) pairs, and the count behind the choice.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged.
+    """
+    found: dict[str, Any] = json.loads(_read(folder / CRITICAL))
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf8")
+        json.loads(text if path.suffix == ".json" else f"[{','.join(line for line in text.split(chr(10)) if line)}]")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: missing or damaged ({error}); remove its folder and resume") from None
+    return text

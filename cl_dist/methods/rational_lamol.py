@@ -1,0 +1,141 @@
+"""Rational LAMOL: LAMOL that finds out, by rationales, what a new task would change most, and keeps that frozen.
+
+Source: Kanwatchara et al. 2021, "Rational LAMOL: A Rationale-Based Lifelong Learning Framework", ACL. For each task
+after the first: train freely -> vote (models/cci.py) -> train again from the model before the task, the chosen part
+frozen. Frozen is frozen to the bit, through weight decay and clipping, and decided anew at every task (DECISIONS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from cl_dist.methods.base import Method, TaskSequence
+from cl_dist.methods.lamol import Lamol, LamolConfig
+from cl_dist.methods.lamol import plan as plan_lamol
+from cl_dist.stage import Record, Ref, Stage, Train, Vote, VoteConfig, model_after
+
+if TYPE_CHECKING:
+    from cl_dist.parallel.engine import GradScale
+
+
+class RationalLamolConfig(LamolConfig, VoteConfig):
+    """Settings of Rational LAMOL: those of LAMOL, and those of the vote."""
+
+    name: Literal["rational_lamol"]  # type: ignore[assignment]
+    freeze: Literal["cci", "random", "first", "last", "list", "none"] = "cci"
+    """What is frozen: what the vote chooses, or, to compare with on the same budget, units drawn by the run's seed, the
+    first or last ones of the model, those of frozen_units, or nothing (LAMOL)."""
+    frozen_units: tuple[tuple[int, int], ...] = ()
+    """(layer, unit) pairs for freeze: list; of a block the unit is 0."""
+    freeze_output: bool = False
+    """Whether a frozen head's part of the projection behind the heads is frozen too."""
+
+    def vote(self) -> VoteConfig:
+        """Return how is voted."""
+        return VoteConfig(**{name: getattr(self, name) for name in VoteConfig.model_fields})
+
+
+def plan(config: RationalLamolConfig, tasks: TaskSequence, t: int) -> list[Stage]:
+    """As LAMOL; with freeze: cci a free model is trained and voted on before the one that stays."""
+    stages = plan_lamol(config, tasks, t)
+    if t == 0 or config.freeze != "cci":
+        return stages
+    at = next(place for place, stage in enumerate(stages) if isinstance(stage, Train))
+    final = stages[at]
+    assert isinstance(final, Train)
+    sources = (t - 1,) if config.voters == "previous" else tuple(range(t))
+    record = Record(task=t, model=model_after(t - 1), sources=sources, vote=config.vote())
+    free = final.model_copy(update={"step": "free"})
+    vote = Vote(
+        task=t,
+        model=Ref(task=t, stage=free.name),
+        recorded=Ref(task=t, stage=record.name),
+        sources=sources,
+        vote=config.vote(),
+    )
+    final = final.model_copy(update={"frozen": Ref(task=t, stage=vote.name)})
+    return [*stages[:at], record, free, vote, final, *stages[at + 1 :]]
+
+
+class RationalLamol(Lamol):
+    """LAMOL's learner, with a part of the model frozen."""
+
+    config: RationalLamolConfig
+
+    def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
+        """See Lamol."""
+        super().start_task(task, tasks)
+        self._frozen: list[tuple[int, int]] = []
+        if task and self.config.freeze not in ("cci", "none"):
+            self.freeze(self._control(task))
+
+    def freeze(self, units: list[tuple[int, int]]) -> None:
+        """Freeze units: blocks here and now, heads and groups by grad_scales."""
+        from cl_dist.models.heads import block_parameters
+
+        self._frozen = units
+        if self.config.level == "block":
+            for layer, _ in units:
+                for name in block_parameters(self.model.backbone, layer):
+                    self.model.backbone.get_parameter(name).requires_grad_(False)
+
+    def _control(self, task: int) -> list[tuple[int, int]]:
+        """Return the units of a control, as many as a vote would choose."""
+        import torch
+
+        from cl_dist.models.heads import shape_of, units_of
+        from cl_dist.parallel.seeds import seed_of
+
+        backbone, config = self.model.backbone, self.config
+        layers, units = shape_of(backbone)[0], units_of(backbone, config.level)
+        every = [(layer, unit) for layer in range(layers) for unit in range(units)]
+        count = 1 if config.level == "block" else min(config.top_k, len(every))
+        match config.freeze:
+            case "first":
+                return every[:count]
+            case "last":
+                return every[-count:]
+            case "random":
+                generator = torch.Generator().manual_seed(seed_of(self.seed, "freeze", task))
+                return sorted(every[i] for i in torch.randperm(len(every), generator=generator)[:count].tolist())
+            case _:
+                return [pair for pair in config.frozen_units if pair in every]
+
+    def grad_scales(self) -> Mapping[str, GradScale]:
+        """Keep what frozen heads and groups own; everything else moves and decays as it would."""
+        import torch
+
+        from cl_dist.models.heads import kept
+        from cl_dist.parallel.engine import GradScale
+
+        scales = dict(super().grad_scales())
+        if self.config.level == "block":
+            return {name: scale for name, scale in scales.items() if self.model.get_parameter(name).requires_grad}
+        parts = kept(self.model.backbone, self._frozen, self.config.level, self.config.freeze_output)
+        for inner, (axis, keep) in parts.items():
+            name = f"backbone.{inner}"
+            if axis == "column":
+                scales[name] = GradScale(row=torch.zeros(1), column=keep, decay=True)
+                continue
+            before = scales.get(name)
+            row = keep if before is None or before.row is None else keep * before.row
+            scales[name] = GradScale(row=row, decay=True)
+        return scales
+
+    def facts(self) -> dict[str, Any]:
+        """Return what was frozen, and its share of the model's parameters."""
+        total = sum(p.numel() for p in self.model.parameters())
+        frozen = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
+        for name, scale in self.grad_scales().items():
+            parameter = self.model.get_parameter(name)
+            frozen += int((scale.factor(parameter.detach()) == 0).sum()) if scale.decay else 0
+        return {"frozen_units": [list(pair) for pair in self._frozen], "freeze/params_frac": frozen / total}
+
+
+METHOD = Method(
+    config=RationalLamolConfig,
+    plan=plan,
+    learners={"text": "cl_dist.methods.rational_lamol:RationalLamol"},
+    about="LAMOL that keeps frozen what a vote over attention maps and rationales points at",
+)

@@ -1,0 +1,162 @@
+"""Critical component identification (CCI): whose attention a new task has changed most, as far as rationales can tell.
+
+With A (heads, T, T) a layer's attention, row s saying where token s looks, b a percentile, lo = floor(b (T - 1) / 100):
+    P(v)[t] = v[t] > sorted(v)[lo],   IoU(u, v) = |u and v| / |u or v|, 1 where both are empty
+A unit is a set of heads of one layer: all of them (level block), those that share keys (group), or one (head).
+    old model:  a*, s* = argmax over the unit's heads a and all tokens s of IoU(P(A[a, s]), rationale); g = P(A[a*, s*])
+    new model:  c = max over the unit's heads a and all tokens s of IoU(P(A'[a, s]), g)
+The lower c, the more has changed. Ties: the lowest head, then the lowest token.
+Source: Kanwatchara et al. 2021 (Rational LAMOL), section 3, with each block judged by its own map.
+Axes: L layers, U units of a layer, H heads, S queries of a chunk, T tokens, d size of a head.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from cl_dist.errors import ConfigError
+
+Bits = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+ATTENTION = "cl_dist_cci"
+CHUNK = 256
+"""Queries whose attention exists at a time: never a whole map of a long text, never that of two layers."""
+
+
+def highest(v: NDArray[np.float32], beta: int) -> Bits:
+    """Return P(v) along the last axis: at most T - 1 - lo entries, those above the order statistic `lo`."""
+    lo = beta * (v.shape[-1] - 1) // 100
+    chosen: Bits = v > np.partition(v, lo, axis=-1)[..., lo : lo + 1]
+    return chosen
+
+
+def overlap(u_HST: Bits, v_HT: Bits) -> Floats:
+    """Return IoU(u[h, s], v[h]): (H, S)."""
+    both_HS = np.matmul(u_HST.astype(np.float32), v_HT.astype(np.float32)[:, :, None])[..., 0].astype(np.float64)
+    either_HS = u_HST.sum(-1) + v_HT.sum(-1)[:, None] - both_HS
+    return np.divide(both_HS, either_HS, out=np.ones_like(both_HS), where=either_HS > 0)
+
+
+class Watcher(Protocol):
+    """Sees the attention of one text, layer by layer, in chunks of queries."""
+
+    def see(self, layer: int, first: int, attention_HST: NDArray[np.float32]) -> None:
+        """Look at the rows of the queries from `first` on."""
+
+
+class Recorder:
+    """The old model's part: for each unit the map that fits the rationale best."""
+
+    def __init__(self, rationale_T: Bits, units: int, beta: int) -> None:
+        """Take a text's rationale, and the units of a layer: 1, the groups of heads that share keys, or the heads."""
+        self._rationale_T, self._units, self._beta = rationale_T, units, beta
+        self._best: dict[int, tuple[Floats, Bits]] = {}
+
+    def see(self, layer: int, first: int, attention_HST: NDArray[np.float32]) -> None:
+        """See Watcher."""
+        chosen_HST = highest(attention_HST, self._beta)
+        heads = len(chosen_HST)
+        iou_HS = overlap(chosen_HST, np.broadcast_to(self._rationale_T, (heads, len(self._rationale_T))))
+        at_H = iou_HS.argmax(1)
+        found_H, bits_HT = iou_HS[np.arange(heads), at_H], chosen_HST[np.arange(heads), at_H]
+        if layer in self._best:
+            before_H, known_HT = self._best[layer]
+            better_H = found_H > before_H  # not where equal: an earlier token had it
+            found_H = np.where(better_H, found_H, before_H)
+            bits_HT = np.where(better_H[:, None], bits_HT, known_HT)
+        self._best[layer] = found_H, bits_HT
+
+    def maps(self) -> tuple[Bits, Floats]:
+        """Return g (L, U, T) and its IoU with the rationale (L, U)."""
+        bits, found = [], []
+        for layer in sorted(self._best):
+            iou_H, bits_HT = self._best[layer]
+            iou_UG = iou_H.reshape(self._units, -1)
+            chosen_U = iou_UG.argmax(1)
+            bits.append(bits_HT.reshape(self._units, iou_UG.shape[1], -1)[np.arange(self._units), chosen_U])
+            found.append(iou_UG.max(1))
+        return np.stack(bits), np.stack(found)
+
+
+class Comparer:
+    """The new model's part: how near each unit still comes to the map that was recorded."""
+
+    def __init__(self, maps_LUT: Bits, beta: int) -> None:
+        self._maps_LUT, self._beta = maps_LUT, beta
+        self._best: dict[int, Floats] = {}
+
+    def see(self, layer: int, first: int, attention_HST: NDArray[np.float32]) -> None:
+        """See Watcher."""
+        chosen_HST = highest(attention_HST, self._beta)
+        per_unit = len(chosen_HST) // self._maps_LUT.shape[1]
+        found_H = overlap(chosen_HST, self._maps_LUT[layer].repeat(per_unit, 0)).max(1)
+        found_U = found_H.reshape(-1, per_unit).max(1)
+        self._best[layer] = np.maximum(self._best[layer], found_U) if layer in self._best else found_U
+
+    def nearness(self) -> Floats:
+        """Return c: (L, U)."""
+        return np.stack([self._best[layer] for layer in sorted(self._best)])
+
+
+_watchers: list[Watcher] = []
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend as the model would, one text alone, and let the watcher see each row of it in float32."""
+    if module.training:
+        raise RuntimeError("attention is watched in evaluation mode only: dropout would be part of the maps")
+    if getattr(module, "sliding_window", None):
+        raise ConfigError("attention with a sliding window cannot vote: its rows do not cover the text")
+    groups = query.shape[1] // key.shape[1]
+    key_HTd, value_HTd = (x[0].repeat_interleave(groups, 0) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    length = query.shape[2]
+    place_T = torch.arange(length, device=query.device)
+    parts = []
+    for first in range(0, length, CHUNK):
+        query_HSd = query[0, :, first : first + CHUNK]
+        score_HST = (query_HSd @ key_HTd.transpose(1, 2)).float() * scale
+        hidden_ST = place_T[None, :] > place_T[first : first + CHUNK, None]
+        attention_HST = score_HST.masked_fill(hidden_ST, float("-inf")).softmax(-1)
+        for watcher in _watchers:
+            watcher.see(module.layer_idx, first, attention_HST.cpu().numpy())
+        parts.append(attention_HST.to(value.dtype) @ value_HTd)
+    return torch.cat(parts, 1).transpose(0, 1)[None], None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+@contextmanager
+def watched(model: PreTrainedModel) -> Iterator[None]:
+    """Have a model attend through this module."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def watch(model: PreTrainedModel, tokens: list[int], watcher: Watcher) -> None:
+    """Let a watcher see all the attention of a text; inside `watched`. The language modelling head is not computed."""
+    _watchers.append(watcher)
+    try:
+        model.base_model(torch.tensor([tokens], device=next(model.parameters()).device), use_cache=False)
+    finally:
+        _watchers.clear()

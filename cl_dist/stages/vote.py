@@ -1,0 +1,242 @@
+"""Worker side of Record and Vote: each row that has a rationale votes for what a new task has changed most.
+
+The old model reads all rows first and leaves bits behind, then the new model reads them: never are two models resident.
+A row is read alone, so nothing depends on which rows share a shard or a worker.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cl_dist.data.language import Speller, spell
+from cl_dist.data.rationales import token_mask
+from cl_dist.data.rows import Row, TaskData
+from cl_dist.data.votes import CRITICAL, RECORDED, read_recorded
+from cl_dist.errors import CheckpointError, DataError
+from cl_dist.models.backbone import load_tokenizer
+from cl_dist.models.causal import CausalModel
+from cl_dist.models.cci import Bits, Comparer, Floats, Recorder, watch, watched
+from cl_dist.models.heads import units_of
+from cl_dist.parallel.world import World
+from cl_dist.stage import Record, Vote, VoteConfig, digest_of
+from cl_dist.stages.job import Job, build_learner, task_data
+
+log = logging.getLogger(__name__)
+BINS = 20
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shard:
+    """Voting rows start..stop-1 of a task."""
+
+    source: int
+    start: int
+    stop: int
+
+
+Seen = list[dict[str, Any]]
+"""Per row: source, number, row (its id), and either skipped (why) or what the stage found."""
+
+
+def voting_rows(data: TaskData, vote: VoteConfig) -> tuple[Row, ...]:
+    """Return the rows of a task that may vote."""
+    return (data.dev or data.train)[: vote.samples]
+
+
+def shards(job: Job) -> list[Shard]:
+    """Cut the stage into shards. They depend on the science settings alone, never on the workers."""
+    stage = job.stage
+    assert isinstance(stage, Record | Vote)
+    return [
+        Shard(source, start, min(start + stage.vote.shard_samples, count))
+        for source in stage.sources
+        for count in [len(voting_rows(task_data(job, source), stage.vote))]
+        for start in range(0, count, stage.vote.shard_samples)
+    ]
+
+
+class _Reader:
+    """Holds a model and reads rows one by one."""
+
+    def __init__(self, job: Job) -> None:
+        assert isinstance(job.stage, Record | Vote)
+        self._job, self._vote = job, job.stage.vote
+        learner = build_learner(job)
+        assert isinstance(learner.model, CausalModel)
+        model: Any = learner.model.backbone
+        self._model: Any = model.to(World.current().device).eval()
+        if job.model.dtype == "bfloat16":
+            self._model = self._model.to(torch.bfloat16)
+        self._speller = Speller(load_tokenizer(job.model))
+
+    def _tokens(self, data: TaskData, row: Row) -> tuple[list[int], Bits, str | None]:
+        """Return a row's tokens, which of them belong to its rationale, and why it cannot vote, if so."""
+        length = self._job.train.max_length
+        prefix, answer = spell(self._speller, row, data.question, length)
+        context, places = self._speller.encode_places(row.text)
+        bare = Row(row.id, "", row.text_pair, row.label)
+        kept = len(prefix) - len(spell(self._speller, bare, data.question, length)[0])
+        if context[:kept] != prefix[:kept]:
+            raise DataError(f"row {row.id}: its tokens and their places in the text do not fit together")
+        mask = np.array(token_mask(places[:kept], row.rationale), dtype=bool)
+        tokens = prefix[:kept]
+        if self._vote.rows == "all":
+            tokens = [*prefix, self._speller.special.ans, *answer]
+            mask = np.pad(mask, (0, len(tokens) - kept))
+        skipped = None
+        if not row.rationale:
+            skipped = "no_rationale"
+        elif len(tokens) < 2 or not mask.any():
+            skipped = "cut_off"
+        return tokens, mask, skipped
+
+    def _read(self, shard: Shard) -> Seen:
+        data = task_data(self._job, shard.source)
+        rows = voting_rows(data, self._vote)
+        found: Seen = []
+        with watched(self._model):
+            for number in range(shard.start, shard.stop):
+                tokens, mask_T, skipped = self._tokens(data, rows[number])
+                line: dict[str, Any] = {"source": shard.source, "number": number, "row": rows[number].id}
+                line |= {"tokens": digest_of([tokens, mask_T.tolist()])}
+                found.append(line | ({"skipped": skipped} if skipped else self.look(line, tokens, mask_T)))
+        return found
+
+    def look(self, line: dict[str, Any], tokens: list[int], mask_T: Bits) -> dict[str, Any]:
+        """Return what the stage finds in a row."""
+        raise NotImplementedError
+
+
+class Recording(_Reader):
+    """The old model: where it looks in each row, in the map that fits the rationale best."""
+
+    def run(self, shard: Shard) -> Seen:
+        """Read a shard's rows."""
+        return self._read(shard)
+
+    def look(self, line: dict[str, Any], tokens: list[int], mask_T: Bits) -> dict[str, Any]:
+        """Return the maps as packed bits, and how far each fits the rationale."""
+        recorder = Recorder(mask_T, units_of(self._model, self._vote.level), self._vote.beta)
+        watch(self._model, tokens, recorder)
+        maps_LUT, iou_LU = recorder.maps()
+        return {"shape": list(maps_LUT.shape), "maps": np.packbits(maps_LUT).tobytes().hex(), "iou": iou_LU.tolist()}
+
+
+class Comparing(_Reader):
+    """The new model: how near each unit still comes to what was recorded."""
+
+    def __init__(self, job: Job) -> None:
+        assert job.recorded is not None
+        self._recorded = {(line["source"], line["number"]): line for line in read_recorded(Path(job.recorded))}
+        super().__init__(job)
+
+    def run(self, shard: Shard) -> Seen:
+        """Read a shard's rows."""
+        return self._read(shard)
+
+    def look(self, line: dict[str, Any], tokens: list[int], mask_T: Bits) -> dict[str, Any]:
+        """Return c of every unit.
+
+        Raises:
+            CheckpointError: If the row was recorded with other tokens, or not at all.
+        """
+        known = self._recorded.get((line["source"], line["number"]))
+        if known is None or known["tokens"] != line["tokens"]:
+            raise CheckpointError(
+                f"row {line['row']}: was recorded with other tokens; remove the folder {self._job.recorded} and resume"
+            )
+        shape = known["shape"]
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(known["maps"]), np.uint8), count=int(np.prod(shape)))
+        comparer = Comparer(bits.reshape(shape).astype(bool), self._vote.beta)
+        watch(self._model, tokens, comparer)
+        return {"nearness": comparer.nearness().tolist()}
+
+
+def _sorted(results: Iterable[tuple[Shard, Seen]]) -> Seen:
+    return [line for _, seen in sorted(results, key=lambda result: result[0]) for line in seen]
+
+
+def merge_record(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> None:
+    """Write the lines of all shards in order.
+
+    Raises:
+        DataError: If no row can vote.
+    """
+    lines = _sorted(results)
+    if all("skipped" in line for line in lines):
+        counts = dict(Counter(line["skipped"] for line in lines))
+        raise DataError(
+            f"none of {len(lines)} rows can vote: {counts}. Name the column with rationales as tasks.<id>.rationale, "
+            "and raise train.max_length where they are cut off"
+        )
+    (out / RECORDED).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
+
+
+def tally(nearness: list[Floats], vote: VoteConfig) -> dict[str, Any]:
+    """Count the votes of c (L, U) of every row.
+
+    Each row votes for the units with the smallest c: one block, or top_k groups or heads, ties by place. Those with
+    most votes are chosen, ties by place too. A row whose last vote was a tie says nothing of what is critical: the
+    margin is the lead, among the other rows alone, of the last unit chosen over the first one that is not, as a share
+    of all.
+    """
+    layers, units = nearness[0].shape
+    count = min(1 if vote.level == "block" else vote.top_k, layers * units)
+    votes, sure = (np.zeros(layers * units, dtype=np.int64) for _ in range(2))
+    ties = 0
+    histogram = np.zeros((layers, units, BINS), dtype=np.int64)
+    minima = []
+    for c_LU in nearness:
+        c_X = c_LU.ravel()
+        order = np.argsort(c_X, kind="stable")
+        votes[order[:count]] += 1
+        if count < len(c_X) and c_X[order[count - 1]] == c_X[order[count]]:
+            ties += 1
+        else:
+            sure[order[:count]] += 1
+        minima.append({"unit": [int(i) for i in divmod(int(order[0]), units)], "c": float(c_X[order[0]])})
+        bins = np.minimum((c_LU * BINS).astype(int), BINS - 1)
+        np.add.at(histogram, (*np.indices(c_LU.shape), bins), 1)
+    ranked = sorted(range(len(votes)), key=lambda unit: (-votes[unit], unit))
+    chosen = sorted(ranked[:count])
+    behind = max((sure[unit] for unit in ranked[count:]), default=0)
+    return {
+        "chosen": [[int(i) for i in divmod(unit, units)] for unit in chosen],
+        "votes": votes.reshape(layers, units).tolist(),
+        "margin": float(min(sure[unit] for unit in chosen) - behind) / len(nearness),
+        "ties": ties,
+        "mean_c": np.mean(nearness, axis=0).tolist(),
+        "histogram": histogram.tolist(),
+        "minima": minima,
+    }
+
+
+def merge_vote(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> None:
+    """Count the votes and write critical.json to out."""
+    assert isinstance(job.stage, Vote)
+    assert job.recorded is not None
+    lines, vote = _sorted(results), job.stage.vote
+    used = [line for line in lines if "skipped" not in line]
+    found = tally([np.array(line["nearness"]) for line in used], vote)
+    for line, minimum in zip(used, found["minima"], strict=True):
+        minimum |= {"task": job.tasks[line["source"]].id, "row": line["row"]}
+    iou = [line["iou"] for line in read_recorded(Path(job.recorded)) if "skipped" not in line]
+    decisive = found["margin"] >= vote.min_margin
+    if not decisive:
+        log.warning("vote not decisive task=%s margin=%.3f", job.tasks[job.stage.task].id, found["margin"])
+    facts = {
+        "level": vote.level,
+        "used": len(used),
+        "skipped": dict(Counter(line["skipped"] for line in lines if "skipped" in line)),
+        "voters": [job.tasks[source].id for source in job.stage.sources],
+        "is_decisive": decisive,
+        "rationale_iou": np.mean(iou, axis=0).tolist(),
+    }
+    (out / CRITICAL).write_text(json.dumps(facts | found, indent=1), encoding="utf8")

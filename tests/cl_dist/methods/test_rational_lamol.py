@@ -1,0 +1,198 @@
+"""Rational LAMOL as a plan of stages, its vote as shards, and what its learner freezes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cl_dist.errors import CheckpointError, DataError
+from cl_dist.jobs import Workbook
+from cl_dist.stage import Record, Ref, Train, ref
+from cl_dist.stages import train, vote
+from cl_dist.stages.job import Job, build_learner
+from cl_dist.stages.shards import SHARDED
+from tests import tiny
+from tests.parity import train_here
+
+FINAL = Ref(task=1, stage="train")
+
+
+def made(folder: Path, name: str = "tiny", train: dict[str, Any] | None = None, **method: Any) -> Workbook:
+    settings = {**tiny.METHODS["rational_lamol"], **method}
+    science: dict[str, Any] = {"method": settings, "train": {**tiny.TEXT_TRAIN, **(train or {})}}
+    return tiny.book(folder, {"run": {"name": name}, "science": science}, tasks=("food", "film"))
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+    """A finished run with votes of heads."""
+    return tiny.compute(made(tmp_path_factory.mktemp("rational")))
+
+
+def results(job: Job, out: Path, size: int) -> dict[str, bytes]:
+    """Work on a stage in shards of another size."""
+    assert not isinstance(job.stage, Train)
+    changed = job.stage.vote.model_copy(update={"shard_samples": size})  # type: ignore[union-attr]
+    job = replace(job, stage=job.stage.model_copy(update={"vote": changed}))
+    kind = SHARDED[job.stage.kind]
+    workers = [kind.worker(job), kind.worker(job)]
+    cut = kind.cut(job)
+    found = [(shard, workers[number % 2].run(shard)) for number, shard in enumerate(reversed(cut))]
+    out.mkdir()
+    kind.merge(job, found, out)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_the_plan_is_the_papers_four_steps(book: Workbook) -> None:
+    names = [[stage.name for stage in book.plan(task)] for task in (0, 1)]
+    assert names == [["train", "evaluate"], ["generate", "record", "free", "vote", "train", "evaluate"]]
+    free, final = (book.stage(Ref(task=1, stage=name)) for name in ("free", "train"))
+    assert isinstance(free, Train)
+    assert isinstance(final, Train)
+    first = Ref(task=0, stage="train")
+    assert free.init == final.init == first  # the second time from the model before the task, not from the free one
+    assert book.job(final).chain == (str(book.ledger.path(first).absolute()),)
+    assert free.frozen is None
+    assert final.frozen == Ref(task=1, stage="vote")
+    evaluate = book.plan(1)[-1]
+    assert str(book.ledger.path(FINAL).absolute()) in book.job(evaluate).chain
+
+
+@pytest.mark.parametrize("kind", ["record", "vote"])
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_any_number_of_shards_finds_the_same(book: Workbook, tmp_path: Path, kind: str, size: int) -> None:
+    stage = book.stage(Ref(task=1, stage=kind))
+    found = results(book.job(stage), tmp_path / "out", size)
+    assert len(SHARDED[kind].cut(book.job(stage))) == 2  # of six dev rows four at a time
+    for name, content in found.items():
+        assert content == (book.ledger.path(ref(stage)) / name).read_bytes()
+
+
+def test_the_vote_tells_what_it_rests_on(book: Workbook) -> None:
+    found = book.ledger.read(Ref(task=1, stage="vote"), "critical.json")
+    assert found["used"] == 6
+    assert found["voters"] == ["food"]
+    assert found["skipped"] == {}
+    assert np.array(found["votes"]).shape == (2, 2)
+    assert np.array(found["votes"]).sum() == 6
+    assert len(found["chosen"]) == 1
+    assert len(found["minima"]) == 6
+    assert 0 <= found["margin"] <= 1
+    layer, unit = found["chosen"][0]
+    assert found["votes"][layer][unit] == np.array(found["votes"]).max()
+    facts = book.ledger.read(FINAL, "train.json")["learner"]
+    assert facts["frozen_units"] == found["chosen"]
+    assert 0 < facts["freeze/params_frac"] < 0.2
+
+
+def test_rows_without_a_rationale_and_rows_that_are_cut_off_do_not_vote(book: Workbook) -> None:
+    job = book.job(book.stage(Ref(task=1, stage="record")))
+    data = book.data(0)
+    reader = vote.Recording(job)
+    bare = replace(data.dev[0], rationale=())
+    assert reader._tokens(data, bare)[2] == "no_rationale"
+    long = replace(data.dev[0], text="the " * 40 + "tasty", rationale=((160, 165),))
+    tokens, mask, why = reader._tokens(data, long)
+    assert why == "cut_off"
+    assert len(tokens) == len(mask) == job.train.max_length - 6  # ans, the token that asks, answer, question
+    with pytest.raises(DataError, match=r"none of 1 rows can vote: \{'no_rationale': 1\}.*tasks\.<id>\.rationale"):
+        vote.merge_record(job, [(vote.Shard(0, 0, 1), [{"skipped": "no_rationale"}])], Path())
+
+
+def test_question_and_answer_are_read_only_if_asked_for(book: Workbook) -> None:
+    job = book.job(book.stage(Ref(task=1, stage="record")))
+    assert isinstance(job.stage, Record)
+    whole = replace(job, stage=job.stage.model_copy(update={"vote": job.stage.vote.model_copy(update={"rows": "all"})}))
+    data = book.data(0)
+    short, mask, _ = vote.Recording(job)._tokens(data, data.dev[0])
+    long, wide, _ = vote.Recording(whole)._tokens(data, data.dev[0])
+    assert long[: len(short)] == short
+    assert len(long) == len(short) + 3 + 1 + 1  # question, ans, answer
+    assert not wide[len(short) :].any()
+    assert (wide[: len(short)] == mask).all()
+
+
+def test_a_record_of_other_tokens_is_refused(book: Workbook, tmp_path: Path) -> None:
+    job = book.job(book.stage(Ref(task=1, stage="vote")))
+    lines = [json.loads(line) for line in (Path(str(job.recorded)) / "recorded.jsonl").read_text().splitlines()]
+    lines[2]["tokens"] = "0" * 64
+    (tmp_path / "recorded.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    worker = vote.Comparing(replace(job, recorded=str(tmp_path)))
+    with pytest.raises(CheckpointError, match="was recorded with other tokens"):
+        worker.run(vote.Shard(0, 0, 4))
+
+
+@pytest.mark.parametrize("level", ["block", "group", "head"])
+def test_what_is_frozen_keeps_every_bit_through_decay_and_clipping(tmp_path: Path, level: str) -> None:
+    settings = {"weight_decay": 0.1, "clip": 0.5, "epochs": 3}
+    book = made(tmp_path, train=settings, level=level, freeze="list", frozen_units=[[1, 0]], freeze_output=True)
+    first = train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train"))).weights
+    stage = next(stage for stage in book.plan(1) if isinstance(stage, Train)).model_copy(update={"samples": None})
+    job = replace(book.job(stage), samples=None)
+    after = train_here(job, tmp_path / "out").weights
+    learner = build_learner(job)
+    train.start(job, learner)
+    if level == "block":
+        mine = [name for name, p in learner.model.named_parameters() if not p.requires_grad]
+        assert mine
+        assert all(".h.1." in name for name in mine)
+        assert not set(mine) & after.keys()  # nothing of it is in the optimizer, or stored again
+        return
+    held = {name: scale for name, scale in learner.grad_scales().items() if scale.decay}
+    assert {name.split(".", 4)[-1] for name in held} == {"attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight"}
+    for name, scale in held.items():
+        kept = scale.factor(first[name]) == 0
+        assert torch.equal(after[name][kept], first[name][kept])
+        assert not torch.equal(after[name][~kept], first[name][~kept])
+
+
+def test_all_else_is_updated_as_without_freezing(tmp_path: Path) -> None:
+    """After one step with decay and without clipping, whose norm freezing does change."""
+    settings = {"weight_decay": 0.1, "clip": 0.0, "epochs": 1, "global_batch": 64, "warmup": 0.0}
+    found = {}
+    for freeze in ("none", "list"):
+        book = made(tmp_path, freeze, settings, freeze=freeze, frozen_units=[[0, 1]])
+        train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
+        stage = next(stage for stage in book.plan(1) if isinstance(stage, Train)).model_copy(update={"samples": None})
+        job = replace(book.job(stage), samples=None)
+        found[freeze] = train_here(job, tmp_path / f"out-{freeze}").weights
+    learner = build_learner(job)
+    train.start(job, learner)
+    held = {name: scale for name, scale in learner.grad_scales().items() if scale.decay}
+    assert held
+    for name, weight in found["none"].items():
+        moves = held[name].factor(weight) != 0 if name in held else torch.ones_like(weight, dtype=torch.bool)
+        assert torch.equal(found["list"][name][moves], weight[moves])
+        assert name not in held or not torch.equal(found["list"][name][~moves], weight[~moves])
+
+
+@pytest.mark.parametrize(
+    ("freeze", "units"),
+    [("first", [(0, 0), (0, 1)]), ("last", [(1, 0), (1, 1)]), ("list", [(1, 1)]), ("none", [])],
+)
+def test_controls_freeze_as_much_without_a_vote(tmp_path: Path, freeze: str, units: list[tuple[int, int]]) -> None:
+    book = made(tmp_path, freeze=freeze, top_k=2, frozen_units=[[1, 1], [9, 9]])
+    assert [stage.name for stage in book.plan(1)] == ["generate", "train", "evaluate"]
+    train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
+    stage = next(stage for stage in book.plan(1) if isinstance(stage, Train))
+    learner: Any = build_learner(book.job(stage))
+    learner.start_task(1, (1,))
+    assert learner._frozen == units
+
+
+def test_a_random_control_is_drawn_by_seed_and_task(tmp_path: Path) -> None:
+    book = made(tmp_path, freeze="random", top_k=2)
+    train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
+    job = book.job(next(stage for stage in book.plan(1) if isinstance(stage, Train)))
+    drawn = []
+    for seed in (0, 0, 1, 2, 3, 4):
+        learner: Any = build_learner(replace(job, seed=seed))
+        learner.start_task(1, (1,))
+        drawn.append(learner._frozen)
+    assert drawn[0] == drawn[1]
+    assert len({tuple(units) for units in drawn}) > 1
+    assert all(len(set(units)) == 2 for units in drawn)

@@ -1,0 +1,89 @@
+"""Frozen heads and blocks on two ranks: bit-equal through decay, clipping, accumulation and bfloat16, ZeRO 0 to 3."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cl_dist.errors import ProtectionError
+from cl_dist.parallel import engine
+from cl_dist.stage import Ref, Train
+from cl_dist.stages import train
+from cl_dist.stages.job import Job, build_learner
+from cl_dist.stages.weights import StoredWeights
+from tests import tiny
+from tests.parity import Cell, train_here
+from tests.pool import Ranks
+
+pytestmark = pytest.mark.timeout(300)
+TRAIN = {"epochs": 3, "weight_decay": 0.1, "clip": 0.5}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """The second task's training, by level, with one unit frozen."""
+    found = {}
+    for level in ("block", "head"):
+        folder = tmp_path_factory.mktemp(level)
+        method = {**tiny.METHODS["rational_lamol"], "level": level, "freeze": "list", "frozen_units": [[1, 0]]}
+        science = {"method": {**method, "freeze_output": True}, "train": TRAIN}
+        book = tiny.book(folder, {"science": science}, tasks=("food", "film"))
+        train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
+        stage = next(stage for stage in book.plan(1) if isinstance(stage, Train))
+        found[level] = replace(book.job(stage.model_copy(update={"samples": None})), samples=None)
+    return found
+
+
+def _train(rank: int, world: int, job: Job, out: str) -> None:
+    train.run(job, Path(out), lambda event: None)
+
+
+def _train_without_putting_back(rank: int, world: int, job: Job, out: str) -> None:
+    put_back = engine._Held.put_back
+    engine._Held.put_back = lambda self: None  # type: ignore[method-assign]
+    try:
+        train.run(job, Path(out), lambda event: None)
+    finally:
+        engine._Held.put_back = put_back  # type: ignore[method-assign]
+
+
+FLOAT, BRAIN = "float32", "bfloat16"
+CELLS: list[tuple[Any, str]] = [(stage, FLOAT) for stage in (0, 1, 2, 3)] + [(stage, BRAIN) for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("level", ["block", "head"])
+@pytest.mark.parametrize(("zero_stage", "dtype"), CELLS)
+def test_what_is_frozen_keeps_every_bit(
+    ranks: Ranks, jobs: dict[str, Job], tmp_path: Path, level: str, zero_stage: Any, dtype: Any
+) -> None:
+    cell = Cell("rational_lamol", zero_stage, 2, 2).engine.model_copy(update={"verify_protection_every": 1})
+    job = replace(jobs[level], engine=cell, model=jobs[level].model.model_copy(update={"dtype": dtype}))
+    out = tmp_path / "out"
+    out.mkdir()
+    ranks.run(_train, job, str(out), timeout_s=200.0)
+    after, before = StoredWeights(out), StoredWeights(job.chain[-1])
+    learner = build_learner(job)
+    train.start(job, learner)
+    if level == "block":
+        assert not any(".h.1." in name for name in after)
+        assert any(".h.0." in name for name in after)
+        return
+    held = {name: scale for name, scale in learner.grad_scales().items() if scale.decay}
+    assert held
+    for name, scale in held.items():
+        kept = scale.factor(before[name]) == 0
+        assert torch.equal(after[name][kept], before[name][kept])
+        assert not torch.equal(after[name][~kept], before[name][~kept])
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_decay_that_is_not_undone_is_noticed(
+    ranks: Ranks, jobs: dict[str, Job], tmp_path: Path, zero_stage: Any
+) -> None:
+    cell = Cell("rational_lamol", zero_stage, 2, 1).engine.model_copy(update={"verify_protection_every": 1})
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(ProtectionError, match=r"step 1: protected entries have moved, of .*attn\.c_attn"):
+        ranks.run(_train_without_putting_back, replace(jobs["head"], engine=cell), str(out), timeout_s=200.0)
