@@ -73,6 +73,9 @@ class GenerateConfig(Section):
     """How often a sample is drawn anew when it is malformed, the first time included."""
     known_labels: bool = True
     """Whether an answer that is no label of the sample's task is malformed; not so for tasks with free answers."""
+    balance_labels: bool = True
+    """Whether labels are kept near their shares among the task's train rows: what is drawn from few candidates per
+    token tends to one label. A sample too many of a label is drawn anew, and kept if no other comes."""
     min_yield: float = Field(0.5, ge=0, le=1)
     """Share of the requested samples that must come out well-formed and distinct; below it the run stops."""
 

@@ -19,7 +19,7 @@ from cl_dist.errors import CheckpointError
 from cl_dist.jobs import Workbook
 from cl_dist.ledger import write_json
 from cl_dist.metrics import summarize
-from cl_dist.stage import Evaluate, Generate, Ref, Stage, Train, ref
+from cl_dist.stage import Evaluate, Generate, Ref, Stage, Train, Vote, ref
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("cl-dist", "torch", "deepspeed", "accelerate", "transformers", "datasets", "ray", "peft")
@@ -170,6 +170,8 @@ def summary(book: Workbook, individual: Sequence[float | None] | None = None, jo
     }
     if plugins := _plugin_facts(book):
         result["plugins"] = plugins
+    if votes := _vote_facts(book):
+        result["votes"] = votes
     if replay := _replay_facts(book):
         result["replay"] = replay
     return result
@@ -245,6 +247,17 @@ def _replay_facts(book: Workbook) -> list[dict[str, Any]]:
             shown = [(row.text, row.text_pair, data.question, row.label) for row in data.train[:5]]
             real = [" => ".join(part for part in parts if part) for parts in shown]
             facts.append({"before": book.tasks.tasks[stage.task].id, "task": data.id, "real": real, **numbers})
+    return facts
+
+
+def _vote_facts(book: Workbook) -> list[dict[str, Any]]:
+    """Return what the Vote stages chose, and the count behind it."""
+    facts = []
+    for stage in (stage for t in range(len(book.tasks)) for stage in book.plan(t)):
+        if isinstance(stage, Vote) and book.ledger.manifest(ref(stage)) is not None:
+            found = book.ledger.read(ref(stage), "critical.json")
+            kept = {name: value for name, value in found.items() if name not in ("minima", "histogram")}
+            facts.append({"task": book.tasks.tasks[stage.task].id, **kept})
     return facts
 
 

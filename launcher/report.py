@@ -28,12 +28,13 @@ from launcher.figures import (
     spark,
 )
 from launcher.report_plugins import plugin_view
+from launcher.report_votes import vote_view
 
 SCHEMA_VERSION = 1
 DASH = "\N{EN DASH}"
 MAX_LINES = 8
 """More tasks than this get a small chart each: nobody can tell nineteen lines or colours apart."""
-KINDS = ("train", "generate", "vote", "evaluate", "other")
+KINDS = ("train", "generate", "record", "vote", "evaluate", "other")
 
 Summary = Mapping[str, Any]
 Row = Sequence[float | None]
@@ -112,6 +113,7 @@ def view(summaries: Sequence[Summary]) -> dict[str, Any]:
         "task_chart": _task_chart(main, accuracy, num_learned),
         "plugins": plugin_view(main, accuracy) if main.get("plugins") else None,
         "replay": main.get("replay") or [],
+        "votes": [vote_view(vote) for vote in main.get("votes") or []],
         "overlaps": [task for task in main["tasks"] if task.get("overlap")],
         "time": _time(main),
         "metrics": [(name, MEANING.get(name, ""), metric) for name, metric in main["metrics"].items()],

@@ -27,6 +27,8 @@ Floats = NDArray[np.float64]
 ATTENTION = "cl_dist_cci"
 CHUNK = 256
 """Queries whose attention exists at a time: never a whole map of a long text, never that of two layers."""
+BLOCK = 64
+"""Queries whose order statistic is searched together."""
 
 
 def highest(v: NDArray[np.float32], beta: int) -> Bits:
@@ -36,10 +38,30 @@ def highest(v: NDArray[np.float32], beta: int) -> Bits:
     return chosen
 
 
+def highest_causal(v_HST: NDArray[np.float32], first: int, beta: int) -> Bits:
+    """Return P of the rows of the queries from `first` on, which are 0 behind their own place.
+
+    The zeros behind the last row of a block are the smallest entries of all its rows: they are left out, and the order
+    statistic moves down by as many.
+    """
+    queries, length = v_HST.shape[1:]
+    lo = beta * (length - 1) // 100
+    chosen = np.zeros(v_HST.shape, dtype=bool)
+    for start in range(0, queries, BLOCK):
+        stop = min(start + BLOCK, queries)
+        width = first + stop
+        part = v_HST[:, start:stop, :width]
+        place = lo - (length - width)
+        bound = np.partition(part, place, axis=-1)[..., place : place + 1] if place >= 0 else 0
+        chosen[:, start:stop, :width] = part > bound
+    return chosen
+
+
 def overlap(u_HST: Bits, v_HT: Bits) -> Floats:
     """Return IoU(u[h, s], v[h]): (H, S)."""
-    both_HS = np.matmul(u_HST.astype(np.float32), v_HT.astype(np.float32)[:, :, None])[..., 0].astype(np.float64)
-    either_HS = u_HST.sum(-1) + v_HT.sum(-1)[:, None] - both_HS
+    sides_HT2 = np.stack([v_HT, np.ones_like(v_HT)], -1).astype(np.float32)
+    both_HS, size_HS = np.moveaxis(np.matmul(u_HST.astype(np.float32), sides_HT2).astype(np.float64), -1, 0)
+    either_HS = size_HS + v_HT.sum(-1)[:, None] - both_HS
     return np.divide(both_HS, either_HS, out=np.ones_like(both_HS), where=either_HS > 0)
 
 
@@ -60,7 +82,7 @@ class Recorder:
 
     def see(self, layer: int, first: int, attention_HST: NDArray[np.float32]) -> None:
         """See Watcher."""
-        chosen_HST = highest(attention_HST, self._beta)
+        chosen_HST = highest_causal(attention_HST, first, self._beta)
         heads = len(chosen_HST)
         iou_HS = overlap(chosen_HST, np.broadcast_to(self._rationale_T, (heads, len(self._rationale_T))))
         at_H = iou_HS.argmax(1)
@@ -93,7 +115,7 @@ class Comparer:
 
     def see(self, layer: int, first: int, attention_HST: NDArray[np.float32]) -> None:
         """See Watcher."""
-        chosen_HST = highest(attention_HST, self._beta)
+        chosen_HST = highest_causal(attention_HST, first, self._beta)
         per_unit = len(chosen_HST) // self._maps_LUT.shape[1]
         found_H = overlap(chosen_HST, self._maps_LUT[layer].repeat(per_unit, 0)).max(1)
         found_U = found_H.reshape(-1, per_unit).max(1)
@@ -122,16 +144,16 @@ def _attention(
     if getattr(module, "sliding_window", None):
         raise ConfigError("attention with a sliding window cannot vote: its rows do not cover the text")
     groups = query.shape[1] // key.shape[1]
-    key_HTd, value_HTd = (x[0].repeat_interleave(groups, 0) for x in (key, value))
+    key_HTd, value_HTd = (x[0] if groups == 1 else x[0].repeat_interleave(groups, 0) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     length = query.shape[2]
     place_T = torch.arange(length, device=query.device)
     parts = []
     for first in range(0, length, CHUNK):
         query_HSd = query[0, :, first : first + CHUNK]
-        score_HST = (query_HSd @ key_HTd.transpose(1, 2)).float() * scale
+        score_HST = (query_HSd @ key_HTd.transpose(1, 2)).float().mul_(scale)
         hidden_ST = place_T[None, :] > place_T[first : first + CHUNK, None]
-        attention_HST = score_HST.masked_fill(hidden_ST, float("-inf")).softmax(-1)
+        attention_HST = score_HST.masked_fill_(hidden_ST, float("-inf")).softmax(-1)
         for watcher in _watchers:
             watcher.see(module.layer_idx, first, attention_HST.cpu().numpy())
         parts.append(attention_HST.to(value.dtype) @ value_HTd)

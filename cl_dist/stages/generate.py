@@ -9,6 +9,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,10 +31,10 @@ from cl_dist.stages.job import Job, build_learner, replayed_rows, task_data
 
 SHOWN = 20
 """First attempts of each task that are kept as they came, for the report."""
-Fault = Literal["no_answer_mark", "stray_token", "no_end", "empty", "unknown_label"]
+Fault = Literal["no_answer_mark", "stray_token", "no_end", "empty", "unknown_label", "surplus_label"]
 """no_answer_mark: ended without the token between question and answer, or has two; stray_token: holds another special
-token; no_end: longer than train.max_length; empty: nothing before or behind the mark; unknown_label: see
-science.generate.known_labels."""
+token; no_end: longer than train.max_length; empty: nothing before or behind the mark; unknown_label and surplus_label
+(well-formed, but one too many): see known_labels and balance_labels of science.generate."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -46,8 +47,8 @@ class Shard:
 
 
 Written = dict[str, Any]
-"""samples (list of Sample), faults (count by kind over all attempts), attempts, firsts (texts of first attempts),
-tokens drawn."""
+"""samples (list of Sample), faults (count by kind over all attempts), attempts, first_well_formed (of the first
+attempts), firsts (texts of some of these), tokens drawn."""
 
 
 def shards(job: Job) -> list[Shard]:
@@ -91,21 +92,51 @@ class Dreamer:
         waiting = deque(line(number, 0) for number in range(shard.start, shard.stop))
         known = {tuple(self._speller.encode(name)) for name in self._known(shard.source)}
         found: list[Sample] = []
+        spare: dict[int, Sample] = {}
+        room = self._quota(shard)
         faults: Counter[str] = Counter()
         firsts: dict[int, str] = {}
-        attempts = tokens = 0
+        attempts = tokens = first_well_formed = 0
         for ended in write(self._model, waiting, settings.slots, length, pick):
             attempts, tokens = attempts + 1, tokens + len(ended.tokens) + 1
             sample, fault = self._judged(ended, shard.source, known)
             if ended.attempt == 0 and ended.number < SHOWN:
                 firsts[ended.number] = self._shown(ended.tokens) + (f"  [{fault}]" if fault else "")
+            if sample is not None and room.get(sample.label, 1) < 1:
+                spare.setdefault(sample.number, sample)
+                sample, fault = None, "surplus_label"
+            first_well_formed += ended.attempt == 0 and fault in (None, "surplus_label")
+            if fault is not None:
+                faults[fault] += 1
+                if ended.attempt + 1 < settings.max_attempts:
+                    waiting.append(line(ended.number, ended.attempt + 1))
+                    continue
+                sample = spare.get(ended.number)
             if sample is not None:
                 found.append(sample)
-                continue
-            faults[str(fault)] += 1
-            if ended.attempt + 1 < settings.max_attempts:
-                waiting.append(line(ended.number, ended.attempt + 1))
-        return {"samples": found, "faults": dict(faults), "attempts": attempts, "firsts": firsts, "tokens": tokens}
+                if sample.label in room:
+                    room[sample.label] -= 1
+        return {
+            "samples": found,
+            "faults": dict(faults),
+            "attempts": attempts,
+            "first_well_formed": first_well_formed,
+            "firsts": firsts,
+            "tokens": tokens,
+        }
+
+    def _quota(self, shard: Shard) -> dict[str, int]:
+        """Return how many samples of each label a shard has room for; nothing where labels are not balanced."""
+        rows = task_data(self._job, shard.source)
+        if self._shared or not self._job.generate.balance_labels or not rows.labels:
+            return {}
+        counts = Counter(row.label for row in rows.train)
+        wanted = shard.stop - shard.start
+        return {self._spelled(name): ceil(wanted * counts[name] / len(rows.train)) for name in rows.labels}
+
+    def _spelled(self, label: str) -> str:
+        """Return a label as the vocabulary spells it."""
+        return self._speller.decode(self._speller.encode(label))
 
     def _judged(self, line: "_Line", source: int, known: set[tuple[int, ...]]) -> tuple[Sample | None, Fault | None]:
         """Return the sample that was written, or what is wrong with it."""
@@ -205,11 +236,12 @@ def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None
         facts[job.tasks[source].id] = {
             "requested": requested,
             "generated": attempts,
-            "malformed": sum(faults.values()),
+            "malformed": sum(faults.values()) - faults["surplus_label"],
+            "surplus": faults["surplus_label"],
             "faults": faults,
             "duplicate": len(samples) - len(left),
             "kept": len(left),
-            "first_attempt_yield": sum(s.attempt == 0 for s in samples) / max(requested, 1),
+            "first_attempt_yield": sum(written["first_well_formed"] for written in own) / max(requested, 1),
             "labels": dict(sorted(Counter(s.label for s in left).items())),
             "tokens": sum(written["tokens"] for written in own),
             "firsts": [firsts[number] for number in sorted(firsts)],

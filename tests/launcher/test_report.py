@@ -138,7 +138,15 @@ def test_ctr_figures_are_left_out_one_by_one(tmp_path: Path) -> None:
 
 
 def test_pseudo_samples_stand_beside_real_rows(tmp_path: Path) -> None:
-    written = {"requested": 40, "generated": 57, "malformed": 15, "duplicate": 2, "kept": 38, "labels": {HOSTILE: 38}}
+    written = {
+        "requested": 40,
+        "generated": 57,
+        "malformed": 15,
+        "surplus": 2,
+        "duplicate": 2,
+        "kept": 38,
+        "labels": {HOSTILE: 38},
+    }
     shares = {"first_attempt_yield": 0.7, "label_agreement": 0.61, "label_agreement_real": None}
     texts = {"real": ["a real row => good"], "firsts": [f"{HOSTILE} => good  [no_end]"]}
     replay = [{"before": "amazon", "task": "movies", **written, **shares, **texts}]
@@ -148,6 +156,28 @@ def test_pseudo_samples_stand_beside_real_rows(tmp_path: Path) -> None:
         assert text in found
     assert "<script" not in html
     assert not section(page([summaries()[0]], tmp_path), "replay")
+
+
+def test_votes_are_shown_as_a_map_of_layers_and_heads(tmp_path: Path) -> None:
+    vote = {
+        "task": HOSTILE,
+        "level": "head",
+        "used": 40,
+        "skipped": {"no_rationale": 3},
+        "voters": ["movies"],
+        "is_decisive": False,
+        "chosen": [[1, 0]],
+        "votes": [[5, 10], [20, 5]],
+        "margin": 0.025,
+        "ties": 2,
+        "mean_c": [[0.9, 0.8], [0.5, 1.0]],
+    }
+    html = page([summaries()[0] | {"votes": [vote]}], tmp_path)
+    found = section(html, "votes")
+    for text in ("head 1.0", "40 rows of movies voted", "3 did not (no rationale)", "2.5 %", "not decisive", "frozen"):
+        assert text in found
+    assert "<script" not in html
+    assert not section(page([summaries()[0]], tmp_path), "votes")
 
 
 def test_a_cell_that_was_not_measured_is_hatched_and_has_no_number(tmp_path: Path) -> None:

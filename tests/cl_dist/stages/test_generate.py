@@ -68,8 +68,11 @@ def test_every_request_is_accounted_for(job: Job, book: Workbook) -> None:
         own = [sample for sample in samples if sample.source == source]
         assert numbers["requested"] == 5
         assert numbers["kept"] == len(own) == len({(s.prefix, s.answer) for s in own})
-        assert numbers["malformed"] == sum(numbers["faults"].values())
-        assert numbers["generated"] == numbers["malformed"] + numbers["duplicate"] + numbers["kept"]
+        assert numbers["malformed"] + numbers["surplus"] == sum(numbers["faults"].values())
+        well_formed = numbers["generated"] - numbers["malformed"]
+        kept = numbers["kept"] + numbers["duplicate"]
+        assert well_formed - numbers["surplus"] <= kept <= well_formed  # a surplus one is kept if no other comes
+        assert 0 < numbers["first_attempt_yield"] <= 1
         assert set(numbers["labels"]) <= set(book.data(source).labels)
         assert all(sample.attempt < job.generate.max_attempts for sample in own)
         assert len(numbers["firsts"]) == 5
@@ -92,9 +95,29 @@ def test_what_ends_a_sample_and_how(tokens: list[int], fault: str | None) -> Non
     assert line.fault == fault
 
 
+def test_labels_keep_their_shares_as_far_as_attempts_go(job: Job) -> None:
+    shards = [generate.Shard(0, 0, 24)]
+    found = []
+    for balanced in (False, True):
+        changed = job.generate.model_copy(update={"balance_labels": balanced, "max_attempts": 12})
+        written = generate.Dreamer(replace(job, generate=changed)).run(shards[0])
+        counts = [sum(s.label == name for s in written["samples"]) for name in ("good", "bad")]
+        found.append(abs(counts[0] - counts[1]) / sum(counts))
+        assert len({s.number for s in written["samples"]}) == len(written["samples"])
+    assert found[1] <= found[0]
+    assert found[1] <= 0.2
+
+
 def test_too_few_samples_stop_the_run_and_name_the_commonest_fault(job: Job, tmp_path: Path) -> None:
     shards = generate.shards(job)
-    nothing = {"samples": [], "faults": {"no_end": 7, "empty": 2}, "attempts": 9, "firsts": {}, "tokens": 90}
+    nothing = {
+        "samples": [],
+        "faults": {"no_end": 7, "empty": 2},
+        "attempts": 9,
+        "first_well_formed": 0,
+        "firsts": {},
+        "tokens": 90,
+    }
     strict = replace(job, generate=job.generate.model_copy(update={"min_yield": 0.5}))
     with pytest.raises(TrainingError, match=r"task food: 0 of 5 .* no_end \(14 of 18 attempts\)"):
         merged(strict, [(shard, nothing) for shard in shards], tmp_path / "out")
