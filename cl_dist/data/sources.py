@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cl_dist.config import did_you_mean
+from cl_dist.data.planted import THEMES, planted
 from cl_dist.data.rows import SPLITS
 from cl_dist.data.tasks import Source
 from cl_dist.errors import DataError
@@ -87,6 +89,12 @@ def read(source: Source, faults: list[Fault]) -> Iterator[Record]:
 
 def _read_path(source: Source, split: str | None, path: str, faults: list[Fault]) -> Iterator[Record]:
     prefix = f"{split}-" if split else ""
+    if source.kind == "planted":
+        if path not in THEMES:
+            raise DataError(f"no such theme{did_you_mean(path, list(THEMES))}")
+        for number, values in enumerate(planted(path)):
+            yield Record(path, number, f"{prefix}{number}", split, values, unit="row")
+        return
     if source.kind in ("parquet", "datasets"):
         for file, part, table in _tables(source, path):
             start = f"{part}-" if part else prefix

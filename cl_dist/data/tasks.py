@@ -41,9 +41,10 @@ class Source(Section):
     without importing it. With `split.by: files`, `path` is empty and `paths` names one file per split.
     """
 
-    kind: Literal["jsonl", "csv", "tsv", "parquet", "lines", "datasets"]
+    kind: Literal["jsonl", "csv", "tsv", "parquet", "lines", "datasets", "planted"]
     path: str = ""
-    """File (.gz is read too); for `datasets` a folder written by `save_to_disk`, or the name of a hub set."""
+    """File (.gz is read too); for `datasets` a folder written by `save_to_disk`, or the name of a hub set; for `planted`
+    the theme of made-up texts with known rationales: food, film or place."""
     paths: dict[Literal["train", "dev", "test"], str] = {}
     config: str | None = None
     """Configuration of a hub data set."""
