@@ -69,7 +69,7 @@ class GenerateConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     """Draw among the likeliest tokens that together have this probability."""
     temperature: float = Field(1.0, gt=0)
-    max_attempts: int = Field(5, gt=0)
+    max_attempts: int = Field(8, gt=0)
     """How often a sample is drawn anew when it is malformed, the first time included."""
     known_labels: bool = True
     """Whether an answer that is no label of the sample's task is malformed; not so for tasks with free answers."""

@@ -43,8 +43,8 @@ class Source(Section):
 
     kind: Literal["jsonl", "csv", "tsv", "parquet", "lines", "datasets", "planted"]
     path: str = ""
-    """File (.gz is read too); for `datasets` a folder written by `save_to_disk`, or the name of a hub set; for `planted`
-    the theme of made-up texts with known rationales: food, film or place."""
+    """File (.gz is read too); for `datasets` a folder written by `save_to_disk`, or the name of a hub set; for
+    `planted` the theme of made-up texts with known rationales: food, film or place."""
     paths: dict[Literal["train", "dev", "test"], str] = {}
     config: str | None = None
     """Configuration of a hub data set."""
