@@ -114,6 +114,16 @@ def test_a_metric_without_its_library_says_what_to_install(monkeypatch: pytest.M
             TEXT_METRICS[name](["a"], ["a"])
 
 
+@pytest.mark.parametrize("name", ["rouge_l", "bleu"])
+def test_metrics_of_libraries_know_equal_and_other_texts(name: str) -> None:
+    for library in ("rouge_score", "sacrebleu"):
+        pytest.importorskip(library, reason="rouge-score and sacrebleu are not installed")
+    truths = ["the cat sat on the mat today", "a dog ran over the green hill"]
+    assert TEXT_METRICS[name](truths, truths) == pytest.approx(1.0)
+    other = TEXT_METRICS[name](truths, ["the cat sat on the mat", "we bought some bread"])
+    assert 0 < other < 0.8
+
+
 def _absent(name: str) -> None:
     raise ImportError(name)
 
