@@ -160,6 +160,11 @@ class VoteConfig(Section):
     """Which tokens look and are looked at: those of the text, or those of question and answer too."""
     samples: int = Field(200, gt=0)
     """Rows of each voting task: its first dev rows, or train rows where it has no dev rows."""
+    rationales: Literal["human", "gradient"] = "human"
+    """Where rationales come from: the data, or, for tasks that have none, the model before the task (gradient x
+    input)."""
+    rationale_share: float = Field(0.2, gt=0, le=1)
+    """Share of a text's tokens that a rationale found by gradients has."""
     voters: Literal["previous", "all"] = "previous"
     """Whose rows vote: those of the task before, or of all earlier tasks."""
     top_k: int = Field(12, gt=0)

@@ -8,7 +8,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.cci import Bits, Comparer, Floats, Recorder, watch, watched
 from cl_dist.models.heads import units_of
+from cl_dist.models.saliency import agreement, salient
 from cl_dist.parallel.world import World
 from cl_dist.stage import Record, Vote, VoteConfig, digest_of
 from cl_dist.stages.job import Job, build_learner, task_data
@@ -77,7 +78,7 @@ class _Reader:
         self._speller = Speller(load_tokenizer(job.model))
 
     def _tokens(self, data: TaskData, row: Row) -> tuple[list[int], Bits, str | None]:
-        """Return a row's tokens, which of them belong to its rationale, and why it cannot vote, if so."""
+        """Return a row's tokens, which of them people named as its rationale, and why it cannot vote, if so."""
         length = self._job.train.max_length
         prefix, answer = spell(self._speller, row, data.question, length)
         context, places = self._speller.encode_places(row.text)
@@ -91,7 +92,9 @@ class _Reader:
             tokens = [*prefix, self._speller.special.ans, *answer]
             mask = np.pad(mask, (0, len(tokens) - kept))
         skipped = None
-        if not row.rationale:
+        if self._vote.rationales == "gradient":
+            skipped = "too_short" if kept < 2 else None
+        elif not row.rationale:
             skipped = "no_rationale"
         elif len(tokens) < 2 or not mask.any():
             skipped = "cut_off"
@@ -105,11 +108,15 @@ class _Reader:
             for number in range(shard.start, shard.stop):
                 tokens, mask_T, skipped = self._tokens(data, rows[number])
                 line: dict[str, Any] = {"source": shard.source, "number": number, "row": rows[number].id}
-                line |= {"tokens": digest_of([tokens, mask_T.tolist()])}
-                found.append(line | ({"skipped": skipped} if skipped else self.look(line, tokens, mask_T)))
+                line["tokens"] = digest_of(tokens)
+                if skipped:
+                    line["skipped"] = skipped
+                else:
+                    line |= self.look(line, data, rows[number], tokens, mask_T)
+                found.append(line)
         return found
 
-    def look(self, line: dict[str, Any], tokens: list[int], mask_T: Bits) -> dict[str, Any]:
+    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], mask_T: Bits) -> dict[str, Any]:
         """Return what the stage finds in a row."""
         raise NotImplementedError
 
@@ -121,12 +128,28 @@ class Recording(_Reader):
         """Read a shard's rows."""
         return self._read(shard)
 
-    def look(self, line: dict[str, Any], tokens: list[int], mask_T: Bits) -> dict[str, Any]:
-        """Return the maps as packed bits, and how far each fits the rationale."""
+    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], mask_T: Bits) -> dict[str, Any]:
+        """Return the maps as packed bits, and how far each fits the rationale; the first row of a task in words too."""
+        found: dict[str, Any] = {}
+        if self._vote.rationales == "gradient":
+            human_T, mask_T = mask_T, self._found(data, row, len(mask_T))
+            found = {"agreement": agreement(mask_T, human_T)} if human_T.any() else {}
         recorder = Recorder(mask_T, units_of(self._model, self._vote.level), self._vote.beta)
         watch(self._model, tokens, recorder)
         maps_LUT, iou_LU = recorder.maps()
-        return {"shape": list(maps_LUT.shape), "maps": np.packbits(maps_LUT).tobytes().hex(), "iou": iou_LU.tolist()}
+        if line["number"] == 0:
+            found["words"] = [self._speller.decode([token]) for token in tokens]
+            found["rationale"] = np.flatnonzero(mask_T).tolist()
+        bits = np.packbits(maps_LUT).tobytes().hex()
+        return found | {"shape": list(maps_LUT.shape), "maps": bits, "iou": iou_LU.tolist()}
+
+    def _found(self, data: TaskData, row: Row, length: int) -> Bits:
+        """Return the rationale that the model's own gradients give, in a mask of some length."""
+        prefix, answer = spell(self._speller, row, data.question, self._job.train.max_length)
+        bare = spell(self._speller, replace(row, text=""), data.question, self._job.train.max_length)[0]
+        context, ans = len(prefix) - len(bare), self._speller.special.ans
+        mask = salient(self._model, context, prefix, ans, answer, self._vote.rationale_share)
+        return np.pad(mask, (0, length - context))
 
 
 class Comparing(_Reader):
@@ -141,7 +164,7 @@ class Comparing(_Reader):
         """Read a shard's rows."""
         return self._read(shard)
 
-    def look(self, line: dict[str, Any], tokens: list[int], mask_T: Bits) -> dict[str, Any]:
+    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], mask_T: Bits) -> dict[str, Any]:
         """Return c of every unit.
 
         Raises:
@@ -152,11 +175,15 @@ class Comparing(_Reader):
             raise CheckpointError(
                 f"row {line['row']}: was recorded with other tokens; remove the folder {self._job.recorded} and resume"
             )
-        shape = known["shape"]
-        bits = np.unpackbits(np.frombuffer(bytes.fromhex(known["maps"]), np.uint8), count=int(np.prod(shape)))
-        comparer = Comparer(bits.reshape(shape).astype(bool), self._vote.beta)
+        comparer = Comparer(_maps(known), self._vote.beta)
         watch(self._model, tokens, comparer)
         return {"nearness": comparer.nearness().tolist()}
+
+
+def _maps(line: dict[str, Any]) -> Bits:
+    """Return the recorded maps of a row: (L, U, T)."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(line["maps"]), np.uint8), count=int(np.prod(line["shape"])))
+    return bits.reshape(line["shape"]).astype(bool)
 
 
 def _sorted(results: Iterable[tuple[Shard, Seen]]) -> Seen:
@@ -218,6 +245,15 @@ def tally(nearness: list[Floats], vote: VoteConfig) -> dict[str, Any]:
     }
 
 
+def _example(recorded: Seen, layer: int, unit: int) -> dict[str, Any] | None:
+    """Return a row in words, with the places of its rationale and of what a unit of the old model looked at."""
+    line = next((line for line in recorded if "words" in line), None)
+    if line is None:
+        return None
+    looked = np.flatnonzero(_maps(line)[layer, unit]).tolist()
+    return {"row": line["row"], "words": line["words"], "rationale": line["rationale"], "looked_at": looked}
+
+
 def merge_vote(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> None:
     """Count the votes and write critical.json to out."""
     assert isinstance(job.stage, Vote)
@@ -227,7 +263,8 @@ def merge_vote(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> No
     found = tally([np.array(line["nearness"]) for line in used], vote)
     for line, minimum in zip(used, found["minima"], strict=True):
         minimum |= {"task": job.tasks[line["source"]].id, "row": line["row"]}
-    iou = [line["iou"] for line in read_recorded(Path(job.recorded)) if "skipped" not in line]
+    recorded = [line for line in read_recorded(Path(job.recorded)) if "skipped" not in line]
+    shares = [line["agreement"] for line in recorded if "agreement" in line]
     decisive = found["margin"] >= vote.min_margin
     if not decisive:
         log.warning("vote not decisive task=%s margin=%.3f", job.tasks[job.stage.task].id, found["margin"])
@@ -237,6 +274,8 @@ def merge_vote(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> No
         "skipped": dict(Counter(line["skipped"] for line in lines if "skipped" in line)),
         "voters": [job.tasks[source].id for source in job.stage.sources],
         "is_decisive": decisive,
-        "rationale_iou": np.mean(iou, axis=0).tolist(),
+        "rationale_iou": np.mean([line["iou"] for line in recorded], axis=0).tolist(),
+        "agreement": {name: float(np.mean([s[name] for s in shares])) for name in ("f1", "iou")} if shares else None,
+        "example": _example(recorded, *found["chosen"][0]),
     }
     (out / CRITICAL).write_text(json.dumps(facts | found, indent=1), encoding="utf8")

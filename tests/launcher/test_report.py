@@ -171,10 +171,21 @@ def test_votes_are_shown_as_a_map_of_layers_and_heads(tmp_path: Path) -> None:
         "margin": 0.025,
         "ties": 2,
         "mean_c": [[0.9, 0.8], [0.5, 1.0]],
+        "agreement": {"f1": 0.25, "iou": 0.14},
+        "example": {"row": "r1", "words": ["the", HOSTILE, "plot"], "rationale": [1], "looked_at": [1, 2]},
     }
     html = page([summaries()[0] | {"votes": [vote]}], tmp_path)
     found = section(html, "votes")
-    for text in ("head 1.0", "40 rows of movies voted", "3 did not (no rationale)", "2.5 %", "not decisive", "frozen"):
+    for text in (
+        "head 1.0",
+        "40 rows of movies voted",
+        "3 did not (no rationale)",
+        "2.5 %",
+        "not decisive",
+        "frozen",
+        "F1 0.25",
+        "<mark>plot",
+    ):
         assert text in found
     assert "<script" not in html
     assert not section(page([summaries()[0]], tmp_path), "votes")

@@ -126,6 +126,21 @@ def test_a_record_of_other_tokens_is_refused(book: Workbook, tmp_path: Path) -> 
         worker.run(vote.Shard(0, 0, 4))
 
 
+def test_gradients_stand_in_for_people(tmp_path: Path) -> None:
+    book = tiny.compute(made(tmp_path, rationales="gradient", rationale_share=0.2))
+    found = book.ledger.read(Ref(task=1, stage="vote"), "critical.json")
+    assert found["used"] == 6
+    assert 0 < found["agreement"]["iou"] <= found["agreement"]["f1"] <= 1
+    example = found["example"]
+    assert len(example["rationale"]) == max(1, -(-len(example["words"]) // 5))
+    assert set(example["looked_at"]) <= set(range(len(example["words"])))
+
+
+def test_the_example_shows_the_rationale_in_words(book: Workbook) -> None:
+    example = book.ledger.read(Ref(task=1, stage="vote"), "critical.json")["example"]
+    assert [example["words"][place] for place in example["rationale"]] in (["tasty"], ["bland"])
+
+
 @pytest.mark.parametrize("level", ["block", "group", "head"])
 def test_what_is_frozen_keeps_every_bit_through_decay_and_clipping(tmp_path: Path, level: str) -> None:
     settings = {"weight_decay": 0.1, "clip": 0.5, "epochs": 3}

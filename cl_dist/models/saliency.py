@@ -1,0 +1,40 @@
+"""Rationales without people: the tokens of a text whose embeddings a model's answer is most sensitive to.
+
+Source: gradient x input, Simonyan et al. 2014 ("Deep inside convolutional networks") and Shrikumar et al. 2017.
+"""
+
+from math import ceil
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+
+def salient(
+    model: PreTrainedModel, context: int, prefix: list[int], ans: int, answer: list[int], share: float
+) -> NDArray[np.bool_]:
+    """Return which of the first `context` tokens matter most to an answer: the given share of them, at least one.
+
+    A token's weight is |sum over the embedding of gradient * input| of the answer's cross-entropy; ties: the earlier.
+    """
+    untyped: Any = model  # the library's methods carry no types
+    tokens = torch.tensor([[*prefix, ans, *answer]], device=next(model.parameters()).device)
+    with torch.enable_grad():
+        input_LH = untyped.get_input_embeddings()(tokens).detach().requires_grad_(True)
+        hidden_LH = untyped.base_model(inputs_embeds=input_LH, use_cache=False).last_hidden_state[0, len(prefix) : -1]
+        logits_AV = untyped.get_output_embeddings()(hidden_LH).float()
+        loss = F.cross_entropy(logits_AV, tokens[0, len(prefix) + 1 :], reduction="sum")
+        (gradient_LH,) = torch.autograd.grad(loss, input_LH)
+    weight_T = (gradient_LH * input_LH.detach())[0, :context].float().sum(-1).abs().cpu().numpy()
+    chosen = np.zeros(context, dtype=bool)
+    chosen[np.argsort(-weight_T, kind="stable")[: max(1, ceil(share * context))]] = True
+    return chosen
+
+
+def agreement(found: NDArray[np.bool_], human: NDArray[np.bool_]) -> dict[str, float]:
+    """Return token F1 and IoU of two rationales of which one at least is not empty."""
+    both, either = int((found & human).sum()), int((found | human).sum())
+    return {"f1": 2 * both / (both + either), "iou": both / either}
