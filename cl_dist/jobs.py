@@ -129,6 +129,7 @@ class Workbook:
             "max_length": science.train_of(self.tasks.tasks[stage.task]).max_length,
             "new_rows": len(self.data(stage.task).train),
             "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in stage.sources},
+            "questions": {self.tasks.tasks[u].id: self.data(u).question for u in stage.sources},
         }
         return flat(facts | self._inputs(stage))
 

@@ -73,6 +73,8 @@ class GenerateConfig(Section):
     """How often a sample is drawn anew when it is malformed, the first time included."""
     known_labels: bool = True
     """Whether an answer that is no label of the sample's task is malformed; not so for tasks with free answers."""
+    known_question: bool = True
+    """Whether a sample whose text does not end in its task's question is malformed; not so for tasks without one."""
     balance_labels: bool = True
     """Whether labels are kept near their shares among the task's train rows: what is drawn from few candidates per
     token tends to one label. A sample too many of a label is drawn anew, and kept if no other comes."""

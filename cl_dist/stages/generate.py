@@ -31,10 +31,11 @@ from cl_dist.stages.job import Job, build_learner, replayed_rows, task_data
 
 SHOWN = 20
 """First attempts of each task that are kept as they came, for the report."""
-Fault = Literal["no_answer_mark", "stray_token", "no_end", "empty", "unknown_label", "surplus_label"]
+Fault = Literal["no_answer_mark", "stray_token", "no_end", "empty", "other_question", "unknown_label", "surplus_label"]
 """no_answer_mark: ended without the token between question and answer, or has two; stray_token: holds another special
-token; no_end: longer than train.max_length; empty: nothing before or behind the mark; unknown_label and surplus_label
-(well-formed, but one too many): see known_labels and balance_labels of science.generate."""
+token; no_end: longer than train.max_length; empty: nothing before or behind the mark; other_question, unknown_label
+and surplus_label (well-formed, but one too many): see known_question, known_labels and balance_labels of
+science.generate."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -150,9 +151,17 @@ class Dreamer:
         text, label = self._speller.decode(prefix), self._speller.decode(answer)
         if not text or not label:
             return None, "empty"
+        if not self._asks(source, prefix):
+            return None, "other_question"
         if self._job.generate.known_labels and known and answer not in known:
             return None, "unknown_label"
         return Sample(source, line.number, line.attempt, prefix, answer, text, label), None
+
+    def _asks(self, source: int, prefix: tuple[int, ...]) -> bool:
+        """Return whether a text ends in its task's question, or need not."""
+        question = tuple(self._speller.encode(task_data(self._job, source).question))
+        is_checked = self._job.generate.known_question and not self._shared and question
+        return not is_checked or prefix[-len(question) :] == question
 
     def _known(self, source: int) -> tuple[str, ...]:
         stage = self._job.stage
