@@ -17,7 +17,7 @@ from cl_dist.methods.ctr import CtrConfig
 from cl_dist.methods.finetune import FinetuneConfig
 from cl_dist.models.config import ModelConfig
 from cl_dist.run_config import ClusterConfig, RunConfig, RunSection, Science
-from cl_dist.stage import EvaluateConfig, Stage, Train, TrainConfig, ref
+from cl_dist.stage import EvaluateConfig, GenerateConfig, Stage, Train, TrainConfig, VoteConfig, ref
 from tests import tiny
 
 TASKS = ("food", "film", "topic")
@@ -42,7 +42,39 @@ CLUSTER: Tree = {
     "max_failures": 9,
     "start_timeout_s": 7.0,
 }
-MODEL: Tree = {"revision": "abc", "dtype": "bfloat16", "dropout": 0.1, "pooling": "cls"}
+MODEL: Tree = {
+    "revision": "abc",
+    "dtype": "bfloat16",
+    "dropout": 0.1,
+    "pooling": "cls",
+    "answers": "class",
+    "spare_task_tokens": 8,
+    "config": {"model_type": "bert"},
+}
+GENERATE: Tree = {
+    "slots": 5,
+    "shard_samples": 3,
+    "top_k": 7,
+    "top_p": 0.9,
+    "temperature": 0.8,
+    "max_attempts": 3,
+    "known_labels": False,
+    "known_question": False,
+    "balance_labels": False,
+    "min_yield": 0.1,
+}
+VOTE: Tree = {
+    "level": "block",
+    "beta": 70,
+    "rows": "all",
+    "samples": 4,
+    "rationales": "gradient",
+    "rationale_share": 0.3,
+    "voters": "all",
+    "top_k": 2,
+    "shard_samples": 3,
+    "min_margin": 0.2,
+}
 TRAIN: Tree = {
     "epochs": 3,
     "lr": 0.004,
@@ -228,8 +260,30 @@ def test_defaults_written_out_change_no_fingerprint(base: Tree) -> None:
 
 def test_every_field_of_science_is_decided_upon() -> None:
     """A field that is added needs a test here: of what it changes, or that it changes nothing."""
-    tested = "schema_version seed model method tasks orders order_file order train evaluate data"
+    tested = "schema_version seed model method tasks orders order_file order train evaluate generate data"
     assert set(Science.model_fields) == set(tested.split())
+
+
+def test_settings_of_writing_enter_the_stages_from_the_second_task_on(tmp_path: Path) -> None:
+    base = tiny.tree(tmp_path, {"science": {"method": dict(tiny.METHODS["lamol"])}})
+    writing = [key for key in fingerprints(base) if not key.startswith("00-")]
+    assert "01-film/generate" in writing
+    for field in fields(GenerateConfig):
+        assert changed(base, {"science": {"generate": {field: GENERATE[field]}}}) == writing, field
+    other = with_tasks(base, partial(update_second, values={"question": "what is it ?"}))
+    assert changed(base, other) == [key for key in writing if key != "01-film/generate"]
+
+
+def test_settings_of_votes_enter_votes_and_what_follows(tmp_path: Path) -> None:
+    base = tiny.tree(tmp_path, {"science": {"method": dict(tiny.METHODS["rational_lamol"])}})
+    for field in fields(VoteConfig):
+        found = changed(base, {"science": {"method": {field: VOTE[field]}}})
+        assert {"01-film/record", "01-film/vote", "01-film/train", "02-topic/evaluate"} <= set(found), field
+    rationales = base["science"]["tasks"][0] | {"rationale": None}
+    tasks = [rationales, *base["science"]["tasks"][1:]]
+    found = changed(base, {"science": {"tasks": tasks}})
+    assert "01-film/record" in found
+    assert "00-food/train" not in found
 
 
 def test_inputs_are_named_by_their_folder_and_enter_as_fingerprints(base: Tree) -> None:

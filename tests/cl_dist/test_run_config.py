@@ -162,13 +162,15 @@ def test_the_schema_is_one() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_fit_the_schema_and_parse(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ASC_DIR", "DSC_DIR"):
+    for name in ("ASC_DIR", "DSC_DIR", "TC_DIR", "WOZ_DIR", "ERASER_DIR"):
         monkeypatch.setenv(name, "somewhere")
     recipe = read_yaml(path)
     Draft202012Validator(json_schema()).validate(recipe)
     order = [task.id for task in load_run(path).science.sequence().tasks]
     asked = recipe["science"].get("order")
-    assert order == (asked if isinstance(asked, list) else [task["id"] for task in recipe["science"]["tasks"]])
+    if isinstance(asked, str):
+        asked = recipe["science"]["orders"][asked]
+    assert order == (asked or [task["id"] for task in recipe["science"]["tasks"]])
     for name in recipe.get("baselines", {}):
         assert load_run(path).baseline(name).science.sequence() == load_run(path).science.sequence()
 
