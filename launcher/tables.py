@@ -28,7 +28,8 @@ def kept(summary: Mapping[str, Any]) -> dict[str, Any]:
     seconds = sum(stage["seconds"] for stage in summary["stages"])
     fields = ("run", "method", "seed", "model", "cluster", "versions", "metrics", "matrix")
     tasks = [{key: task[key] for key in ("id", "rows", "majority")} for task in summary["tasks"]]
-    return {key: summary[key] for key in fields} | {"tasks": tasks, "seconds": round(seconds, 1)}
+    model = Path(summary["model"]).name if summary["model"].startswith(("/", "~", ".")) else summary["model"]
+    return {key: summary[key] for key in fields} | {"model": model, "tasks": tasks, "seconds": round(seconds, 1)}
 
 
 def keep(name: str, folders: list[Path]) -> Path:
