@@ -95,7 +95,19 @@ class Budget(Section):
         return max(math.ceil(self.gamma * new_rows) // earlier, self.min_replay) if earlier else 0
 
 
-class Train(Section):
+class StageBase(Section):
+    """What every kind of stage has."""
+
+    kind: str
+    task: int
+
+    @property
+    def name(self) -> str:
+        """Folder name of the stage below its task."""
+        return self.kind
+
+
+class Train(StageBase):
     """A gang trains one model on the train rows of some tasks; their dev rows select the best weights."""
 
     kind: Literal["train"] = "train"
@@ -121,7 +133,7 @@ class Train(Section):
 
     @property
     def name(self) -> str:
-        """Folder name of the stage below its task."""
+        """See StageBase."""
         return self.step
 
     @property
@@ -130,7 +142,7 @@ class Train(Section):
         return tuple(ref for ref in (self.init, self.samples, self.frozen) if ref is not None)
 
 
-class Generate(Section):
+class Generate(StageBase):
     """Shards write pseudo-samples of earlier tasks with the model that has learned them."""
 
     kind: Literal["generate"] = "generate"
@@ -139,11 +151,6 @@ class Generate(Section):
     sources: tuple[int, ...]
     """The earlier tasks."""
     budget: Budget
-
-    @property
-    def name(self) -> str:
-        """Folder name of the stage below its task."""
-        return "generate"
 
     @property
     def inputs(self) -> tuple[Ref, ...]:
@@ -178,7 +185,7 @@ class VoteConfig(Section):
     warning says that the vote is not decisive."""
 
 
-class Record(Section):
+class Record(StageBase):
     """Shards note where the model before the task looks when it reads the rows that vote, as bits."""
 
     kind: Literal["record"] = "record"
@@ -189,17 +196,12 @@ class Record(Section):
     vote: VoteConfig
 
     @property
-    def name(self) -> str:
-        """Folder name of the stage below its task."""
-        return "record"
-
-    @property
     def inputs(self) -> tuple[Ref, ...]:
         """Stages that must be done before this one."""
         return (self.model,)
 
 
-class Vote(Section):
+class Vote(StageBase):
     """Shards compare a freely trained model with what was recorded; what has moved furthest away is critical."""
 
     kind: Literal["vote"] = "vote"
@@ -210,17 +212,12 @@ class Vote(Section):
     vote: VoteConfig
 
     @property
-    def name(self) -> str:
-        """Folder name of the stage below its task."""
-        return "vote"
-
-    @property
     def inputs(self) -> tuple[Ref, ...]:
         """Stages that must be done before this one."""
         return (self.model, self.recorded)
 
 
-class Evaluate(Section):
+class Evaluate(StageBase):
     """Shards score the test rows of some tasks with one model."""
 
     kind: Literal["evaluate"] = "evaluate"
@@ -231,11 +228,6 @@ class Evaluate(Section):
     """Evaluate stage whose scores stand for the other seen tasks, where their models did not change."""
     without: tuple[str, ...] = ()
     """Parts of the learner that are switched off for an extra score of `task`: an ablation without retraining."""
-
-    @property
-    def name(self) -> str:
-        """Folder name of the stage below its task."""
-        return "evaluate"
 
     @property
     def inputs(self) -> tuple[Ref, ...]:

@@ -298,7 +298,8 @@ def data_show(config: Config, overrides: Overrides = None) -> None:
             from cl_dist.data.language import Speller, spell
 
             speller = Speller(tokenizer)
-            prefix, answer = spell(speller, row, data.question, length)
+            context, asked, answer = spell(speller, row, data.question, length)
+            prefix = [*context, *asked]
             console.out.rule(f"{task.id}: row {row.id}")
             console.out.print(f"decoder reads  {speller.decode(prefix)}", markup=False, soft_wrap=True)
             console.out.print(f"and answers    {speller.decode(answer)}", markup=False, soft_wrap=True)

@@ -10,9 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cl_dist.data.rows import Row, TaskData
-
-DUMMY = -1
-"""Row number of a place that only fills up a micro-batch: it is encoded as the first row, with weight 0."""
+from cl_dist.data.sampler import DUMMY
 
 
 class ClassifyRows:

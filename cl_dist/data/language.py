@@ -18,10 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cl_dist.data.rows import Row, TaskData
+from cl_dist.data.sampler import DUMMY
 from cl_dist.errors import DataError
 
-DUMMY = -1
-"""Row number of a place that only fills up a micro-batch: it is encoded as the first row, with weight 0."""
 QA, LM = 0, 1
 """The two parts of a loss that a label may belong to."""
 
@@ -118,8 +117,8 @@ class Spelled:
         return len(self.prefix) + len(self.answer) + 2
 
 
-def spell(speller: Speller, row: Row, question: str, max_length: int) -> tuple[list[int], list[int]]:
-    """Return (context and question, answer) of a row as tokens.
+def spell(speller: Speller, row: Row, question: str, max_length: int) -> tuple[list[int], list[int], list[int]]:
+    """Return (context, question, answer) of a row as tokens.
 
     Raises:
         DataError: If question and answer alone are too long.
@@ -132,7 +131,7 @@ def spell(speller: Speller, row: Row, question: str, max_length: int) -> tuple[l
             f"row {row.id}: question and answer have {len(asked) + len(answer)} tokens, more than "
             f"train.max_length={max_length} leaves room for; raise it"
         )
-    return context[:room] + asked, answer
+    return context[:room], asked, answer
 
 
 class LanguageRows:
@@ -168,8 +167,8 @@ class LanguageRows:
     def add(self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False) -> None:
         """Append rows of a task."""
         for row in rows:
-            prefix, answer = spell(self.speller, row, data.question, self._max_length)
-            self.add_tokens(task, prefix, answer, replayed=replayed)
+            context, asked, answer = spell(self.speller, row, data.question, self._max_length)
+            self.add_tokens(task, [*context, *asked], answer, replayed=replayed)
 
     def add_tokens(self, task: int, prefix: Sequence[int], answer: Sequence[int], *, replayed: bool = True) -> None:
         """Append a row that is tokens already."""

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 DUMMY = -1
-"""Stands where a rank has no row: weight 0."""
+"""Stands where a rank has no row: it is encoded as the first row, with weight 0."""
 
 
 def num_steps(num_rows: int, batch: int) -> int:

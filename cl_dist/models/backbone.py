@@ -1,7 +1,9 @@
 """Backbones: loading them from a folder, a package or the hub, and where an architecture has its sub-blocks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +20,8 @@ from transformers import (
 from cl_dist.errors import ConfigError, DataError
 from cl_dist.models.config import ModelConfig
 from cl_dist.places import resolve
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +77,21 @@ def places(backbone: PreTrainedModel) -> Places:
     Raises:
         ConfigError: If the architecture has no row.
     """
-    kind = backbone.config.model_type
-    if kind not in PLACES:
+    return row_for(backbone, PLACES, "cl_dist/models/backbone.py")
+
+
+def row_for(model: PreTrainedModel, table: Mapping[str, T], file: str) -> T:
+    """Return the row of a model's architecture in a table; file is where the table is.
+
+    Raises:
+        ConfigError: If the architecture has no row.
+    """
+    kind = model.config.model_type
+    if kind not in table:
         raise ConfigError(
-            f"model_type={kind!r}: expected one of {', '.join(PLACES)}; "
-            "to support it, add a row to PLACES in cl_dist/models/backbone.py"
+            f"model_type={kind!r}: expected one of {', '.join(table)}; to support it, add a row to PLACES in {file}"
         )
-    return PLACES[kind]
+    return table[kind]
 
 
 def location(config: ModelConfig) -> str:

@@ -31,18 +31,11 @@ BLOCK = 64
 """Queries whose order statistic is searched together."""
 
 
-def highest(v: NDArray[np.float32], beta: int) -> Bits:
-    """Return P(v) along the last axis: at most T - 1 - lo entries, those above the order statistic `lo`."""
-    lo = beta * (v.shape[-1] - 1) // 100
-    chosen: Bits = v > np.partition(v, lo, axis=-1)[..., lo : lo + 1]
-    return chosen
-
-
-def highest_causal(v_HST: NDArray[np.float32], first: int, beta: int) -> Bits:
+def highest(v_HST: NDArray[np.float32], first: int, beta: int) -> Bits:
     """Return P of the rows of the queries from `first` on, which are 0 behind their own place.
 
-    The zeros behind the last row of a block are the smallest entries of all its rows: they are left out, and the order
-    statistic moves down by as many.
+    At most T - 1 - lo entries of a row are chosen. The zeros behind the last row of a block are the smallest entries of
+    all its rows: they are left out, and the order statistic moves down by as many.
     """
     queries, length = v_HST.shape[1:]
     lo = beta * (length - 1) // 100
@@ -82,7 +75,7 @@ class Recorder:
 
     def see(self, layer: int, first: int, attention_HST: NDArray[np.float32]) -> None:
         """See Watcher."""
-        chosen_HST = highest_causal(attention_HST, first, self._beta)
+        chosen_HST = highest(attention_HST, first, self._beta)
         heads = len(chosen_HST)
         iou_HS = overlap(chosen_HST, np.broadcast_to(self._rationale_T, (heads, len(self._rationale_T))))
         at_H = iou_HS.argmax(1)
@@ -115,7 +108,7 @@ class Comparer:
 
     def see(self, layer: int, first: int, attention_HST: NDArray[np.float32]) -> None:
         """See Watcher."""
-        chosen_HST = highest_causal(attention_HST, first, self._beta)
+        chosen_HST = highest(attention_HST, first, self._beta)
         per_unit = len(chosen_HST) // self._maps_LUT.shape[1]
         found_H = overlap(chosen_HST, self._maps_LUT[layer].repeat(per_unit, 0)).max(1)
         found_U = found_H.reshape(-1, per_unit).max(1)

@@ -62,6 +62,6 @@ def freeze(module: nn.Module) -> None:
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """Return (trainable, all) parameter counts."""
-    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    """Return (trainable, all) parameter counts; of what ZeRO-3 has cut up, the whole."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
     return sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes)

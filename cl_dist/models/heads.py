@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cl_dist.errors import ConfigError
+from cl_dist.models.backbone import row_for
 
 Level = Literal["block", "group", "head"]
 
@@ -46,13 +46,7 @@ def places(model: PreTrainedModel) -> DecoderPlaces:
     Raises:
         ConfigError: If the architecture has no row.
     """
-    kind = model.config.model_type
-    if kind not in PLACES:
-        raise ConfigError(
-            f"model_type={kind!r}: expected one of {', '.join(PLACES)}; to support it, add a row to PLACES in "
-            "cl_dist/models/heads.py"
-        )
-    return PLACES[kind]
+    return row_for(model, PLACES, "cl_dist/models/heads.py")
 
 
 def shape_of(model: PreTrainedModel) -> tuple[int, int, int, int]:
@@ -92,6 +86,7 @@ def kept(
     where = places(model)
     _, heads, groups, size = shape_of(model)
     per_group = heads // groups
+    named = {name for name, _ in model.named_parameters()}
     found: dict[str, tuple[str, Tensor]] = {}
     for layer in sorted({layer for layer, _ in units}):
         mine = [unit for at, unit in units if at == layer]
@@ -105,7 +100,6 @@ def kept(
                 shared_G = query_H
         query, shared = query_H.repeat_interleave(size), shared_G.repeat_interleave(size)
         prefix = f"{where.layers}.{layer}."
-        named = {name for name, _ in model.named_parameters()}
         if where.fused is not None:
             entries = [(where.fused, "column", torch.cat([query, shared, shared]))]
             behind = "row"

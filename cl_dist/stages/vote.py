@@ -6,9 +6,10 @@ A row is read alone, so nothing depends on which rows share a shard or a worker.
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def shards(job: Job) -> list[Shard]:
     ]
 
 
-class _Reader:
+class _Reader(ABC):
     """Holds a model and reads rows one by one."""
 
     def __init__(self, job: Job) -> None:
@@ -80,16 +81,15 @@ class _Reader:
     def _tokens(self, data: TaskData, row: Row) -> tuple[list[int], Bits, str | None]:
         """Return a row's tokens, which of them people named as its rationale, and why it cannot vote, if so."""
         length = self._job.train.max_length
-        prefix, answer = spell(self._speller, row, data.question, length)
-        context, places = self._speller.encode_places(row.text)
-        bare = Row(row.id, "", row.text_pair, row.label)
-        kept = len(prefix) - len(spell(self._speller, bare, data.question, length)[0])
-        if context[:kept] != prefix[:kept]:
+        context, asked, answer = spell(self._speller, row, data.question, length)
+        whole, places = self._speller.encode_places(row.text)
+        kept = len(context)
+        if whole[:kept] != context:
             raise DataError(f"row {row.id}: its tokens and their places in the text do not fit together")
         mask = np.array(token_mask(places[:kept], row.rationale), dtype=bool)
-        tokens = prefix[:kept]
+        tokens = context
         if self._vote.rows == "all":
-            tokens = [*prefix, self._speller.special.ans, *answer]
+            tokens = [*context, *asked, self._speller.special.ans, *answer]
             mask = np.pad(mask, (0, len(tokens) - kept))
         skipped = None
         if self._vote.rationales == "gradient":
@@ -100,7 +100,8 @@ class _Reader:
             skipped = "cut_off"
         return tokens, mask, skipped
 
-    def _read(self, shard: Shard) -> Seen:
+    def run(self, shard: Shard) -> Seen:
+        """Read a shard's rows."""
         data = task_data(self._job, shard.source)
         rows = voting_rows(data, self._vote)
         found: Seen = []
@@ -116,17 +117,13 @@ class _Reader:
                 found.append(line)
         return found
 
+    @abstractmethod
     def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], mask_T: Bits) -> dict[str, Any]:
         """Return what the stage finds in a row."""
-        raise NotImplementedError
 
 
 class Recording(_Reader):
     """The old model: where it looks in each row, in the map that fits the rationale best."""
-
-    def run(self, shard: Shard) -> Seen:
-        """Read a shard's rows."""
-        return self._read(shard)
 
     def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], mask_T: Bits) -> dict[str, Any]:
         """Return the maps as packed bits, and how far each fits the rationale; the first row of a task in words too."""
@@ -145,11 +142,10 @@ class Recording(_Reader):
 
     def _found(self, data: TaskData, row: Row, length: int) -> Bits:
         """Return the rationale that the model's own gradients give, in a mask of some length."""
-        prefix, answer = spell(self._speller, row, data.question, self._job.train.max_length)
-        bare = spell(self._speller, replace(row, text=""), data.question, self._job.train.max_length)[0]
-        context, ans = len(prefix) - len(bare), self._speller.special.ans
-        mask = salient(self._model, context, prefix, ans, answer, self._vote.rationale_share)
-        return np.pad(mask, (0, length - context))
+        context, asked, answer = spell(self._speller, row, data.question, self._job.train.max_length)
+        prefix, ans = [*context, *asked], self._speller.special.ans
+        mask = salient(self._model, len(context), prefix, ans, answer, self._vote.rationale_share)
+        return np.pad(mask, (0, length - len(context)))
 
 
 class Comparing(_Reader):
@@ -159,10 +155,6 @@ class Comparing(_Reader):
         assert job.recorded is not None
         self._recorded = {(line["source"], line["number"]): line for line in read_recorded(Path(job.recorded))}
         super().__init__(job)
-
-    def run(self, shard: Shard) -> Seen:
-        """Read a shard's rows."""
-        return self._read(shard)
 
     def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], mask_T: Bits) -> dict[str, Any]:
         """Return c of every unit.

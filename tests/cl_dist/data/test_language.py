@@ -48,8 +48,9 @@ def test_a_row_is_a_question_and_a_sample(tokenizer: Any) -> None:
 
 def test_only_the_context_is_cut(tokenizer: Any) -> None:
     speller = Speller(tokenizer)
-    prefix, answer = spell(speller, row("the cake is the table", "good", "soup"), "which one ?", 9)
-    assert prefix == number("the", "cake", "soup", "which", "one", "?")
+    context, asked, answer = spell(speller, row("the cake is the table", "good", "soup"), "which one ?", 9)
+    assert context == number("the", "cake")
+    assert asked == number("soup", "which", "one", "?")
     assert answer == number("good")
     with pytest.raises(DataError, match="row r: question and answer have 4 tokens"):
         spell(speller, row("the cake", "good"), "which one ?", 5)
