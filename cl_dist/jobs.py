@@ -14,7 +14,20 @@ from cl_dist.methods import METHODS
 from cl_dist.models.config import ModelConfig
 from cl_dist.places import resolve
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import SCHEMA_VERSION, Evaluate, Generate, Record, Ref, Stage, Train, Vote, digest_of, flat
+from cl_dist.stage import (
+    SCHEMA_VERSION,
+    Choose,
+    Evaluate,
+    Generate,
+    Rationalise,
+    Record,
+    Ref,
+    Stage,
+    Train,
+    Vote,
+    digest_of,
+    flat,
+)
 
 if TYPE_CHECKING:
     from cl_dist.stages.job import Job
@@ -56,7 +69,7 @@ class Workbook:
         if isinstance(stage, Evaluate):
             return sum(len(self.data(task).test) for task in stage.tasks)
         new = len(self.data(stage.task).train)
-        if isinstance(stage, Record | Vote):
+        if isinstance(stage, Rationalise | Record | Vote | Choose):
             return sum(min(stage.vote.samples, len(self.data(u).dev or self.data(u).train)) for u in stage.sources)
         if isinstance(stage, Generate):
             return len(stage.sources) * stage.budget.per_task(new, len(stage.sources))
@@ -93,7 +106,7 @@ class Workbook:
                     self._facts[key] = self._train_facts(stage)
                 case Generate():
                     self._facts[key] = self._generate_facts(stage)
-                case Record() | Vote():
+                case Rationalise() | Record() | Vote() | Choose():
                     self._facts[key] = self._vote_facts(stage)
                 case Evaluate():
                     self._facts[key] = self._evaluate_facts(stage)
@@ -107,12 +120,14 @@ class Workbook:
             "seed": science.seed,
             "model": _model_facts(science.model),
             "method": science.method.changed() | {"name": science.method.name},
-            "train": science.train_of(task).changed(),
+            "train": {} if stage.settings is not None else science.train_of(task).changed(),
             "evaluate": {"batch": science.evaluate.batch},  # dev rows are scored in batches of this size
             "rows": {self.tasks.tasks[u].id: [self.data(u).digests[s] for s in ("train", "dev")] for u in stage.data},
             "replay_rows": {self.tasks.tasks[u].id: self.data(u).digests["train"] for u in stage.replay},
             "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in (*stage.data, *stage.replay)},
         }
+        if stage.step == "invrat":
+            facts["environments"] = [self.data(u).digests.get("environments") for u in stage.data]
         if self.answers == "text":
             facts["questions"] = {self.tasks.tasks[u].id: self.data(u).question for u in (*stage.data, *stage.replay)}
         if stage.budget is not None:
@@ -133,7 +148,7 @@ class Workbook:
         }
         return flat(facts | self._inputs(stage))
 
-    def _vote_facts(self, stage: Record | Vote) -> dict[str, Any]:
+    def _vote_facts(self, stage: Rationalise | Record | Vote | Choose) -> dict[str, Any]:
         science, names = self.config.science, [self.tasks.tasks[u].id for u in stage.sources]
         facts = {
             "schema_version": SCHEMA_VERSION,
@@ -168,9 +183,13 @@ class Workbook:
         from cl_dist.stages.job import Job  # late: it needs torch
 
         science = self.config.science
-        start = stage.init if isinstance(stage, Train) else stage.model
-        samples, frozen = (stage.samples, stage.frozen) if isinstance(stage, Train) else (None, None)
-        recorded = stage.recorded if isinstance(stage, Vote) else None
+        match stage:
+            case Train():
+                start = stage.init
+            case Rationalise():
+                start = None
+            case _:
+                start = stage.model
         return Job(
             stage=stage,
             method=science.method,
@@ -178,20 +197,15 @@ class Workbook:
             tasks=self.tasks.tasks[: stage.task + 1],
             digests=tuple(self.data(u).digests for u in range(stage.task + 1)),
             data=science.data,
-            train=science.train_of(self.tasks.tasks[stage.task]),
+            train=(isinstance(stage, Train) and stage.settings) or science.train_of(self.tasks.tasks[stage.task]),
             max_length=tuple(science.train_of(task).max_length for task in self.tasks.tasks[: stage.task + 1]),
             evaluate=science.evaluate,
             generate=science.generate,
-            samples=self._folder(samples),
-            recorded=self._folder(recorded),
-            frozen=self._folder(frozen),
+            folders={ref: str(self.ledger.path(ref).absolute()) for ref in stage.inputs},
             engine=self.config.cluster,
             seed=science.seed,
             chain=tuple(str(self.ledger.path(ref).absolute()) for ref in self._chain(start)),
         )
-
-    def _folder(self, ref: Ref | None) -> str | None:
-        return None if ref is None else str(self.ledger.path(ref).absolute())
 
     def _chain(self, ref: Ref | None) -> list[Ref]:
         """Return the Train stages whose weights make up a model, oldest first."""

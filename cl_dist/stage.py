@@ -126,15 +126,22 @@ class Train(StageBase):
     """Says how many of each instead, from the rows of the stage's own task."""
     samples: Ref | None = None
     """Generate stage whose pseudo-samples are trained on too."""
-    step: Literal["train", "free"] = "train"
-    """Folder name below the task: train is what the task leaves behind, free a model that is only voted on."""
+    step: Literal["train", "free", "try", "invrat"] = "train"
+    """Folder name below the task: train is what the task leaves behind, free a model that is only voted on, try one of
+    several to choose from, invrat one that finds rationales."""
+    number: int | None = None
+    """Which of several of the same step."""
+    settings: TrainConfig | None = None
+    """Training settings of its own, in place of the task's."""
     frozen: Ref | None = None
-    """Vote stage whose choice is not trained."""
+    """Vote or Choose stage whose choice is not trained."""
+    frozen_units: tuple[tuple[int, int], ...] = ()
+    """(layer, unit) pairs that are not trained."""
 
     @property
     def name(self) -> str:
         """See StageBase."""
-        return self.step
+        return self.step if self.number is None else f"{self.step}-{self.number}"
 
     @property
     def inputs(self) -> tuple[Ref, ...]:
@@ -169,9 +176,9 @@ class VoteConfig(Section):
     """Which tokens look and are looked at: those of the text, or those of question and answer too."""
     samples: int = Field(200, gt=0)
     """Rows of each voting task: its first dev rows, or train rows where it has no dev rows."""
-    rationales: Literal["human", "gradient"] = "human"
-    """Where rationales come from: the data, or, for tasks that have none, the model before the task (gradient x
-    input)."""
+    rationales: Literal["human", "invrat", "gradient"] = "human"
+    """Where rationales come from: the data, or, for tasks that have none, a model that learns to find them (see
+    methods/invrat.py), or the model before the task (gradient x input)."""
     rationale_share: float = Field(0.2, gt=0, le=1)
     """Share of a text's tokens that a rationale found by gradients has."""
     voters: Literal["previous", "all"] = "previous"
@@ -185,6 +192,24 @@ class VoteConfig(Section):
     warning says that the vote is not decisive."""
 
 
+class Rationalise(StageBase):
+    """Shards find rationales of the rows of a task that may vote, with the best of some models trained for it."""
+
+    kind: Literal["rationalise"] = "rationalise"
+    task: int
+    models: tuple[Ref, ...]
+    """Train stages that differ in their seed; the one with the highest dev accuracy is used."""
+    learner: str = "invrat"
+    """Which of the method's learners they were trained by."""
+    sources: tuple[int, ...]
+    vote: VoteConfig
+
+    @property
+    def inputs(self) -> tuple[Ref, ...]:
+        """Stages that must be done before this one."""
+        return self.models
+
+
 class Record(StageBase):
     """Shards note where the model before the task looks when it reads the rows that vote, as bits."""
 
@@ -193,12 +218,14 @@ class Record(StageBase):
     model: Ref
     sources: tuple[int, ...]
     """The tasks whose rows vote."""
+    rationales: tuple[Ref, ...] = ()
+    """Rationalise stages of the sources, where rationales come from there."""
     vote: VoteConfig
 
     @property
     def inputs(self) -> tuple[Ref, ...]:
         """Stages that must be done before this one."""
-        return (self.model,)
+        return (self.model, *self.rationales)
 
 
 class Vote(StageBase):
@@ -215,6 +242,26 @@ class Vote(StageBase):
     def inputs(self) -> tuple[Ref, ...]:
         """Stages that must be done before this one."""
         return (self.model, self.recorded)
+
+
+class Choose(StageBase):
+    """Shards score models that were trained with different units frozen; the units of the best one are critical."""
+
+    kind: Literal["choose"] = "choose"
+    task: int
+    model: Ref
+    """What the candidates started from."""
+    candidates: tuple[Ref, ...]
+    units: tuple[tuple[int, int], ...]
+    """The (layer, unit) that was frozen in each candidate."""
+    sources: tuple[int, ...]
+    """The tasks whose dev rows are scored (train rows, where there are none)."""
+    vote: VoteConfig
+
+    @property
+    def inputs(self) -> tuple[Ref, ...]:
+        """Stages that must be done before this one."""
+        return (self.model, *self.candidates)
 
 
 class Evaluate(StageBase):
@@ -235,7 +282,7 @@ class Evaluate(StageBase):
         return (self.model,) if self.previous is None else (self.model, self.previous)
 
 
-Stage = Train | Generate | Record | Vote | Evaluate
+Stage = Train | Generate | Rationalise | Record | Vote | Choose | Evaluate
 
 
 def ref(stage: Stage) -> Ref:

@@ -6,7 +6,7 @@ from cl_dist.config import did_you_mean
 from cl_dist.errors import CheckpointError, ConfigError
 from cl_dist.jobs import Workbook
 from cl_dist.ledger import sha256
-from cl_dist.stage import Evaluate, Ref, Train, ref
+from cl_dist.stage import Evaluate, Ref, Train, model_after
 
 
 def number_of(book: Workbook, task: str, option: str = "--task") -> int:
@@ -28,7 +28,7 @@ def last_learned(book: Workbook) -> int:
         CheckpointError: If there is none.
     """
     for task in reversed(range(len(book.tasks))):
-        if any(isinstance(stage, Train) and book.ledger.manifest(ref(stage)) for stage in book.plan(task)):
+        if book.ledger.manifest(model_after(task)) is not None:
             return task
     raise CheckpointError(f"{book.config.folder}: no task has been learned yet; `cl-dist resume` goes on with the run")
 

@@ -31,13 +31,25 @@ class NaiveBayes:
 
     def answer(self, text: str) -> str:
         """Return the likeliest label."""
+        scores = self._scores(text)
+        return max(sorted(scores), key=scores.__getitem__)
+
+    def surprise(self, text: str, label: str) -> float:
+        """Return -log of the label's probability, in nats; infinite for a label that was never seen."""
+        scores = self._scores(text)
+        if label not in scores:
+            return math.inf
+        best = max(scores.values())
+        return best + math.log(sum(math.exp(score - best) for score in scores.values())) - scores[label]
+
+    def _scores(self, text: str) -> dict[str, float]:
+        """Return the log-probability of each label, up to a constant."""
         known = [word for word in words(text) if word in self._vocabulary]
-
-        def score(label: str) -> float:
-            counts, total = self._seen[label], self._total[label]
-            return math.log(self._rows[label]) + sum(math.log((counts[word] + 1) / total) for word in known)
-
-        return max(sorted(self._seen), key=score)
+        return {
+            label: math.log(self._rows[label])
+            + sum(math.log((counts[word] + 1) / self._total[label]) for word in known)
+            for label, counts in self._seen.items()
+        }
 
     def agreement(self, pairs: Sequence[tuple[str, str]]) -> float | None:
         """Return the share of pairs whose label it would give too; None without pairs."""

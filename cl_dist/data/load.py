@@ -108,6 +108,8 @@ def check_task(task: TaskConfig, data: DataConfig) -> Checked:
     }
     if task.rationale is not None:
         digests["rationales"] = digest_of([[row.id, row.rationale] for row in (*train, *dev)])
+    if task.environment is not None:
+        digests["environments"] = digest_of([[row.id, row.environment] for row in (*train, *dev)])
     loaded = TaskData(task.id, labels, task.question or "", train, dev, test, digests, overlap)
     return Checked(loaded, tuple(notes.faults), tuple(notes.warnings), notes.counts)
 
@@ -132,7 +134,7 @@ def _read(task: TaskConfig, notes: _Notes) -> list[Record]:
             notes.counts["where"] += 1
 
     wanted = {"text": task.text, "text_pair": task.text_pair, "label": task.label, "row_id": task.row_id}
-    wanted["rationale"] = task.rationale
+    wanted |= {"rationale": task.rationale, "environment": task.environment}
     wanted["split.field"] = source.split.field if source.split.by == "field" else None
     absent = []
     for file, known in columns.items():
@@ -191,7 +193,8 @@ def _items(task: TaskConfig, records: Sequence[Record], notes: _Notes) -> list[_
         notes.faults += faults
         if not faults and label is not None:
             pair = None if task.text_pair is None else values[task.text_pair]
-            items.append(_Item(Row(str(row_id), values[task.text], pair, label, spans), record))
+            environment = None if task.environment is None else _word(values.get(task.environment))
+            items.append(_Item(Row(str(row_id), values[task.text], pair, label, spans, environment), record))
     if seen:
         notes.warnings += [
             f"label_map: no row has the label {label!r}{did_you_mean(label, sorted(seen))}"

@@ -35,6 +35,19 @@ def _words(text: str) -> list[Span]:
     return found
 
 
+def joined(spans: Sequence[Span]) -> list[Span]:
+    """Return spans in order, those that touch made one, those of white space alone left out by their emptiness."""
+    found: list[Span] = []
+    for start, end in spans:
+        if start >= end:
+            continue
+        if found and start <= found[-1][1] + 1:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return found
+
+
 def token_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """Return for each token whether the characters that it stands for lie in a span, wholly or in part."""
     return [start < end and any(start < last and first < end for first, last in spans) for start, end in offsets]

@@ -15,6 +15,8 @@ class Row:
     label: str
     rationale: tuple[tuple[int, int], ...] = ()
     """Spans of `text` that justify the label, as [start, end) characters."""
+    environment: str | None = None
+    """Circumstance under which the row was gathered, where the data names one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,6 +132,9 @@ class TaskConfig(Section):
     row has none."""
     rationale_unit: Literal["words", "chars"] = "words"
     """What the offsets count: words of the text cut at single spaces (as in ERASER), or characters."""
+    environment: str | None = None
+    """Column with the circumstance under which a row was gathered: its source or its author, say. InvRat looks for
+    rationales that hold in all of them."""
     metric: Literal["accuracy", "exact_match", "f1", "turn_state", "rouge_l", "bleu"] = "accuracy"
     """What the cells of R hold. accuracy: of labels; the others compare free text (see cl_dist/data/answers.py)."""
     train: dict[str, Any] = {}

@@ -4,9 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cl_dist.data.rationales import Span
 from cl_dist.errors import CheckpointError
 
-RECORDED, CRITICAL = "recorded.jsonl", "critical.json"
+RATIONALES, RECORDED, CRITICAL = "rationales.jsonl", "recorded.jsonl", "critical.json"
+
+
+def read_rationales(folder: Path) -> dict[str, tuple[Span, ...]]:
+    """Return what a Rationalise stage wrote: of each row, by its id, the [start, end) characters of its rationale.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged.
+    """
+    lines = [json.loads(line) for line in _read(folder / RATIONALES).split("\n") if line]
+    return {row_id: tuple((start, end) for start, end in spans) for row_id, spans in lines}
 
 
 def read_recorded(folder: Path) -> list[dict[str, Any]]:

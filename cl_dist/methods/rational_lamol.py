@@ -3,6 +3,7 @@
 Source: Kanwatchara et al. 2021, "Rational LAMOL: A Rationale-Based Lifelong Learning Framework", ACL. For each task
 after the first: train freely -> vote (models/cci.py) -> train again from the model before the task, the chosen part
 frozen. Frozen is frozen to the bit, through weight decay and clipping, and decided anew at every task (DECISIONS).
+Rationales that nobody has marked can be found by InvRat (methods/invrat.py) or by gradients.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import model_validator
+
+from cl_dist.errors import ConfigError
 from cl_dist.methods.base import Method, TaskSequence
+from cl_dist.methods.invrat import InvratConfig
 from cl_dist.methods.lamol import Lamol, LamolConfig
 from cl_dist.methods.lamol import plan as plan_lamol
-from cl_dist.stage import Record, Ref, Stage, Train, Vote, VoteConfig, model_after
+from cl_dist.stage import Choose, Rationalise, Record, Ref, Stage, Train, Vote, VoteConfig, model_after, ref
 
 if TYPE_CHECKING:
     from cl_dist.parallel.engine import GradScale
@@ -23,13 +28,23 @@ class RationalLamolConfig(LamolConfig, VoteConfig):
     """Settings of Rational LAMOL: those of LAMOL, and those of the vote."""
 
     name: Literal["rational_lamol"]  # type: ignore[assignment]
-    freeze: Literal["cci", "random", "first", "last", "list", "none"] = "cci"
-    """What is frozen: what the vote chooses, or, to compare with on the same budget, units drawn by the run's seed, the
-    first or last ones of the model, those of frozen_units, or nothing (LAMOL)."""
+    freeze: Literal["cci", "brute_force", "random", "first", "last", "list", "none"] = "cci"
+    """What is frozen: what the vote chooses; the unit of frozen_units without which dev rows of all tasks are answered
+    best, each tried by training; or, to compare with on the same budget, units drawn by the run's seed, the first or
+    last ones of the model, those of frozen_units, or nothing (LAMOL)."""
     frozen_units: tuple[tuple[int, int], ...] = ()
-    """(layer, unit) pairs for freeze: list; of a block the unit is 0."""
+    """(layer, unit) pairs for freeze: list and brute_force; of a block the unit is 0."""
     freeze_output: bool = False
     """Whether a frozen head's part of the projection behind the heads is frozen too."""
+
+    invrat: InvratConfig = InvratConfig()
+    """How rationales are found, for rationales: invrat."""
+
+    @model_validator(mode="after")
+    def _units_are_named(self) -> RationalLamolConfig:
+        if (self.freeze in ("list", "brute_force")) != bool(self.frozen_units):
+            raise ValueError("frozen_units belong to freeze: list or brute_force, which need them")
+        return self
 
     def vote(self) -> VoteConfig:
         """Return how is voted."""
@@ -37,25 +52,61 @@ class RationalLamolConfig(LamolConfig, VoteConfig):
 
 
 def plan(config: RationalLamolConfig, tasks: TaskSequence, t: int) -> list[Stage]:
-    """As LAMOL; with freeze: cci a free model is trained and voted on before the one that stays."""
+    """As LAMOL; where something is to be chosen, the models that are compared come before the one that stays."""
     stages = plan_lamol(config, tasks, t)
-    if t == 0 or config.freeze != "cci":
+    if t == 0 or config.freeze not in ("cci", "brute_force"):
         return stages
     at = next(place for place, stage in enumerate(stages) if isinstance(stage, Train))
     final = stages[at]
     assert isinstance(final, Train)
+    before = _voted(config, t, final) if config.freeze == "cci" else _tried(config, t, final)
+    final = final.model_copy(update={"frozen": ref(before[-1])})
+    return [*stages[:at], *before, final, *stages[at + 1 :]]
+
+
+def _voted(config: RationalLamolConfig, t: int, final: Train) -> list[Stage]:
+    """Return the stages that end in a vote: the model before the task, and a freely trained one, read the same rows."""
     sources = (t - 1,) if config.voters == "previous" else tuple(range(t))
-    record = Record(task=t, model=model_after(t - 1), sources=sources, vote=config.vote())
-    free = final.model_copy(update={"step": "free"})
-    vote = Vote(
+    stages: list[Stage] = []
+    if config.rationales == "invrat":
+        stages += _rationalised(config, t)
+    record = Record(
         task=t,
-        model=Ref(task=t, stage=free.name),
-        recorded=Ref(task=t, stage=record.name),
+        model=model_after(t - 1),
         sources=sources,
+        rationales=tuple(Ref(task=u + 1, stage="rationalise") for u in sources) if stages else (),
         vote=config.vote(),
     )
-    final = final.model_copy(update={"frozen": Ref(task=t, stage=vote.name)})
-    return [*stages[:at], record, free, vote, final, *stages[at + 1 :]]
+    free = final.model_copy(update={"step": "free"})
+    vote = Vote(task=t, model=ref(free), recorded=ref(record), sources=sources, vote=config.vote())
+    return [*stages, record, free, vote]
+
+
+def _rationalised(config: RationalLamolConfig, t: int) -> list[Stage]:
+    """Return the stages that find rationales of the task before."""
+    found = [
+        Train(task=t, data=(t - 1,), learner="invrat", step="invrat", number=number, settings=config.invrat.train)
+        for number in range(config.invrat.restarts)
+    ]
+    models = tuple(ref(stage) for stage in found)
+    return [*found, Rationalise(task=t, models=models, sources=(t - 1,), vote=config.vote())]
+
+
+def _tried(config: RationalLamolConfig, t: int, final: Train) -> list[Stage]:
+    """Return the stages that train with each unit frozen and choose the best."""
+    tries = [
+        final.model_copy(update={"step": "try", "number": number, "frozen_units": (unit,)})
+        for number, unit in enumerate(config.frozen_units)
+    ]
+    choose = Choose(
+        task=t,
+        model=model_after(t - 1),
+        candidates=tuple(ref(stage) for stage in tries),
+        units=config.frozen_units,
+        sources=tuple(range(t + 1)),
+        vote=config.vote(),
+    )
+    return [*tries, choose]
 
 
 class RationalLamol(Lamol):
@@ -67,13 +118,24 @@ class RationalLamol(Lamol):
         """See Lamol."""
         super().start_task(task, tasks)
         self._frozen: list[tuple[int, int]] = []
-        if task and self.config.freeze not in ("cci", "none"):
+        if task and self.config.freeze in ("random", "first", "last", "list"):
             self.freeze(self._control(task))
 
     def freeze(self, units: list[tuple[int, int]]) -> None:
-        """Freeze units: blocks here and now, heads and groups by grad_scales."""
-        from cl_dist.models.heads import block_parameters
+        """Freeze units: blocks here and now, heads and groups by grad_scales.
 
+        Raises:
+            ConfigError: If the model has no such unit.
+        """
+        from cl_dist.models.heads import block_parameters, shape_of, units_of
+
+        layers, count = shape_of(self.model.backbone)[0], units_of(self.model.backbone, self.config.level)
+        for layer, unit in units:
+            if not (0 <= layer < layers and 0 <= unit < count):
+                raise ConfigError(
+                    f"method.frozen_units=[{layer}, {unit}]: this model has layers 0..{layers - 1}, each with "
+                    f"{count} unit(s) at level {self.config.level}, counted from 0"
+                )
         self._frozen = units
         if self.config.level == "block":
             for layer, _ in units:
@@ -100,7 +162,7 @@ class RationalLamol(Lamol):
                 generator = torch.Generator().manual_seed(seed_of(self.seed, "freeze", task))
                 return sorted(every[i] for i in torch.randperm(len(every), generator=generator)[:count].tolist())
             case _:
-                return [pair for pair in config.frozen_units if pair in every]
+                return list(config.frozen_units)
 
     def grad_scales(self) -> Mapping[str, GradScale]:
         """Keep what frozen heads and groups own; everything else moves and decays as it would."""
@@ -136,6 +198,6 @@ class RationalLamol(Lamol):
 METHOD = Method(
     config=RationalLamolConfig,
     plan=plan,
-    learners={"text": "cl_dist.methods.rational_lamol:RationalLamol"},
+    learners={"text": "cl_dist.methods.rational_lamol:RationalLamol", "invrat": "cl_dist.methods.invrat:Invrat"},
     about="LAMOL that keeps frozen what a vote over attention maps and rationales points at",
 )

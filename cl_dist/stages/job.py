@@ -1,5 +1,6 @@
 """What a worker is given: a stage and the settings it uses, and how it builds the model that the stage starts from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -17,7 +18,7 @@ from cl_dist.models.backbone import load_backbone
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.seeds import seeded
-from cl_dist.stage import EvaluateConfig, Generate, GenerateConfig, Stage, Train, TrainConfig
+from cl_dist.stage import EvaluateConfig, Generate, GenerateConfig, Rationalise, Ref, Stage, Train, TrainConfig
 from cl_dist.stages.weights import StoredWeights
 
 LEARNER = "learner.safetensors"
@@ -41,16 +42,16 @@ class Job:
     """Longest input of each task when it is scored: as its own settings say, whichever task the model has come to."""
     evaluate: EvaluateConfig
     generate: GenerateConfig
-    samples: str | None
-    """Folder of the Generate stage whose pseudo-samples are trained on."""
-    recorded: str | None
-    """Folder of the Record stage that a Vote stage compares with."""
-    frozen: str | None
-    """Folder of the Vote stage whose choice is not trained."""
+    folders: Mapping[Ref, str]
+    """Where the results of the stage's inputs lie."""
     engine: EngineConfig
     seed: int
     chain: tuple[str, ...]
     """Folders of the Train stages whose weights make up the model, oldest first."""
+
+    def folder(self, ref: Ref) -> Path:
+        """Return where an input of the stage lies."""
+        return Path(self.folders[ref])
 
 
 def replayed_rows(job: Job) -> int:
@@ -99,11 +100,13 @@ def build_learner(job: Job, up_to: int | None = None) -> Learner:
     Raises:
         CheckpointError: If a stored file is missing or does not fit the model.
     """
-    name = job.stage.learner if job.stage.kind == "train" else None
+    stage = job.stage
+    name = stage.learner if isinstance(stage, Train | Rationalise) else None
+    number = [stage.number] if isinstance(stage, Train) and stage.number is not None else []
     last = job.stage.task if up_to is None else up_to
     num_labels = tuple(len(task_data(job, task).labels) for task in range(last + 1))
     learner = new_learner(job.method, job.model, num_labels, job.seed, name)
-    with seeded(job.seed, "build", job.tasks[last].id):
+    with seeded(job.seed, "build", job.tasks[last].id, *number):
         model = learner.build(load_backbone(job.model, causal=learner.answers == "text"), last)
     own = model.state_dict()
     latest: dict[str, StoredWeights] = {}

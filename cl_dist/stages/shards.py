@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cl_dist.stages import evaluate, generate, vote
+from cl_dist.stages import choose, evaluate, generate, rationalise, vote, voters
 from cl_dist.stages.job import Job
 
 Shard = Any
@@ -33,6 +33,8 @@ class Sharded:
 SHARDED = {
     "evaluate": Sharded(evaluate.shards, evaluate.Scorer, evaluate.merge),
     "generate": Sharded(generate.shards, generate.Dreamer, generate.merge),
-    "record": Sharded(vote.shards, vote.Recording, vote.merge_record),
-    "vote": Sharded(vote.shards, vote.Comparing, vote.merge_vote),
+    "rationalise": Sharded(voters.shards, rationalise.Marker, rationalise.merge),
+    "record": Sharded(voters.shards, vote.Recording, vote.merge_record),
+    "vote": Sharded(voters.shards, vote.Comparing, vote.merge_vote),
+    "choose": Sharded(choose.shards, choose.Trier, choose.merge),
 }

@@ -115,8 +115,11 @@ def start(job: Job, learner: Learner) -> None:
     """Choose what the stage trains."""
     assert isinstance(job.stage, Train)
     learner.start_task(job.stage.task, (*job.stage.data, *job.stage.replay))
-    if job.frozen is not None:
-        learner.freeze([(layer, unit) for layer, unit in read_critical(Path(job.frozen))["chosen"]])
+    units = list(job.stage.frozen_units)
+    if job.stage.frozen is not None:
+        units += [(layer, unit) for layer, unit in read_critical(job.folder(job.stage.frozen))["chosen"]]
+    if units:
+        learner.freeze(units)
 
 
 def _rows(job: Job, stage: Train, learner: Learner) -> tuple[Rows, dict[int, Rows]]:
@@ -132,9 +135,9 @@ def _rows(job: Job, stage: Train, learner: Learner) -> tuple[Rows, dict[int, Row
         data = task_data(job, task)
         chosen = sample(job.seed, data.id, len(data.train), replayed_rows(job))
         rows.add(task, data, [data.train[number] for number in chosen], replayed=True)
-    if job.samples is not None:
+    if stage.samples is not None:
         assert isinstance(rows, LanguageRows)  # the stage that wrote them was planned by a method on decoders
-        for found in read_samples(Path(job.samples)):
+        for found in read_samples(job.folder(stage.samples)):
             rows.add_tokens(found.source, found.prefix, found.answer)
     return rows, dev
 

@@ -8,8 +8,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ import numpy as np
 import torch
 
 from cl_dist.data.language import Speller, spell
-from cl_dist.data.rationales import token_mask
+from cl_dist.data.rationales import Span, token_mask
 from cl_dist.data.rows import Row, TaskData
-from cl_dist.data.votes import CRITICAL, RECORDED, read_recorded
+from cl_dist.data.votes import CRITICAL, RECORDED, read_rationales, read_recorded
 from cl_dist.errors import CheckpointError, DataError
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.causal import CausalModel
@@ -29,39 +28,14 @@ from cl_dist.models.saliency import agreement, salient
 from cl_dist.parallel.world import World
 from cl_dist.stage import Record, Vote, VoteConfig, digest_of
 from cl_dist.stages.job import Job, build_learner, task_data
+from cl_dist.stages.voters import Shard, voting_rows
 
 log = logging.getLogger(__name__)
 BINS = 20
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Shard:
-    """Voting rows start..stop-1 of a task."""
-
-    source: int
-    start: int
-    stop: int
-
-
 Seen = list[dict[str, Any]]
 """Per row: source, number, row (its id), and either skipped (why) or what the stage found."""
-
-
-def voting_rows(data: TaskData, vote: VoteConfig) -> tuple[Row, ...]:
-    """Return the rows of a task that may vote."""
-    return (data.dev or data.train)[: vote.samples]
-
-
-def shards(job: Job) -> list[Shard]:
-    """Cut the stage into shards. They depend on the science settings alone, never on the workers."""
-    stage = job.stage
-    assert isinstance(stage, Record | Vote)
-    return [
-        Shard(source, start, min(start + stage.vote.shard_samples, count))
-        for source in stage.sources
-        for count in [len(voting_rows(task_data(job, source), stage.vote))]
-        for start in range(0, count, stage.vote.shard_samples)
-    ]
 
 
 class _Reader(ABC):
@@ -78,27 +52,11 @@ class _Reader(ABC):
             self._model = self._model.to(torch.bfloat16)
         self._speller = Speller(load_tokenizer(job.model))
 
-    def _tokens(self, data: TaskData, row: Row) -> tuple[list[int], Bits, str | None]:
-        """Return a row's tokens, which of them people named as its rationale, and why it cannot vote, if so."""
-        length = self._job.train.max_length
-        context, asked, answer = spell(self._speller, row, data.question, length)
-        whole, places = self._speller.encode_places(row.text)
-        kept = len(context)
-        if whole[:kept] != context:
-            raise DataError(f"row {row.id}: its tokens and their places in the text do not fit together")
-        mask = np.array(token_mask(places[:kept], row.rationale), dtype=bool)
-        tokens = context
-        if self._vote.rows == "all":
-            tokens = [*context, *asked, self._speller.special.ans, *answer]
-            mask = np.pad(mask, (0, len(tokens) - kept))
-        skipped = None
-        if self._vote.rationales == "gradient":
-            skipped = "too_short" if kept < 2 else None
-        elif not row.rationale:
-            skipped = "no_rationale"
-        elif len(tokens) < 2 or not mask.any():
-            skipped = "cut_off"
-        return tokens, mask, skipped
+    def _tokens(self, data: TaskData, row: Row) -> tuple[list[int], int]:
+        """Return the tokens of a row that are looked at, and how many of them, from the first, are its text."""
+        context, asked, answer = spell(self._speller, row, data.question, self._job.train.max_length)
+        more = [*asked, self._speller.special.ans, *answer] if self._vote.rows == "all" else []
+        return [*context, *more], len(context)
 
     def run(self, shard: Shard) -> Seen:
         """Read a shard's rows."""
@@ -107,30 +65,40 @@ class _Reader(ABC):
         found: Seen = []
         with watched(self._model):
             for number in range(shard.start, shard.stop):
-                tokens, mask_T, skipped = self._tokens(data, rows[number])
-                line: dict[str, Any] = {"source": shard.source, "number": number, "row": rows[number].id}
+                row = rows[number]
+                tokens, kept = self._tokens(data, row)
+                line: dict[str, Any] = {"source": shard.source, "number": number, "row": row.id}
                 line["tokens"] = digest_of(tokens)
-                if skipped:
-                    line["skipped"] = skipped
-                else:
-                    line |= self.look(line, data, rows[number], tokens, mask_T)
-                found.append(line)
+                found.append(line | self.look(line, data, row, tokens, kept))
         return found
 
     @abstractmethod
-    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], mask_T: Bits) -> dict[str, Any]:
-        """Return what the stage finds in a row."""
+    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], kept: int) -> dict[str, Any]:
+        """Return what the stage finds in a row, of whose tokens the first `kept` are its text."""
 
 
 class Recording(_Reader):
     """The old model: where it looks in each row, in the map that fits the rationale best."""
 
-    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], mask_T: Bits) -> dict[str, Any]:
-        """Return the maps as packed bits, and how far each fits the rationale; the first row of a task in words too."""
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        assert isinstance(job.stage, Record)
+        found = [read_rationales(job.folder(stage)) for stage in job.stage.rationales]
+        self._found = dict(zip(job.stage.sources, found, strict=True)) if found else {}
+
+    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], kept: int) -> dict[str, Any]:
+        """Return the maps as packed bits, and how far each fits the rationale; the first row of a task in words too.
+
+        A row that cannot vote says why.
+        """
+        text_T, skipped = self._rationale(line["source"], data, row, kept)
+        if skipped:
+            return {"skipped": skipped}
         found: dict[str, Any] = {}
-        if self._vote.rationales == "gradient":
-            human_T, mask_T = mask_T, self._found(data, row, len(mask_T))
-            found = {"agreement": agreement(mask_T, human_T)} if human_T.any() else {}
+        if self._vote.rationales != "human":
+            human_T = self._marked(row, row.rationale, kept)
+            found = {"agreement": agreement(text_T, human_T)} if human_T.any() else {}
+        mask_T = np.pad(text_T, (0, len(tokens) - kept))
         recorder = Recorder(mask_T, units_of(self._model, self._vote.level), self._vote.beta)
         watch(self._model, tokens, recorder)
         maps_LUT, iou_LU = recorder.maps()
@@ -140,23 +108,34 @@ class Recording(_Reader):
         bits = np.packbits(maps_LUT).tobytes().hex()
         return found | {"shape": list(maps_LUT.shape), "maps": bits, "iou": iou_LU.tolist()}
 
-    def _found(self, data: TaskData, row: Row, length: int) -> Bits:
-        """Return the rationale that the model's own gradients give, in a mask of some length."""
-        context, asked, answer = spell(self._speller, row, data.question, self._job.train.max_length)
-        prefix, ans = [*context, *asked], self._speller.special.ans
-        mask = salient(self._model, len(context), prefix, ans, answer, self._vote.rationale_share)
-        return np.pad(mask, (0, length - len(context)))
+    def _rationale(self, source: int, data: TaskData, row: Row, kept: int) -> tuple[Bits, str | None]:
+        """Return which of the first `kept` tokens of a text are its rationale, and why it cannot vote, if so."""
+        if kept < 2:
+            return np.zeros(kept, dtype=bool), "too_short"
+        if self._vote.rationales == "gradient":
+            context, asked, answer = spell(self._speller, row, data.question, self._job.train.max_length)
+            prefix, ans = [*context, *asked], self._speller.special.ans
+            return salient(self._model, kept, prefix, ans, answer, self._vote.rationale_share), None
+        spans = row.rationale if self._vote.rationales == "human" else self._found[source].get(row.id, ())
+        mask_T = self._marked(row, spans, kept)
+        return mask_T, None if mask_T.any() else "cut_off" if spans else "no_rationale"
+
+    def _marked(self, row: Row, spans: Sequence[Span], kept: int) -> Bits:
+        """Return which of the first `kept` tokens of a text lie in some spans."""
+        _, places = self._speller.encode_places(row.text)
+        return np.array(token_mask(places[:kept], spans), dtype=bool)
 
 
 class Comparing(_Reader):
     """The new model: how near each unit still comes to what was recorded."""
 
     def __init__(self, job: Job) -> None:
-        assert job.recorded is not None
-        self._recorded = {(line["source"], line["number"]): line for line in read_recorded(Path(job.recorded))}
+        assert isinstance(job.stage, Vote)
+        self._folder = job.folder(job.stage.recorded)
+        self._recorded = {(line["source"], line["number"]): line for line in read_recorded(self._folder)}
         super().__init__(job)
 
-    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], mask_T: Bits) -> dict[str, Any]:
+    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], kept: int) -> dict[str, Any]:
         """Return c of every unit.
 
         Raises:
@@ -165,8 +144,10 @@ class Comparing(_Reader):
         known = self._recorded.get((line["source"], line["number"]))
         if known is None or known["tokens"] != line["tokens"]:
             raise CheckpointError(
-                f"row {line['row']}: was recorded with other tokens; remove the folder {self._job.recorded} and resume"
+                f"row {line['row']}: was recorded with other tokens; remove the folder {self._folder} and resume"
             )
+        if "skipped" in known:
+            return {"skipped": known["skipped"]}
         comparer = Comparer(_maps(known), self._vote.beta)
         watch(self._model, tokens, comparer)
         return {"nearness": comparer.nearness().tolist()}
@@ -249,13 +230,12 @@ def _example(recorded: Seen, layer: int, unit: int) -> dict[str, Any] | None:
 def merge_vote(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> None:
     """Count the votes and write critical.json to out."""
     assert isinstance(job.stage, Vote)
-    assert job.recorded is not None
     lines, vote = _sorted(results), job.stage.vote
     used = [line for line in lines if "skipped" not in line]
     found = tally([np.array(line["nearness"]) for line in used], vote)
     for line, minimum in zip(used, found["minima"], strict=True):
         minimum |= {"task": job.tasks[line["source"]].id, "row": line["row"]}
-    recorded = [line for line in read_recorded(Path(job.recorded)) if "skipped" not in line]
+    recorded = [line for line in read_recorded(job.folder(job.stage.recorded)) if "skipped" not in line]
     shares = [line["agreement"] for line in recorded if "agreement" in line]
     decisive = found["margin"] >= vote.min_margin
     if not decisive:

@@ -1,5 +1,6 @@
 """Frozen heads and blocks on two ranks: bit-equal through decay, clipping, accumulation and bfloat16, ZeRO 0 to 3."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         book = tiny.book(folder, {"science": science}, tasks=("food", "film"))
         train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
         stage = next(stage for stage in book.plan(1) if isinstance(stage, Train))
-        found[level] = replace(book.job(stage.model_copy(update={"samples": None})), samples=None)
+        found[level] = book.job(stage.model_copy(update={"samples": None}))
     return found
 
 
@@ -66,6 +67,11 @@ def test_what_is_frozen_keeps_every_bit(
     after, before = StoredWeights(out), StoredWeights(job.chain[-1])
     learner = build_learner(job)
     train.start(job, learner)
+    facts = json.loads((out / "train.json").read_text())
+    total = sum(parameter.numel() for parameter in learner.model.parameters())
+    trained = sum(parameter.numel() for parameter in learner.model.parameters() if parameter.requires_grad)
+    assert facts["parameters"] == {"trainable": trained, "total": total}
+    assert 0.05 < facts["learner"]["freeze/params_frac"] < 0.5
     if level == "block":
         assert not any(".h.1." in name for name in after)
         assert any(".h.0." in name for name in after)

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from cl_dist.errors import CheckpointError, DataError
+from cl_dist.data.rows import Row
+from cl_dist.errors import CheckpointError, ConfigError, DataError
 from cl_dist.jobs import Workbook
-from cl_dist.stage import Record, Ref, Train, ref
+from cl_dist.stage import Record, Ref, Train, Vote, ref
 from cl_dist.stages import train, vote
 from cl_dist.stages.job import Job, build_learner
+from cl_dist.stages.predict import Predictor
 from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.voters import Shard
 from tests import tiny
 from tests.parity import train_here
 
@@ -93,14 +96,19 @@ def test_rows_without_a_rationale_and_rows_that_are_cut_off_do_not_vote(book: Wo
     job = book.job(book.stage(Ref(task=1, stage="record")))
     data = book.data(0)
     reader = vote.Recording(job)
-    bare = replace(data.dev[0], rationale=())
-    assert reader._tokens(data, bare)[2] == "no_rationale"
+
+    def skipped(row: Row) -> str | None:
+        return reader._rationale(0, data, row, reader._tokens(data, row)[1])[1]
+
+    assert skipped(data.dev[0]) is None
+    assert skipped(replace(data.dev[0], rationale=())) == "no_rationale"
+    assert skipped(replace(data.dev[0], text="tasty", rationale=((0, 5),))) == "too_short"
     long = replace(data.dev[0], text="the " * 40 + "tasty", rationale=((160, 165),))
-    tokens, mask, why = reader._tokens(data, long)
-    assert why == "cut_off"
-    assert len(tokens) == len(mask) == job.train.max_length - 6  # ans, the token that asks, answer, question
+    assert skipped(long) == "cut_off"
+    tokens, kept = reader._tokens(data, long)
+    assert len(tokens) == kept == job.train.max_length - 6  # ans, the token that asks, answer, question
     with pytest.raises(DataError, match=r"none of 1 rows can vote: \{'no_rationale': 1\}.*tasks\.<id>\.rationale"):
-        vote.merge_record(job, [(vote.Shard(0, 0, 1), [{"skipped": "no_rationale"}])], Path())
+        vote.merge_record(job, [(Shard(0, 0, 1), [{"skipped": "no_rationale"}])], Path())
 
 
 def test_question_and_answer_are_read_only_if_asked_for(book: Workbook) -> None:
@@ -108,22 +116,23 @@ def test_question_and_answer_are_read_only_if_asked_for(book: Workbook) -> None:
     assert isinstance(job.stage, Record)
     whole = replace(job, stage=job.stage.model_copy(update={"vote": job.stage.vote.model_copy(update={"rows": "all"})}))
     data = book.data(0)
-    short, mask, _ = vote.Recording(job)._tokens(data, data.dev[0])
-    long, wide, _ = vote.Recording(whole)._tokens(data, data.dev[0])
-    assert long[: len(short)] == short
+    short, kept = vote.Recording(job)._tokens(data, data.dev[0])
+    long, same = vote.Recording(whole)._tokens(data, data.dev[0])
+    assert kept == same == len(short)
+    assert long[:kept] == short
     assert len(long) == len(short) + 3 + 1 + 1  # question, ans, answer
-    assert not wide[len(short) :].any()
-    assert (wide[: len(short)] == mask).all()
 
 
 def test_a_record_of_other_tokens_is_refused(book: Workbook, tmp_path: Path) -> None:
     job = book.job(book.stage(Ref(task=1, stage="vote")))
-    lines = [json.loads(line) for line in (Path(str(job.recorded)) / "recorded.jsonl").read_text().splitlines()]
+    assert isinstance(job.stage, Vote)
+    recorded = job.folder(job.stage.recorded) / "recorded.jsonl"
+    lines = [json.loads(line) for line in recorded.read_text().splitlines()]
     lines[2]["tokens"] = "0" * 64
     (tmp_path / "recorded.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    worker = vote.Comparing(replace(job, recorded=str(tmp_path)))
+    worker = vote.Comparing(replace(job, folders={**job.folders, job.stage.recorded: str(tmp_path)}))
     with pytest.raises(CheckpointError, match="was recorded with other tokens"):
-        worker.run(vote.Shard(0, 0, 4))
+        worker.run(Shard(0, 0, 4))
 
 
 def test_gradients_stand_in_for_people(tmp_path: Path) -> None:
@@ -147,7 +156,7 @@ def test_what_is_frozen_keeps_every_bit_through_decay_and_clipping(tmp_path: Pat
     book = made(tmp_path, train=settings, level=level, freeze="list", frozen_units=[[1, 0]], freeze_output=True)
     first = train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train"))).weights
     stage = next(stage for stage in book.plan(1) if isinstance(stage, Train)).model_copy(update={"samples": None})
-    job = replace(book.job(stage), samples=None)
+    job = book.job(stage)
     after = train_here(job, tmp_path / "out").weights
     learner = build_learner(job)
     train.start(job, learner)
@@ -169,11 +178,11 @@ def test_all_else_is_updated_as_without_freezing(tmp_path: Path) -> None:
     """After one step with decay and without clipping, whose norm freezing does change."""
     settings = {"weight_decay": 0.1, "clip": 0.0, "epochs": 1, "global_batch": 64, "warmup": 0.0}
     found = {}
-    for freeze in ("none", "list"):
-        book = made(tmp_path, freeze, settings, freeze=freeze, frozen_units=[[0, 1]])
+    for freeze, units in (("none", []), ("list", [[0, 1]])):
+        book = made(tmp_path, freeze, settings, freeze=freeze, frozen_units=units)
         train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
         stage = next(stage for stage in book.plan(1) if isinstance(stage, Train)).model_copy(update={"samples": None})
-        job = replace(book.job(stage), samples=None)
+        job = book.job(stage)
         found[freeze] = train_here(job, tmp_path / f"out-{freeze}").weights
     learner = build_learner(job)
     train.start(job, learner)
@@ -190,7 +199,7 @@ def test_all_else_is_updated_as_without_freezing(tmp_path: Path) -> None:
     [("first", [(0, 0), (0, 1)]), ("last", [(1, 0), (1, 1)]), ("list", [(1, 1)]), ("none", [])],
 )
 def test_controls_freeze_as_much_without_a_vote(tmp_path: Path, freeze: str, units: list[tuple[int, int]]) -> None:
-    book = made(tmp_path, freeze=freeze, top_k=2, frozen_units=[[1, 1], [9, 9]])
+    book = made(tmp_path, freeze=freeze, top_k=2, frozen_units=units if freeze == "list" else [])
     assert [stage.name for stage in book.plan(1)] == ["generate", "train", "evaluate"]
     train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
     stage = next(stage for stage in book.plan(1) if isinstance(stage, Train))
@@ -211,3 +220,41 @@ def test_a_random_control_is_drawn_by_seed_and_task(tmp_path: Path) -> None:
     assert drawn[0] == drawn[1]
     assert len({tuple(units) for units in drawn}) > 1
     assert all(len(set(units)) == 2 for units in drawn)
+
+
+def test_a_unit_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    book = made(tmp_path, freeze="list", frozen_units=[[1, 1], [1, 2]])
+    train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
+    job = book.job(next(stage for stage in book.plan(1) if isinstance(stage, Train)))
+    with pytest.raises(ConfigError, match=r"frozen_units=\[1, 2\]: this model has layers 0..1, each with 2 unit"):
+        build_learner(job).start_task(1, (1,))
+    with pytest.raises(ConfigError, match="frozen_units belong to freeze: list or brute_force"):
+        made(tmp_path, freeze="list")
+    with pytest.raises(ConfigError, match="frozen_units belong to freeze: list or brute_force"):
+        made(tmp_path, frozen_units=[[1, 1]])
+
+
+def test_brute_force_tries_every_unit_and_keeps_the_best(tmp_path: Path) -> None:
+    book = tiny.compute(made(tmp_path, level="block", freeze="brute_force", frozen_units=[[0, 0], [1, 0]]))
+    names = [stage.name for stage in book.plan(1)]
+    assert names == ["generate", "try-0", "try-1", "choose", "train", "evaluate"]
+    found = book.ledger.read(Ref(task=1, stage="choose"), "critical.json")
+    scores = [tried["accuracy"] for tried in found["tried"]]
+    assert found["chosen"] == [found["tried"][scores.index(max(scores))]["unit"]]
+    number = scores.index(max(scores))
+    best, final = (book.ledger.path(Ref(task=1, stage=name)) for name in (f"try-{number}", "train"))
+    assert (best / "trainable.safetensors").read_bytes() == (final / "trainable.safetensors").read_bytes()
+    frozen = [
+        book.ledger.read(Ref(task=1, stage=name), "train.json")["learner"]["frozen_units"]
+        for name in ("try-0", "try-1", "train")
+    ]
+    assert frozen == [[[0, 0]], [[1, 0]], found["chosen"]]
+    # Each candidate's score is that of its own weights: the same rows, answered by a predictor over its chain.
+    job = book.job(book.stage(Ref(task=1, stage="choose")))
+    for tried, name in zip(found["tried"], ("try-0", "try-1"), strict=True):
+        predictor = Predictor(replace(job, chain=(*job.chain, str(book.ledger.path(Ref(task=1, stage=name))))))
+        shares = []
+        for task in (1, 0):
+            rows = book.data(task).dev
+            shares.append(np.mean([a == r.label for a, r in zip(predictor.answers(task, rows), rows, strict=True)]))
+        assert tried["accuracy"] == pytest.approx(np.mean(shares))

@@ -1,0 +1,62 @@
+"""Worker side of Choose: models that were trained with different units frozen answer dev rows; the best one wins."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cl_dist.data.votes import CRITICAL
+from cl_dist.stage import Choose
+from cl_dist.stages import voters
+from cl_dist.stages.job import Job, task_data
+from cl_dist.stages.predict import Predictor
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shard:
+    """Rows that a candidate answers."""
+
+    candidate: int
+    rows: voters.Shard
+
+
+def shards(job: Job) -> list[Shard]:
+    """Cut the stage into shards. They depend on the science settings alone, never on the workers."""
+    assert isinstance(job.stage, Choose)
+    return [Shard(number, rows) for number in range(len(job.stage.candidates)) for rows in voters.shards(job)]
+
+
+class Trier:
+    """Holds the model of one candidate at a time."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._held = job, -1
+
+    def run(self, shard: Shard) -> int:
+        """Return how many of a shard's rows are answered rightly."""
+        assert isinstance(self._job.stage, Choose)
+        if shard.candidate != self._held:
+            self._predictor: Predictor | None = None  # never two models resident
+            folder = self._job.folder(self._job.stage.candidates[shard.candidate])
+            self._predictor = Predictor(replace(self._job, chain=(*self._job.chain, str(folder))))
+            self._held = shard.candidate
+        assert self._predictor is not None
+        where = shard.rows
+        rows = voters.voting_rows(task_data(self._job, where.source), self._job.stage.vote)[where.start : where.stop]
+        answers = self._predictor.answers(where.source, rows)
+        return sum(answer == row.label for answer, row in zip(answers, rows, strict=True))
+
+
+def merge(job: Job, results: Iterable[tuple[Shard, int]], out: Path) -> None:
+    """Write critical.json: the unit whose freezing gave the best mean accuracy over tasks; of equals, the first."""
+    stage = job.stage
+    assert isinstance(stage, Choose)
+    right = [dict.fromkeys(stage.sources, 0) for _ in stage.candidates]
+    for shard, count in results:
+        right[shard.candidate][shard.rows.source] += count
+    sizes = {task: len(voters.voting_rows(task_data(job, task), stage.vote)) for task in stage.sources}
+    scores = [sum(found[task] / sizes[task] for task in stage.sources) / len(stage.sources) for found in right]
+    best = stage.units[scores.index(max(scores))]
+    tried = [{"unit": list(unit), "accuracy": score} for unit, score in zip(stage.units, scores, strict=True)]
+    facts = {"level": stage.vote.level, "chosen": [list(best)], "tried": tried}
+    (out / CRITICAL).write_text(json.dumps(facts, indent=1), encoding="utf8")

@@ -1,0 +1,81 @@
+"""Worker side of Rationalise: the selector of the best InvRat players marks the rows that vote."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cl_dist.data.environments import ReasonedRows
+from cl_dist.data.rationales import Span, joined
+from cl_dist.data.votes import RATIONALES
+from cl_dist.errors import CheckpointError
+from cl_dist.models.backbone import load_tokenizer
+from cl_dist.models.invrat import Players
+from cl_dist.parallel.world import World
+from cl_dist.stage import Rationalise
+from cl_dist.stages.job import Job, build_learner, task_data
+from cl_dist.stages.voters import Shard, voting_rows
+
+FOUND = "rationalise.json"
+
+Marked = list[tuple[str, list[Span]]]
+"""Row id, and the [start, end) characters of its text that are its rationale."""
+
+
+def dev_accuracies(job: Job) -> list[float]:
+    """Return the dev accuracy of each of the stage's models.
+
+    Raises:
+        CheckpointError: If a model's facts are missing or damaged.
+    """
+    assert isinstance(job.stage, Rationalise)
+    found = []
+    for model in job.stage.models:
+        path = job.folder(model) / "train.json"
+        try:
+            metrics = json.loads(path.read_text(encoding="utf8"))["metrics"]
+            found.append(float(metrics.get("dev/accuracy", -metrics["train/agnostic"])))
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path}: missing or damaged ({error}); remove its folder and resume") from None
+    return found
+
+
+class Marker:
+    """Holds the best players and marks rows."""
+
+    def __init__(self, job: Job) -> None:
+        assert isinstance(job.stage, Rationalise)
+        self._job, self._vote, self._device = job, job.stage.vote, World.current().device
+        scores = dev_accuracies(job)
+        best = job.stage.models[scores.index(max(scores))]
+        learner = build_learner(replace(job, chain=(str(job.folder(best)),)))
+        assert isinstance(learner.model, Players)
+        self._model = learner.model.to(self._device).eval()
+        self._learner, self._tokenizer = learner, load_tokenizer(job.model)
+
+    def run(self, shard: Shard) -> Marked:
+        """Mark a shard's rows, each read alone."""
+        data = task_data(self._job, shard.source)
+        chosen = voting_rows(data, self._vote)[shard.start : shard.stop]
+        length = self._job.method.invrat.train.max_length  # type: ignore[attr-defined]
+        rows = self._learner.rows(self._tokenizer, length, training=False)
+        assert isinstance(rows, ReasonedRows)
+        rows.add(shard.source, data, chosen)
+        marked: Marked = []
+        for number, row in enumerate(chosen):
+            (mask_L,) = self._model.select(rows.batch([number], self._device)).tolist()
+            places = [place for place, is_chosen in zip(rows.places[number], mask_L, strict=False) if is_chosen]
+            marked.append((row.id, joined(places)))
+        return marked
+
+
+def merge(job: Job, results: Iterable[tuple[Shard, Marked]], out: Path) -> None:
+    """Write the spans of all rows, and which model found them, to out."""
+    assert isinstance(job.stage, Rationalise)
+    lines = [line for _, marked in sorted(results, key=lambda result: result[0]) for line in marked]
+    (out / RATIONALES).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
+    scores = dev_accuracies(job)
+    facts: dict[str, Any] = {"dev_accuracy": scores, "chosen": scores.index(max(scores)), "rows": len(lines)}
+    facts["empty"] = sum(not spans for _, spans in lines)
+    (out / FOUND).write_text(json.dumps(facts, indent=1), encoding="utf8")

@@ -1,0 +1,33 @@
+"""The rows that vote, and how stages that read them are cut into shards."""
+
+from dataclasses import dataclass
+
+from cl_dist.data.rows import Row, TaskData
+from cl_dist.stage import Choose, Rationalise, Record, Vote, VoteConfig
+from cl_dist.stages.job import Job, task_data
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shard:
+    """Voting rows start..stop-1 of a task."""
+
+    source: int
+    start: int
+    stop: int
+
+
+def voting_rows(data: TaskData, vote: VoteConfig) -> tuple[Row, ...]:
+    """Return the rows of a task that may vote."""
+    return (data.dev or data.train)[: vote.samples]
+
+
+def shards(job: Job) -> list[Shard]:
+    """Cut the stage into shards. They depend on the science settings alone, never on the workers."""
+    stage = job.stage
+    assert isinstance(stage, Rationalise | Record | Vote | Choose)
+    return [
+        Shard(source, start, min(start + stage.vote.shard_samples, count))
+        for source in stage.sources
+        for count in [len(voting_rows(task_data(job, source), stage.vote))]
+        for start in range(0, count, stage.vote.shard_samples)
+    ]
