@@ -19,7 +19,7 @@ from cl_dist.errors import CheckpointError
 from cl_dist.jobs import Workbook
 from cl_dist.ledger import write_json
 from cl_dist.metrics import summarize
-from cl_dist.stage import Evaluate, Generate, Ref, Stage, Train, Vote, ref
+from cl_dist.stage import Choose, Evaluate, Generate, Ref, Stage, Train, Vote, ref
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("cl-dist", "torch", "deepspeed", "accelerate", "transformers", "datasets", "ray", "peft")
@@ -251,12 +251,19 @@ def _replay_facts(book: Workbook) -> list[dict[str, Any]]:
 
 
 def _vote_facts(book: Workbook) -> list[dict[str, Any]]:
-    """Return what the Vote stages chose, and the count behind it."""
+    """Return what the Vote and Choose stages chose, and the counts behind it.
+
+    Of the histograms of c those of the chosen units are kept, and the sum of the others.
+    """
     facts = []
     for stage in (stage for t in range(len(book.tasks)) for stage in book.plan(t)):
-        if isinstance(stage, Vote) and book.ledger.manifest(ref(stage)) is not None:
+        if isinstance(stage, Vote | Choose) and book.ledger.manifest(ref(stage)) is not None:
             found = book.ledger.read(ref(stage), "critical.json")
             kept = {name: value for name, value in found.items() if name not in ("minima", "histogram")}
+            if "histogram" in found:
+                bins = {(layer, unit): c for layer, us in enumerate(found["histogram"]) for unit, c in enumerate(us)}
+                chosen = [bins.pop((layer, unit)) for layer, unit in found["chosen"]]
+                kept["distribution"] = {"chosen": chosen, "others": [sum(c) for c in zip(*bins.values(), strict=True)]}
             facts.append({"task": book.tasks.tasks[stage.task].id, **kept})
     return facts
 

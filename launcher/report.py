@@ -34,7 +34,7 @@ SCHEMA_VERSION = 1
 DASH = "\N{EN DASH}"
 MAX_LINES = 8
 """More tasks than this get a small chart each: nobody can tell nineteen lines or colours apart."""
-KINDS = ("train", "generate", "record", "vote", "evaluate", "other")
+KINDS = ("train", "generate", "rationalise", "record", "vote", "choose", "evaluate", "other")
 
 Summary = Mapping[str, Any]
 Row = Sequence[float | None]

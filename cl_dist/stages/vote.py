@@ -242,6 +242,7 @@ def merge_vote(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> No
         log.warning("vote not decisive task=%s margin=%.3f", job.tasks[job.stage.task].id, found["margin"])
     facts = {
         "level": vote.level,
+        "rationales": vote.rationales,
         "used": len(used),
         "skipped": dict(Counter(line["skipped"] for line in lines if "skipped" in line)),
         "voters": [job.tasks[source].id for source in job.stage.sources],

@@ -171,6 +171,8 @@ def test_votes_are_shown_as_a_map_of_layers_and_heads(tmp_path: Path) -> None:
         "margin": 0.025,
         "ties": 2,
         "mean_c": [[0.9, 0.8], [0.5, 1.0]],
+        "distribution": {"chosen": [[30, 10, 0, 0]], "others": [0, 0, 30, 90]},
+        "rationales": "invrat",
         "agreement": {"f1": 0.25, "iou": 0.14},
         "example": {"row": "r1", "words": ["the", HOSTILE, "plot"], "rationale": [1], "looked_at": [1, 2]},
     }
@@ -183,12 +185,22 @@ def test_votes_are_shown_as_a_map_of_layers_and_heads(tmp_path: Path) -> None:
         "2.5 %",
         "not decisive",
         "frozen",
-        "F1 0.25",
+        "come from InvRat; against those of people: token F1 0.25",
         "<mark>plot",
+        "head 1.0: 75.0% with c in [0.00, 0.25]",
+        "others: 75.0% with c in [0.75, 1.00]",
     ):
         assert text in found
     assert "<script" not in html
     assert not section(page([summaries()[0]], tmp_path), "votes")
+
+
+def test_units_that_were_tried_are_shown_with_their_scores(tmp_path: Path) -> None:
+    tried = [{"unit": [0, 0], "accuracy": 0.5}, {"unit": [1, 0], "accuracy": 0.8125}]
+    vote = {"task": HOSTILE, "level": "block", "chosen": [[1, 0]], "tried": tried}
+    found = section(page([summaries()[0] | {"votes": [vote]}], tmp_path), "votes")
+    for text in ("block 1", "0.0: 0.5000;", "1.0: 0.8125."):
+        assert text in found
 
 
 def test_a_cell_that_was_not_measured_is_hatched_and_has_no_number(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from cl_dist.stages.job import Job, build_learner
 from cl_dist.stages.predict import Predictor
 from cl_dist.stages.shards import SHARDED
 from cl_dist.stages.voters import Shard
+from cl_dist.tracking import _vote_facts
 from tests import tiny
 from tests.parity import train_here
 
@@ -90,6 +91,18 @@ def test_the_vote_tells_what_it_rests_on(book: Workbook) -> None:
     facts = book.ledger.read(FINAL, "train.json")["learner"]
     assert facts["frozen_units"] == found["chosen"]
     assert 0 < facts["freeze/params_frac"] < 0.2
+
+
+def test_the_summary_keeps_how_c_is_distributed(book: Workbook) -> None:
+    (found,) = _vote_facts(book)
+    stored = book.ledger.read(Ref(task=1, stage="vote"), "critical.json")
+    ((layer, unit),) = stored["chosen"]
+    assert found["distribution"]["chosen"] == [stored["histogram"][layer][unit]]
+    assert sum(found["distribution"]["others"]) == 3 * 6  # of 2 x 2 heads the others, six rows each
+    assert (
+        np.add(found["distribution"]["others"], stored["histogram"][layer][unit]).tolist()
+        == np.sum(stored["histogram"], axis=(0, 1)).tolist()
+    )
 
 
 def test_rows_without_a_rationale_and_rows_that_are_cut_off_do_not_vote(book: Workbook) -> None:
