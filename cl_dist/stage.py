@@ -62,6 +62,9 @@ class GenerateConfig(Section):
 
     slots: int = Field(32, gt=0)
     """Samples that are written side by side; when one ends, the next takes its place."""
+    cache_gb: float = Field(8.0, gt=0)
+    """Bound of the keys and values of what is written side by side, in GB: where slots rows of max_length tokens need
+    more, fewer are. Counted from the model's shape, not from what a machine has free, so that all write the same."""
     shard_samples: int = Field(64, gt=0)
     """Samples of one shard: the unit of retry."""
     top_k: int = Field(20, ge=0)

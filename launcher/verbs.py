@@ -49,14 +49,13 @@ def eval_(
             predictor = Predictor(book.job(stage))
             answers = {number: predictor.answers(number, book.data(number).rows(split)) for number in own}
         for number in own:
-            data = book.data(number)
-            truth = [row.label for row in data.rows(split)]
+            data, rows = book.data(number), book.data(number).rows(split)
             lines[number] = {
                 "task": data.id,
                 "model": book.ledger.key(stage.model),
-                "rows": len(truth),
-                **compared(book.tasks.tasks[number], data, truth, answers[number]),
-                "majority": majority_accuracy([row.label for row in data.train], truth),
+                "rows": len(rows),
+                **compared(book.tasks.tasks[number], data.labels, rows, answers[number]),
+                "majority": majority_accuracy([row.label for row in data.train], [row.label for row in rows]),
             }
     scored = [lines[number] for number in tasks]
     after = book.tasks.tasks[last].id

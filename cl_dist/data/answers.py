@@ -1,7 +1,8 @@
 """How free-text answers are compared with the right ones. Each score lies in [0, 1]; a task's is the mean over rows.
 
-Sources: exact match and token F1 after Rajpurkar et al. 2016 (SQuAD); turn_state as the turn request and goal accuracy
-of decaNLP (McCann et al. 2018) on WOZ; ROUGE-L and BLEU through rouge-score and sacrebleu, which need the `text` extra.
+Sources: exact match and token F1 after Rajpurkar et al. 2016 (SQuAD); turn_state and joint_state as the turn and joint
+accuracy of decaNLP (McCann et al. 2018) on WOZ; ROUGE-L and BLEU through rouge-score and sacrebleu, which need the
+`text` extra.
 """
 
 import re
@@ -51,6 +52,21 @@ def state(text: str) -> tuple[frozenset[tuple[str, str]], frozenset[str]]:
 def turn_state(truth: str, answer: str) -> float:
     """Return 1 where slots, values and requests are all those of the truth, in any order."""
     return float(state(truth) == state(answer))
+
+
+def joint_state(dialogues: Sequence[str], truths: Sequence[str], answers: Sequence[str]) -> float:
+    """Return the share of turns after which all that a dialogue's slots have come to is that of the truth.
+
+    Turns stand in order; a slot keeps its value until it is named again. Requests do not last, and do not count.
+    """
+    known: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
+    right = 0
+    for dialogue, truth, answer in zip(dialogues, truths, answers, strict=True):
+        wanted, found = known.setdefault(dialogue, ({}, {}))
+        wanted.update(state(truth)[0])
+        found.update(state(answer)[0])
+        right += wanted == found
+    return right / len(truths)
 
 
 def rouge_l(truths: Sequence[str], answers: Sequence[str]) -> float:

@@ -135,8 +135,9 @@ class TaskConfig(Section):
     environment: str | None = None
     """Column with the circumstance under which a row was gathered: its source or its author, say. InvRat looks for
     rationales that hold in all of them."""
-    metric: Literal["accuracy", "exact_match", "f1", "turn_state", "rouge_l", "bleu"] = "accuracy"
-    """What the cells of R hold. accuracy: of labels; the others compare free text (see cl_dist/data/answers.py)."""
+    metric: Literal["accuracy", "exact_match", "f1", "turn_state", "joint_state", "rouge_l", "bleu"] = "accuracy"
+    """What the cells of R hold. accuracy: of labels; the others compare free text (see cl_dist/data/answers.py);
+    for joint_state the turns of a dialogue are rows in order whose ids are equal up to their last "-"."""
     train: dict[str, Any] = {}
     """Settings of `science.train` that differ for this task: {epochs: 30}."""
     rows: dict[Literal["train", "dev", "test"], Annotated[int, Field(gt=0)]] = {}
@@ -147,7 +148,8 @@ class TaskConfig(Section):
         if self.answer == "text" and self.labels is not None:
             raise ValueError("`labels` belong to answer: label")
         if (self.metric == "accuracy") != (self.answer == "label"):
-            kinds = "accuracy" if self.answer == "label" else "exact_match, f1, turn_state, rouge_l or bleu"
+            free = "exact_match, f1, turn_state, joint_state, rouge_l or bleu"
+            kinds = "accuracy" if self.answer == "label" else free
             raise ValueError(f"metric={self.metric!r} does not fit answer={self.answer!r}: expected {kinds}")
         return self
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from cl_dist.models.heads import shape_of
 from cl_dist.models.noise import uniform
 
 SPAN = 16
@@ -165,6 +166,13 @@ def write(model: PreTrainedModel, waiting: deque[L], rows: int, capacity: int, p
         if kept and len(kept) <= len(standing) // 2:  # halving keeps the number of shapes small
             writer.keep(kept)
             standing, is_open = [standing[place] for place in kept], [True] * len(kept)
+
+
+def rows_within(model: PreTrainedModel, rows: int, capacity: int, cache_gb: float) -> int:
+    """Return how many rows, from one to `rows`, have keys and values of `capacity` tokens within cache_gb GB."""
+    layers, _, groups, size = shape_of(model)
+    per_row = 2 * layers * groups * size * -(-capacity // SPAN) * SPAN * model.dtype.itemsize
+    return max(1, min(rows, int(cache_gb * 1e9) // per_row))
 
 
 def draw(logits_BV: Tensor, key_B: Tensor, step_B: Tensor, top_k: int, top_p: float, temperature: float) -> Tensor:

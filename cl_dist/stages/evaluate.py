@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cl_dist.data.answers import TEXT_METRICS
-from cl_dist.data.rows import TaskData
+from cl_dist.data.answers import TEXT_METRICS, joint_state
+from cl_dist.data.rows import Row, TaskData
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.metrics import accuracy, f1_macro, majority_accuracy
 from cl_dist.stage import Evaluate
@@ -85,7 +85,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, Scored]], out: Path) -> None:
         data = task_data(job, task)
         predictions = [text for _, scored in scored_parts for text in _answers(scored, data)]
         truth = [row.label for row in data.test]
-        numbers = compared(job.tasks[task], data, truth, predictions)
+        numbers = compared(job.tasks[task], data.labels, data.test, predictions)
         if without:
             scores["without"][without] = numbers
             continue
@@ -105,16 +105,22 @@ def merge(job: Job, results: Iterable[tuple[Shard, Scored]], out: Path) -> None:
     (out / SCORES).write_text(json.dumps(scores, indent=1), encoding="utf8")
 
 
-def compared(task: TaskConfig, data: TaskData, truth: list[str], answers: list[str]) -> dict[str, Any]:
-    """Return the scores of some answers; "score" is the one that R holds.
+def compared(task: TaskConfig, labels: Sequence[str], rows: Sequence[Row], answers: list[str]) -> dict[str, Any]:
+    """Return the scores of the answers to some rows; "score" is the one that R holds.
 
     A free text has no classes: its f1_macro is null, and "accuracy" counts the answers that are right to the letter.
     """
+    truth = [row.label for row in rows]
     numbers: dict[str, Any] = {"accuracy": accuracy(truth, answers), "f1_macro": None}
     if task.answer == "text":
-        numbers |= {name: TEXT_METRICS[name](truth, answers) for name in {"exact_match", "f1", task.metric}}
+        wanted = {"exact_match", "f1", task.metric} - {"joint_state"}
+        numbers |= {name: TEXT_METRICS[name](truth, answers) for name in wanted}
+        if task.metric == "joint_state":
+            dialogues = [row.id.rpartition("-")[0] for row in rows]
+            numbers |= {"joint_state": joint_state(dialogues, truth, answers)}
+            numbers |= {"turn_state": TEXT_METRICS["turn_state"](truth, answers)}
     else:
-        known = set(data.labels)
+        known = set(labels)
         numbers["f1_macro"] = f1_macro(truth, [text if text in known else "" for text in answers])
     return numbers | {"score": numbers[task.metric]}
 

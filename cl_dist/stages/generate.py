@@ -23,7 +23,7 @@ from cl_dist.data.samples import STATISTICS, Sample, write_samples
 from cl_dist.errors import TrainingError
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.causal import CausalModel
-from cl_dist.models.decode import Line, draw, write
+from cl_dist.models.decode import Line, draw, rows_within, write
 from cl_dist.parallel.seeds import seed_of
 from cl_dist.parallel.world import World
 from cl_dist.stage import Generate
@@ -75,6 +75,8 @@ class Dreamer:
         self._model: Any = model.to(world.device).eval()
         if job.model.dtype == "bfloat16":
             self._model = self._model.to(torch.bfloat16)
+        length, settings = job.train.max_length, job.generate
+        self._slots = rows_within(self._model, settings.slots, length, settings.cache_gb)
         self._speller = Speller(load_tokenizer(job.model))
         self._shared = getattr(job.method, "task_token", "task") == "shared"
 
@@ -98,7 +100,7 @@ class Dreamer:
         faults: Counter[str] = Counter()
         firsts: dict[int, str] = {}
         attempts = tokens = first_well_formed = 0
-        for ended in write(self._model, waiting, settings.slots, length, pick):
+        for ended in write(self._model, waiting, self._slots, length, pick):
             attempts, tokens = attempts + 1, tokens + len(ended.tokens) + 1
             sample, fault = self._judged(ended, shard.source, known)
             if ended.attempt == 0 and ended.number < SHOWN:

@@ -53,6 +53,7 @@ MODEL: Tree = {
 }
 GENERATE: Tree = {
     "slots": 5,
+    "cache_gb": 1.0,
     "shard_samples": 3,
     "top_k": 7,
     "top_p": 0.9,

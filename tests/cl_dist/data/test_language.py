@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from cl_dist.data.answers import TEXT_METRICS, exact_match, token_f1, turn_state
+from cl_dist.data.answers import TEXT_METRICS, exact_match, joint_state, token_f1, turn_state
 from cl_dist.data.language import LM, QA, LanguageRows, Speller, spell
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.errors import ConfigError, DataError
@@ -142,3 +142,14 @@ def test_a_byte_level_vocabulary_gets_its_leading_space(tmp_path: Path) -> None:
     assert speller.special.eos == 5
     assert speller.encode("a b") == [1, 4]
     assert speller.decode([1, 4, 5, speller.special.ans]) == "a b"
+
+
+def test_joint_state_follows_each_dialogue() -> None:
+    dialogues = ["a", "b", "a", "a", "b"]
+    truths = ["food: thai;", "area: west;", "area: east;", ";phone", "area: north;"]
+    right = ["food: thai;", "area: west;", "area: east;", ";", "area: north;"]
+    assert joint_state(dialogues, truths, right) == 1.0  # a request does not last
+    late = ["food: thai;", "area: east;", ";", ";phone", "area: north;"]
+    # b is wrong until its slot is named again; a is wrong from the turn on at which it missed one.
+    assert joint_state(dialogues, truths, late) == 2 / 5
+    assert joint_state(["a", "b"], ["food: thai;", ";"], ["food: thai;", "food: thai;"]) == 0.5

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from cl_dist.config import parse
+from cl_dist.data.rows import Row
+from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import ConfigError
 from cl_dist.jobs import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref, ref
+from cl_dist.stages.evaluate import compared
 from cl_dist.stages.job import build_learner
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny
@@ -48,7 +51,7 @@ def test_free_text_needs_a_method_that_writes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tasks\.food\.answer='text': method 'ctr' picks one of some labels"):
         parse(RunConfig, tree)
     tree["science"]["tasks"][0] |= {"metric": "accuracy"}
-    with pytest.raises(ConfigError, match="expected exact_match, f1, turn_state, rouge_l or bleu"):
+    with pytest.raises(ConfigError, match="expected exact_match, f1, turn_state, joint_state, rouge_l or bleu"):
         parse(RunConfig, tree)
 
 
@@ -60,6 +63,19 @@ def test_a_task_with_free_text_is_scored_by_its_metric(tmp_path: Path) -> None:
     assert scores["score"] == scores["f1"] >= scores["exact_match"] >= 0.8
     assert scores["f1_macro"] is None
     assert book.data(0).labels == ()
+
+
+def test_turns_are_followed_through_their_dialogues() -> None:
+    task = TaskConfig.model_validate(
+        {"id": "woz", "answer": "text", "metric": "joint_state", "source": {"kind": "jsonl", "path": "woz.jsonl"}}
+    )
+    said = [("a-0", "food: thai;"), ("b-0", "area: west;"), ("a-1", "area: east;")]
+    rows = [Row(name, "text", None, label) for name, label in said]
+    found = compared(task, (), rows, ["food: thai;", "area: north;", ";"])
+    assert found["joint_state"] == found["score"] == found["turn_state"] == 1 / 3
+    later = compared(task, (), rows, ["food: greek;", "area: west;", "area: east;"])
+    assert later["turn_state"] == 2 / 3
+    assert later["joint_state"] == 1 / 3  # what was missed in the first turn is still missed in the second
 
 
 def test_rows_longer_than_the_model_reads_are_refused(tmp_path: Path) -> None:

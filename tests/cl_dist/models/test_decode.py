@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from cl_dist.models.decode import SPAN, Writer, answer_all, draw
+from cl_dist.models.decode import SPAN, Writer, answer_all, draw, rows_within
 
 WORDS, END, PAD = 50, 0, 49
 PROMPTS = [[5, 6, 7], [9] * 11, [3], [3, 1, 4, 1, 5, 9, 2, 6]]
@@ -107,3 +107,17 @@ def test_a_draw_depends_on_its_own_row_alone() -> None:
     assert torch.equal(alone, together[order])
     other = draw(logits_BV, key_B + 1, step_B, 10, 0.9, 1.0)
     assert not torch.equal(other, together)
+
+
+@both
+def test_memory_bounds_the_rows_by_what_a_cache_really_takes(kind: str) -> None:
+    """The llama's keys are shared by two heads each, so that as many gigabytes hold twice the rows."""
+    model: Any = decoder(kind)
+    writer = Writer(model, 3, SPAN + 1)
+    writer.step(torch.tensor([3, 4, 5]), torch.zeros(3, dtype=torch.int64))
+    layers: Any = writer._layers
+    taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    assert rows_within(model, 32, SPAN + 1, taken / 1e9) == 3
+    assert rows_within(model, 32, SPAN + 1, taken / 1e9 * 0.99) == 2
+    assert rows_within(model, 2, SPAN + 1, taken / 1e9) == 2
+    assert rows_within(model, 32, SPAN + 1, 1e-12) == 1
