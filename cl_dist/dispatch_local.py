@@ -1,10 +1,15 @@
 """Runs stages in this process, on one worker: for debugging and for most tests."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from cl_dist.errors import StoppedError
 from cl_dist.stages import train
 from cl_dist.stages.job import Job
-from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.shards import SHARDED, Finished
 from cl_dist.tracking import Tracker
 
 
@@ -14,11 +19,37 @@ class LocalDispatcher:
     def run(self, job: Job, out: str, tracker: Tracker) -> None:
         """Run a stage; see sequence.Dispatcher."""
         if job.stage.kind == "train":
-            train.run(job, Path(out), tracker.event)
+            with _signals_noted() as noted:
+                try:
+                    train.run(job, Path(out), tracker.event, lambda: bool(noted))
+                except StoppedError as stopped:
+                    tracker.event({"event": "saved", "message": str(stopped)})
+            if noted:
+                signal.raise_signal(noted[0])  # now for those who handled it before
             return
-        kind = SHARDED[job.stage.kind]
-        worker = kind.worker(job)
-        kind.merge(job, [(shard, worker.run(shard)) for shard in reversed(kind.cut(job))], Path(out))
+        finished = Finished(job, Path(out))
+        worker = SHARDED[job.stage.kind].worker(job) if finished.missing else None
+        for shard in reversed(finished.missing):
+            assert worker is not None
+            finished.keep(shard, worker.run(shard))
+        finished.merge()
 
     def close(self) -> None:
         """Nothing is kept between stages."""
+
+
+@contextmanager
+def _signals_noted() -> Iterator[list[signal.Signals]]:
+    """Note Ctrl-C and SIGTERM instead of acting on them, so that a step is not cut in two."""
+    noted: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda received, _: noted.append(signal.Signals(received)))
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -61,6 +61,12 @@ class StageConflictError(CheckpointError):
         return type(self), (self.stage, self.changed)
 
 
+class StoppedError(ClDistError):
+    """The run was asked to stop; what is finished, and the stage it was at, are kept."""
+
+    exit_code = 75
+
+
 class QualityError(ClDistError):
     """A run is finished, but misses a bound that `--fail-if` sets."""
 

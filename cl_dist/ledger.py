@@ -16,6 +16,8 @@ from cl_dist.stage import Ref, Stage, digest_of, ref
 
 Facts = Mapping[str, Any]
 MANIFEST = "manifest.json"
+UNFINISHED = ("checkpoints", "shards")
+"""Folders of a stage that is under way, which the next attempt goes on from."""
 
 
 class Ledger:
@@ -84,16 +86,20 @@ class Ledger:
     def publish(self, stage: Stage) -> Iterator[Path]:
         """Yield a folder to write a stage's result to; on success it becomes the stage's folder.
 
-        Its name carries the fingerprint, so what was begun with other settings is never gone on with.
+        Its name carries the fingerprint, so what was begun with other settings is never gone on with. Of what an
+        earlier attempt with the same settings left, `UNFINISHED` stays until the stage is done.
         """
         final, facts = self.path(ref(stage)), dict(self._facts_of(stage))
         fingerprint = digest_of(facts)
         partial = final.with_name(f"{final.name}.partial-{fingerprint[:12]}")
-        for stale in final.parent.glob(f"{final.name}.partial-*"):
-            shutil.rmtree(stale)
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        stale = [path for path in final.parent.glob(f"{final.name}.partial-*") if path != partial]
+        for path in (*stale, *(path for path in partial.iterdir() if path.name not in UNFINISHED)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         started, clock = datetime.now(UTC), time.monotonic()
         yield partial
+        for name in UNFINISHED:
+            shutil.rmtree(partial / name, ignore_errors=True)
         manifest = {
             "stage": stage.model_dump(mode="json"),
             "fingerprint": fingerprint,

@@ -111,6 +111,8 @@ class ClusterConfig(EngineConfig):
     gpus_per_worker: float = Field(0.0, ge=0)
     max_failures: int = Field(3, ge=0)
     """How often a crashed gang or shard is started again before the run fails."""
+    stop_timeout_s: float = Field(60.0, ge=0)
+    """How long a run that is told to stop waits for the stage to be saved."""
     start_timeout_s: float = Field(300.0, gt=0)
     """How long to wait for the gang to start before the cluster is reported as too busy."""
 

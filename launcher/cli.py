@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.table import Table
 
-from cl_dist.errors import ConfigError, QualityError
+from cl_dist.errors import ConfigError, QualityError, StoppedError
 from launcher import console, runs, sizes, verbs
 from launcher.options import AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
 from launcher.quality import FailIf as Gate
@@ -34,7 +34,7 @@ for verb in (verbs.predict, verbs.inspect, verbs.export):
 
 
 def _stop(signum: int, frame: object) -> NoReturn:
-    raise runs.StoppedError("stopped by SIGTERM; `cl-dist resume` goes on with the first unfinished stage")
+    raise StoppedError("stopped by SIGTERM; `cl-dist resume` goes on from here")
 
 
 @app.command()

@@ -11,7 +11,7 @@ import yaml
 
 from cl_dist import sequence
 from cl_dist.config import apply_overrides, did_you_mean, parse
-from cl_dist.errors import ClDistError, ConfigError, DataError
+from cl_dist.errors import ConfigError, DataError, StoppedError
 from cl_dist.jobs import Workbook
 from cl_dist.ledger import write_json
 from cl_dist.run_config import RunConfig
@@ -20,12 +20,6 @@ from launcher import console
 from launcher.report import write_report
 
 RECIPES = files("launcher") / "recipes"
-
-
-class StoppedError(ClDistError):
-    """The run was asked to stop; what is finished is kept."""
-
-    exit_code = 75
 
 
 def recipes() -> dict[str, Path]:

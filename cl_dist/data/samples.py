@@ -4,9 +4,10 @@ Training reads the numbers: text that is decoded and encoded again need not give
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from cl_dist.errors import CheckpointError
 
@@ -30,6 +31,16 @@ class Sample:
     label: str
 
 
+def as_sample(plain: Mapping[str, Any]) -> Sample:
+    """Return a sample from plain data.
+
+    Raises:
+        KeyError: If a field is missing.
+        TypeError: If a field is of another kind, or unknown.
+    """
+    return Sample(**{**plain, "prefix": tuple(plain["prefix"]), "answer": tuple(plain["answer"])})
+
+
 def write_samples(folder: Path, samples: Iterable[Sample]) -> None:
     """Write samples in the given order."""
     with (folder / SAMPLES).open("w", encoding="utf8") as file:
@@ -45,8 +56,6 @@ def read_samples(folder: Path) -> list[Sample]:
     """
     path = folder / SAMPLES
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line]
-        pairs = ((line, {key: tuple(line[key]) for key in ("prefix", "answer")}) for line in lines)
-        return [Sample(**(line | tokens)) for line, tokens in pairs]
+        return [as_sample(json.loads(line)) for line in path.read_text(encoding="utf8").split("\n") if line]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: missing or damaged ({error}); remove its folder and resume") from None

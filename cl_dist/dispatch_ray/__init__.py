@@ -17,7 +17,7 @@ from cl_dist.dispatch_ray.pool import Pool
 from cl_dist.errors import ClusterError
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stages.job import Job
-from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.shards import Finished
 from cl_dist.tracking import Tracker
 
 
@@ -61,8 +61,9 @@ class RayDispatcher:
             return
         if self._pool is None:
             self._pool = Pool(self._cluster, self._gang.places() if self._gang else None)
-        kind = SHARDED[job.stage.kind]
-        kind.merge(job, self._pool.map(tracker, job, kind.cut(job)), Path(out))
+        finished = Finished(job, Path(out))
+        self._pool.map(tracker, job, finished)
+        finished.merge()
 
     def close(self) -> None:
         """End the gang and the pool and leave the cluster (or stop it, where this run started it)."""

@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, enter, last_lines
-from cl_dist.errors import ClDistError, ClusterError, TrainingError
+from cl_dist.errors import ClDistError, ClusterError, StoppedError, TrainingError
 from cl_dist.parallel.world import World
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stages import train
@@ -48,6 +48,8 @@ class Mailbox:
         self._events: list[dict[str, Any]] = []
         self._places: dict[int, Place] = {}
         self._starts = 0
+        self._stop = False
+        self._saved = -1
 
     async def hello(self, place: Place) -> None:
         """Take note of a rank that has started."""
@@ -66,7 +68,19 @@ class Mailbox:
 
     async def post(self, parcel: Parcel) -> None:
         """Hand a stage to the gang."""
-        self._parcel, self._error = parcel, None
+        self._parcel, self._error, self._stop = parcel, None, False
+
+    async def stop(self) -> None:
+        """Ask the gang to save the stage it is at and to leave it."""
+        self._stop = True
+
+    async def wants_stop(self) -> bool:
+        """Return whether it was asked to."""
+        return self._stop
+
+    async def saved(self, number: int) -> None:
+        """Take note that a stage was left, saved, because it was asked for; nobody shall go on with it."""
+        self._saved, self._parcel = number, None
 
     async def tell(self, event: dict[str, Any]) -> None:
         """Pass on a progress event."""
@@ -87,6 +101,7 @@ class Mailbox:
         return {
             "events": events,
             "done": self._done,
+            "saved": self._saved,
             "error": self._error,
             "places": places,
             "starts": self._starts,
@@ -113,7 +128,13 @@ def gang_worker(config: Mapping[str, Any]) -> None:
             continue
         _log_to(Path(parcel.logs) / f"rank-{world.rank}.log")
         try:
-            train.run(parcel.job, Path(parcel.out), _Throttled(mailbox))
+            train.run(parcel.job, Path(parcel.out), _Throttled(mailbox), lambda: _asks(mailbox))
+        except StoppedError:
+            if world.rank == 0:
+                ray.get(mailbox.saved.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
+            after = parcel.number
+            gc.collect()
+            continue
         except ClDistError as error:
             ray.get(mailbox.fail.remote(error), timeout=ACTOR_TIMEOUT_S)
             raise
@@ -122,6 +143,10 @@ def gang_worker(config: Mapping[str, Any]) -> None:
             ray.get(mailbox.done.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
         after = parcel.number
         gc.collect()  # engines hold themselves in cycles, and the next stage builds another
+
+
+def _asks(mailbox: Any) -> bool:
+    return bool(ray.get(mailbox.wants_stop.remote(), timeout=ACTOR_TIMEOUT_S))
 
 
 class _Throttled:
@@ -191,6 +216,36 @@ class Gang:
         parcel = Parcel(number, job, out, str(Path(out).parents[2] / "logs"))
         self._busy = True
         ray.get(self._mailbox.post.remote(parcel), timeout=ACTOR_TIMEOUT_S)
+        try:
+            self._watch(number, tracker)
+        except (KeyboardInterrupt, StoppedError):
+            self._save(number, tracker)
+            raise
+
+    def _save(self, number: int, tracker: Tracker) -> None:
+        """Have a stage saved in the middle, if the gang is at it and comes to the end of a step in time."""
+        log.warning(
+            "stopping: the stage is saved first, for up to cluster.stop_timeout_s=%g", self._cluster.stop_timeout_s
+        )
+        deadline = time.monotonic() + self._cluster.stop_timeout_s
+        ray.get(self._mailbox.stop.remote(), timeout=ACTOR_TIMEOUT_S)
+        while time.monotonic() < deadline and not self._ended():
+            news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)
+            if number in (news["saved"], news["done"]):
+                tracker.event({"event": "saved"})
+                self._busy = False
+                return
+            if news["error"] is not None or news["starts"] == 0:
+                return
+            time.sleep(POLL_S)
+
+    def _watch(self, number: int, tracker: Tracker) -> None:
+        """Wait for a stage's end.
+
+        Raises:
+            ClusterError: If the gang does not start in time.
+            TrainingError: If it failed more often than allowed.
+        """
         deadline = time.monotonic() + self._cluster.start_timeout_s
         while True:
             news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)

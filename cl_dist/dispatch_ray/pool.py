@@ -15,7 +15,7 @@ from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, enter, last_lin
 from cl_dist.errors import ClDistError, TrainingError
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stages.job import Job
-from cl_dist.stages.shards import SHARDED, Shard, Worker
+from cl_dist.stages.shards import SHARDED, Finished, Shard, Worker
 from cl_dist.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ class Pool:
         kind = ray.remote(ShardWorker).options(num_cpus=0, num_gpus=0, scheduling_strategy=here)
         return kind.remote(os.getcwd(), place.gpus if cluster.gpus_per_worker else None)
 
-    def map(self, tracker: Tracker, job: Job, shards: list[Shard]) -> list[tuple[Shard, Any]]:
-        """Have all shards worked on, each once, and return (shard, result) in any order.
+    def map(self, tracker: Tracker, job: Job, finished: Finished) -> None:
+        """Have all missing shards worked on, each once, and keep each result as it comes.
 
         Every actor has a block of neighbouring shards, which it works on from the last to the first; one that has
         finished its own takes the first of the longest block.
@@ -75,11 +75,11 @@ class Pool:
             TrainingError: If a shard failed more often than allowed.
             ClDistError: As raised by a worker.
         """
+        shards, total = finished.missing, len(finished.shards)
         stage, shared = f"{id(job)}-{time.monotonic()}", ray.put(job)
         bounds = [len(shards) * number // len(self._actors) for number in range(len(self._actors) + 1)]
         blocks = [deque(shards[first:end]) for first, end in pairwise(bounds)]
         running: dict[Any, tuple[int, Shard]] = {}
-        results: list[tuple[Shard, Any]] = []
         failures: dict[Shard, int] = {}
         idle = list(range(len(self._actors)))
         while any(blocks) or running:
@@ -87,13 +87,13 @@ class Pool:
                 number = idle.pop()
                 shard = blocks[number].pop() if blocks[number] else max(blocks, key=len).popleft()
                 running[self._actors[number].run.remote(stage, shared, shard)] = (number, shard)
-            finished, _ = ray.wait(list(running), timeout=5.0)
-            for future in finished:
+            ended, _ = ray.wait(list(running), timeout=5.0)
+            for future in ended:
                 number, shard = running.pop(future)
                 idle.append(number)
                 try:
-                    results.append((shard, ray.get(future)))
-                    tracker.event({"event": "step", "step": len(results), "total_steps": len(shards)})
+                    finished.keep(shard, ray.get(future))
+                    tracker.event({"event": "step", "step": total - len(finished.missing), "total_steps": total})
                     continue
                 except RayTaskError as error:
                     cause: BaseException = error.cause if isinstance(error.cause, BaseException) else error
@@ -112,7 +112,6 @@ class Pool:
                     "shard retry shard=%s attempt=%d error=%s", shard, failures[shard] + 1, type(cause).__name__
                 )
                 blocks[number].append(shard)
-        return results
 
     def free(self, keep_actors: bool) -> None:
         """Make room: drop the models, or end the actors."""

@@ -18,6 +18,11 @@ class EngineConfig(Section):
     persistence_threshold: int = Field(0, ge=0)
     """ZeRO-3 keeps parameters with fewer elements whole on every rank. DeepSpeed's own 100,000 would keep most tensors
     of a plugin: raise it where gathering them costs more than the memory."""
+    checkpoint_minutes: float = Field(10.0, ge=0)
+    """A Train stage is saved when so much time has passed since it began or was saved; with 0 only when the run is told
+    to stop (SIGTERM, Ctrl-C)."""
+    checkpoint_steps: int = Field(0, ge=0)
+    """It is also saved every so many optimizer steps; 0 leaves it to the clock."""
     verify_protection_every: int = Field(0, ge=0)
     """Compare the bits of what must not move every so many optimizer steps, and stop the run where they differ; 0 never
     does."""

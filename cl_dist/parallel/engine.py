@@ -90,6 +90,13 @@ class Engine(Protocol):
 
     module: nn.Module
     world: World
+    optimizer: "HeldAdamW"
+    schedule: Any
+    """The learning rate's; the library's class carries no types."""
+
+    @property
+    def flats(self) -> list[Tensor]:
+        """The tensors that the optimizer updates and keeps state of, as far as this rank holds them."""
 
     def __call__(self, batch: Any) -> Any:
         """Run the model forward; the only legal way during training (the wrapper hooks live here)."""
@@ -200,8 +207,13 @@ class TorchEngine:
         self._pulls = [(model.get_parameter(name), pull) for name, pull in pulls.items()]
         self._optimizing, self._num_micro = optimizing, num_micro
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer, self._schedule = _adamw(model, optimizing)
+        self.optimizer, self.schedule = _adamw(model, optimizing)
         self._micro, self._norm = 0, 0.0
+
+    @property
+    def flats(self) -> list[Tensor]:
+        """See Engine."""
+        return list(self._parameters)
 
     def __call__(self, batch: Any) -> Any:
         """See Engine."""
@@ -222,7 +234,7 @@ class TorchEngine:
         clip = self._optimizing.clip or float("inf")
         self._norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, clip))
         self.optimizer.step()
-        self._schedule.step()
+        self.schedule.step()
         self.optimizer.zero_grad()
 
     def grad_norm(self) -> float:
@@ -253,7 +265,7 @@ class DeepSpeedEngine:
         self._pulls = [(model.get_parameter(name), pull) for name, pull in pulls.items()]
         self._undo_mean = world.size * num_micro
         self._norm: Tensor | None = None
-        self.optimizer, schedule = _adamw(model, optimizing)
+        self.optimizer, self.schedule = _adamw(model, optimizing)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         exact = params.read(trained) if bf16 else {}
         settings = {
@@ -270,11 +282,20 @@ class DeepSpeedEngine:
             "zero_allow_untested_optimizer": True,
         }
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
+            model=model, optimizer=self.optimizer, lr_scheduler=self.schedule, config=settings, dist_init_required=False
         )
         self.module: nn.Module = self._engine.module
         # DeepSpeed makes its masters from weights that it has rounded to bfloat16: what must not move would move here.
         params.write(exact, trained, world.rank)
+
+    @property
+    def flats(self) -> list[Tensor]:
+        """See Engine."""
+        wrapped, stage = self._engine.optimizer, self._engine.zero_optimization_stage()
+        if stage == 0:
+            return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        names = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups"}
+        return list(getattr(wrapped, names.get(stage, "fp32_partitioned_groups_flat")))
 
     def __call__(self, batch: Any) -> Any:
         """See Engine."""

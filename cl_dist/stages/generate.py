@@ -8,7 +8,7 @@ step).
 import json
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +19,7 @@ from torch import Tensor
 from cl_dist.data.bayes import NaiveBayes, words
 from cl_dist.data.language import Special, Speller
 from cl_dist.data.rows import TaskData
-from cl_dist.data.samples import STATISTICS, Sample, write_samples
+from cl_dist.data.samples import STATISTICS, Sample, as_sample, write_samples
 from cl_dist.errors import TrainingError
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.causal import CausalModel
@@ -48,8 +48,8 @@ class Shard:
 
 
 Written = dict[str, Any]
-"""samples (list of Sample), faults (count by kind over all attempts), attempts, first_well_formed (of the first
-attempts), firsts (texts of some of these), tokens drawn."""
+"""samples (as plain data), faults (count by kind over all attempts), attempts, first_well_formed (of the first
+attempts), firsts (number and text of some of these), tokens drawn."""
 
 
 def shards(job: Job) -> list[Shard]:
@@ -120,11 +120,11 @@ class Dreamer:
                 if sample.label in room:
                     room[sample.label] -= 1
         return {
-            "samples": found,
+            "samples": [asdict(sample) for sample in found],
             "faults": dict(faults),
             "attempts": attempts,
             "first_well_formed": first_well_formed,
-            "firsts": firsts,
+            "firsts": sorted(firsts.items()),
             "tokens": tokens,
         }
 
@@ -237,13 +237,13 @@ def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None
     facts: dict[str, Any] = {}
     for source in job.stage.sources:
         own = [written for shard, written in parts if shard.source == source]
-        samples = sorted((s for written in own for s in written["samples"]), key=lambda s: s.number)
+        samples = sorted((as_sample(s) for written in own for s in written["samples"]), key=lambda s: s.number)
         distinct = {(s.prefix, s.answer): s for s in reversed(samples)}  # of equal ones the first remains
         left = sorted(distinct.values(), key=lambda s: s.number)
         kept += left
         attempts = sum(written["attempts"] for written in own)
         faults = {name: sum(written["faults"].get(name, 0) for written in own) for name in get_args(Fault)}
-        firsts = {number: text for written in own for number, text in written["firsts"].items()}
+        firsts = {number: text for written in own for number, text in written["firsts"]}
         facts[job.tasks[source].id] = {
             "requested": requested,
             "generated": attempts,

@@ -1,13 +1,18 @@
 """The stages that come in shards: how each kind is cut up, worked on and put together again."""
 
+import json
+import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from cl_dist.stage import digest_of
 from cl_dist.stages import choose, evaluate, generate, rationalise, vote, voters
 from cl_dist.stages.job import Job
 
+log = logging.getLogger(__name__)
 Shard = Any
 """Names a piece of a stage: frozen, hashable, ordered. It depends on the science settings alone."""
 
@@ -16,7 +21,7 @@ class Worker(Protocol):
     """Holds the stage's model and works on one shard after the other."""
 
     def run(self, shard: Shard) -> Any:
-        """Return a shard's result as plain data; it does not depend on who computes it, nor on the shards before."""
+        """Return a shard's result as what JSON can hold; it depends neither on who computes it nor on other shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +43,46 @@ SHARDED = {
     "vote": Sharded(voters.shards, vote.Comparing, vote.merge_vote),
     "choose": Sharded(choose.shards, choose.Trier, choose.merge),
 }
+
+
+class Finished:
+    """The shards of a stage that are finished, kept in its folder until all of them are."""
+
+    def __init__(self, job: Job, out: Path) -> None:
+        """Read what an earlier attempt has left; a damaged file is a shard to be computed again."""
+        self._job, self._out, self._kind = job, out, SHARDED[job.stage.kind]
+        self.shards = self._kind.cut(job)
+        self._folder = out / "shards"
+        self._folder.mkdir(exist_ok=True)
+        self._results: dict[Shard, Any] = {}
+        for number, shard in enumerate(self.shards):
+            path = self._path(number)
+            if not path.exists():
+                continue
+            try:
+                found = json.loads(path.read_text(encoding="utf8"))
+                if found["digest"] != digest_of(found["result"]):
+                    raise ValueError("not what its digest says")
+                self._results[shard] = found["result"]
+            except (ValueError, KeyError, TypeError) as error:
+                log.warning("shard damaged file=%s error=%s: computed again", path, error)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:06d}.json"
+
+    @property
+    def missing(self) -> list[Shard]:
+        """The shards without a result, in order."""
+        return [shard for shard in self.shards if shard not in self._results]
+
+    def keep(self, shard: Shard, result: Any) -> None:
+        """Keep a shard's result: whole, or not at all."""
+        path = self._path(self.shards.index(shard))
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"digest": digest_of(result), "result": result}), encoding="utf8")
+        temporary.replace(path)
+        self._results[shard] = result
+
+    def merge(self) -> None:
+        """Put the results together and write the stage's files."""
+        self._kind.merge(self._job, self._results.items(), self._out)

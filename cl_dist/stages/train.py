@@ -16,15 +16,18 @@ from cl_dist.data.language import LanguageRows
 from cl_dist.data.sampler import global_batch, num_micro_batches, num_steps, sample, share
 from cl_dist.data.samples import read_samples
 from cl_dist.data.votes import read_critical
+from cl_dist.errors import StoppedError
 from cl_dist.methods.base import Learner, Rows
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.classifier import count_parameters
-from cl_dist.parallel.engine import Engine, GradScale, Optimizing, build_engine
+from cl_dist.parallel.engine import Engine, GradScale, Optimizing, Pull, build_engine
 from cl_dist.parallel.guard import Guard
 from cl_dist.parallel.seeds import seeded
 from cl_dist.parallel.world import World
 from cl_dist.stage import Train
+from cl_dist.stages import checkpoint
 from cl_dist.stages.job import LEARNER, Job, build_learner, replayed_rows, task_data
+from cl_dist.stages.pace import Pace
 from cl_dist.stages.schedule import Schedule
 from cl_dist.stages.weights import Pieces, StoredWeights
 
@@ -34,81 +37,143 @@ AUTO_MICRO = 32
 FACTS = "train.json"
 
 
-def run(job: Job, out: Path, report: Report) -> None:
+def run(job: Job, out: Path, report: Report, wants_stop: Callable[[], bool] = lambda: False) -> None:
     """Train the stage's model and let rank 0 write its weights, learner state and facts to out.
 
-    report receives small progress events on rank 0. Every rank of the gang must call this with the same job.
+    report receives small progress events on rank 0. Every rank of the gang must call this with the same job. What an
+    earlier attempt saved below out is gone on from, whatever its number of ranks and ZeRO stage.
+
+    Raises:
+        StoppedError: If wants_stop, which rank 0 asks about once a second, says so; the stage is saved by then.
     """
-    stage, config, world = job.stage, job.train, World.current()
+    stage, world = job.stage, World.current()
     assert isinstance(stage, Train)
     began = time.monotonic()
     learner = build_learner(job)
     start(job, learner)
+    scales, pulls = learner.grad_scales(), learner.pulls()  # by the weights that the stage starts from
+    saved = checkpoint.latest(out, world)
+    if saved is not None:
+        saved.load_weights(learner.model)
+        began -= saved.seconds
+        if world.rank == 0:
+            report({"event": "continued", "step": saved.step})
     rows, dev = _rows(job, stage, learner)
-    steps_per_epoch = num_steps(len(rows), config.global_batch)
-    schedule = Schedule(config.epochs * steps_per_epoch, steps_per_epoch, config.min_round_steps)
-    scales = learner.grad_scales()
-    engine, micro, num_micro = _engine(job, learner, scales, schedule, world)
-    guard = Guard(engine, scales) if job.engine.verify_protection_every else None
-    trainable, total = count_parameters(engine.module)
-    log.info(
-        "train start task=%d rows=%d steps=%d trainable=%d",
-        stage.task,
-        len(rows),
-        schedule.total_steps,
-        trainable,
-    )
+    steps_per_epoch = num_steps(len(rows), job.train.global_batch)
+    schedule = Schedule(job.train.epochs * steps_per_epoch, steps_per_epoch, job.train.min_round_steps)
+    engine, micro, num_micro = _engine(job, learner, scales, pulls, schedule, world)
+    if saved is not None:
+        saved.load_moments(engine)
+    parameters = dict(zip(("trainable", "total"), count_parameters(engine.module), strict=True))
+    log.info("train start task=%d rows=%d steps=%d %s", stage.task, len(rows), schedule.total_steps, parameters)
 
-    best: tuple[float, Pieces] | None = None
-    rounds: list[dict[str, float]] = []
-    sums = _Sums()
-    for step in range(schedule.total_steps):
-        progress = schedule.at(step)
-        _, indices = global_batch(job.seed, job.tasks[stage.task].id, step, len(rows), config.global_batch)
-        indices = np.array(rows.by_length(indices))
-        units = rows.units(indices)
-        engine.module.train()
-        with seeded(job.seed, "step", step, world.rank):  # for dropout, the one thing that is drawn per rank
-            for places in share(indices, world.rank, world.size, micro, num_micro):
-                batch = rows.batch(places, world.device)
-                loss = learner.loss(engine, batch, progress)
-                terms = {
-                    name: (term * batch["weight"]).sum() / units.get(name, len(indices))
-                    for name, term in loss.rows.items()
-                }
-                engine.backward(_total(terms, world), _total(loss.own, world))
-                engine.step()
-                sums.add(terms, {name: term / num_micro for name, term in loss.own.items()})
+    pace = Pace(job.engine, world, wants_stop)
+    loop = _Loop(job, learner, engine, schedule, rows, dev, (micro, num_micro))
+    loop.go_on_from(saved)
+    guard = Guard(engine, scales) if job.engine.verify_protection_every else None
+    for step in range(0 if saved is None else saved.step, schedule.total_steps):
+        loop.step(step)
         if guard is not None and (step + 1) % job.engine.verify_protection_every == 0:
             guard.check(step + 1)
         if world.rank == 0:
             report({"event": "step", "step": step + 1, "total_steps": schedule.total_steps})
-        if not schedule.ends_round(step):
-            continue
-        means = sums.means(progress.round_steps, world)
-        means |= {"train/grad_norm": engine.grad_norm(), "step": step + 1}
-        if config.select == "best_dev":
-            means |= score_dev(engine, learner, dev, job.evaluate.batch)
-            if best is None or means["dev/loss"] < best[0]:
-                best = means["dev/loss"], Pieces(engine)
-        rounds.append(means)
-        if world.rank == 0:
-            report({"event": "round", "total_steps": schedule.total_steps, **means})
+        if schedule.ends_round(step):
+            means = loop.end_round(step)
+            if world.rank == 0:
+                report({"event": "round", "total_steps": schedule.total_steps, **means})
+        if step + 1 < schedule.total_steps and (due := pace.due(step + 1)):
+            checkpoint.save(out, engine, loop.facts(step + 1, time.monotonic() - began), loop.best)
+            if due == "stop":
+                raise StoppedError(f"stopped after step {step + 1} of {schedule.total_steps}, which is saved")
 
-    (Pieces(engine) if best is None else best[1]).save(out)
+    if loop.best is None:
+        Pieces(engine).save(out)
+    else:
+        loop.best.save(out, world)
     engine.close()
-    weights = StoredWeights(out)
-    if learner.end_rows:
-        learner = _finished(job, weights, world)
-    learner.activate(stage.task)
-    seen = sample(job.seed, job.tasks[stage.task].id, len(rows), learner.end_rows)[world.rank :: world.size]
-    learner.end_task(weights, (rows.batch([number], world.device) for number in seen))
+    learner = _ended(job, learner, rows, StoredWeights(out), world)
     if world.rank == 0:
         if state := learner.state_dict():
             save_file({name: value.cpu().contiguous() for name, value in state.items()}, out / LEARNER)
-        facts = _facts(rounds, learner) | {"parameters": {"trainable": trainable, "total": total}}
+        facts = _facts(loop.rounds, learner) | {"parameters": parameters}
         facts["metrics"]["perf/stage_s"] = time.monotonic() - began
         (out / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf8")
+
+
+class _Loop:
+    """The optimizer steps of a stage, and what is summed up on the way."""
+
+    def __init__(
+        self,
+        job: Job,
+        learner: Learner,
+        engine: Engine,
+        schedule: Schedule,
+        rows: Rows,
+        dev: dict[int, Rows],
+        cut: tuple[int, int],
+    ) -> None:
+        """Take what the steps need; cut is the rows of a micro-batch, and the micro-batches of a step."""
+        self._job, self._learner, self._engine, self._schedule = job, learner, engine, schedule
+        self._rows, self._dev, (self._micro, self._num_micro) = rows, dev, cut
+        self.best: checkpoint.Best | None = None
+        self.rounds: list[dict[str, float]] = []
+        self._sums = _Sums()
+
+    def go_on_from(self, saved: checkpoint.Checkpoint | None) -> None:
+        """Take over what an earlier attempt has summed up."""
+        if saved is not None:
+            self.best, self.rounds = saved.best, saved.rounds
+            self._sums.put(saved.sums, self._engine.world)
+
+    def facts(self, done: int, seconds: float) -> dict[str, Any]:
+        """Return what goes into a checkpoint after some steps. A collective."""
+        sums = self._sums.totals(self._engine.world)
+        return {"step": done, "rounds": self.rounds, "sums": sums, "seconds": seconds}
+
+    def step(self, step: int) -> None:
+        """Do one optimizer step."""
+        job, world, rows, num_micro = self._job, self._engine.world, self._rows, self._num_micro
+        progress = self._schedule.at(step)
+        task_id, size = job.tasks[job.stage.task].id, job.train.global_batch
+        _, indices = global_batch(job.seed, task_id, step, len(rows), size)
+        indices = np.array(rows.by_length(indices))
+        units = rows.units(indices)
+        self._engine.module.train()
+        with seeded(job.seed, "step", step, world.rank):  # for dropout, the one thing that is drawn per rank
+            for places in share(indices, world.rank, world.size, self._micro, num_micro):
+                batch = rows.batch(places, world.device)
+                loss = self._learner.loss(self._engine, batch, progress)
+                terms = {
+                    name: (term * batch["weight"]).sum() / units.get(name, len(indices))
+                    for name, term in loss.rows.items()
+                }
+                self._engine.backward(_total(terms, world), _total(loss.own, world))
+                self._engine.step()
+                self._sums.add(terms, {name: term / num_micro for name, term in loss.own.items()})
+
+    def end_round(self, step: int) -> dict[str, float]:
+        """Return the round's means, and keep the weights if they are the best so far."""
+        engine = self._engine
+        means = self._sums.means(self._schedule.at(step).round_steps, engine.world)
+        means |= {"train/grad_norm": engine.grad_norm(), "step": step + 1}
+        if self._job.train.select == "best_dev":
+            means |= score_dev(engine, self._learner, self._dev, self._job.evaluate.batch)
+            if self.best is None or means["dev/loss"] < self.best.loss:
+                self.best = checkpoint.Best(means["dev/loss"], Pieces(engine))
+        self.rounds.append(means)
+        return means
+
+
+def _ended(job: Job, learner: Learner, rows: Rows, weights: StoredWeights, world: World) -> Learner:
+    """Let the learner consolidate what later tasks need, and return it."""
+    if learner.end_rows:
+        learner = _finished(job, weights, world)
+    learner.activate(job.stage.task)
+    task_id = job.tasks[job.stage.task].id
+    seen = sample(job.seed, task_id, len(rows), learner.end_rows)[world.rank :: world.size]
+    learner.end_task(weights, (rows.batch([number], world.device) for number in seen))
+    return learner
 
 
 def start(job: Job, learner: Learner) -> None:
@@ -154,7 +219,12 @@ def _facts(rounds: list[dict[str, float]], learner: Learner) -> dict[str, Any]:
 
 
 def _engine(
-    job: Job, learner: Learner, scales: Mapping[str, GradScale], schedule: Schedule, world: World
+    job: Job,
+    learner: Learner,
+    scales: Mapping[str, GradScale],
+    pulls: Mapping[str, Pull],
+    schedule: Schedule,
+    world: World,
 ) -> tuple[Engine, int, int]:
     """Return the engine, the rows of a micro-batch and the micro-batches of a step."""
     config = job.train
@@ -179,7 +249,7 @@ def _engine(
         micro_batch=micro,
         bf16=job.model.dtype == "bfloat16",
         grad_scales=scales,
-        pulls=learner.pulls(),
+        pulls=pulls,
     )
     return engine, micro, num_micro
 
@@ -213,12 +283,22 @@ class _Sums:
             for name, term in terms.items():
                 into[name] = into.get(name, torch.zeros((), device=term.device)) + term.detach().float()
 
-    def means(self, steps: int, world: World) -> dict[str, float]:
-        """Return each term's mean over the steps, summed over ranks where it is a sum over rows, and start anew."""
-        local = {name: float(value) / steps for name, value in self._rows.items()}
+    def totals(self, world: World) -> dict[str, dict[str, float]]:
+        """Return the sums so far, those over rows summed over ranks too. A collective."""
+        local = {name: float(value) for name, value in self._rows.items()}
         shares = world.gather(local)
-        means = {f"train/{name}": sum((part[name] for part in shares), 0.0) for name in local}
-        means |= {f"train/{name}": float(value) / steps for name, value in self._own.items()}
+        rows = {name: sum((part[name] for part in shares), 0.0) for name in local}
+        return {"rows": rows, "own": {name: float(value) for name, value in self._own.items()}}
+
+    def put(self, totals: Mapping[str, Mapping[str, float]], world: World) -> None:
+        """Go on from such totals; rank 0 takes what was summed over ranks."""
+        share = 1.0 if world.rank == 0 else 0.0
+        self._rows = {n: torch.tensor(value * share, device=world.device) for n, value in totals["rows"].items()}
+        self._own = {n: torch.tensor(value, device=world.device) for n, value in totals["own"].items()}
+
+    def means(self, steps: int, world: World) -> dict[str, float]:
+        """Return each term's mean over the steps, and start anew."""
+        means = {f"train/{n}": value / steps for part in self.totals(world).values() for n, value in part.items()}
         self._rows, self._own = {}, {}
         return means | {"train/loss": sum(means.values())}
 

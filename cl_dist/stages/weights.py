@@ -17,17 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cl_dist.errors import CheckpointError
-from cl_dist.parallel import params
+from cl_dist.parallel import moments, params
 from cl_dist.parallel.engine import Engine
 
-WHOLE = "trainable.safetensors"
-SHARDS = "trainable-*-of-*.safetensors"
+TRAINABLE = "trainable"
 
 
 class Pieces:
     """A copy of what this rank owns of an engine's trained weights, float32 on the CPU. Taking it is no collective."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, moment: str | None = None) -> None:
+        """Take a copy of the weights, or of one of the optimizer's moments of them."""
         self._world = engine.world
         self._tensors: dict[str, Tensor] = {}
         self._places: dict[str, tuple[list[int], int]] = {}
@@ -37,19 +37,23 @@ class Pieces:
                 continue
             shape = list(getattr(parameter, "ds_shape", parameter.shape))
             piece, start = params.local(parameter, self._world.rank)
+            if moment is not None:
+                piece, start = moments.local(engine, parameter, moment)
             self._divided |= params.is_managed(parameter)
             piece = piece.detach().flatten()[: max(0, prod(shape) - start)]  # ZeRO-3 fills up the last one
             self._tensors[name] = piece.to("cpu", torch.float32, copy=True)
             self._places[name] = shape, start
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, stem: str = TRAINABLE) -> None:
         """Write this rank's file; ranks with nothing of their own write none. Ends when all ranks have written."""
         world = self._world
         if not self._divided or world.size == 1:
             if world.rank == 0:
-                save_file({n: t.reshape(self._places[n][0]) for n, t in self._tensors.items()}, folder / WHOLE)
+                save_file(
+                    {n: t.reshape(self._places[n][0]) for n, t in self._tensors.items()}, folder / f"{stem}.safetensors"
+                )
         else:
-            name = f"trainable-{world.rank:05d}-of-{world.size:05d}.safetensors"
+            name = f"{stem}-{world.rank:05d}-of-{world.size:05d}.safetensors"
             save_file(self._tensors, folder / name, metadata={"places": json.dumps(self._places)})
         world.gather(None)
 
@@ -61,12 +65,13 @@ class StoredWeights(Mapping[str, Tensor]):
         CheckpointError: If files are missing, unreadable, or do not cover a parameter.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, stem: str = TRAINABLE) -> None:
         self._folder = Path(folder)
-        whole, shards = self._folder / WHOLE, sorted(self._folder.glob(SHARDS))
+        whole = self._folder / f"{stem}.safetensors"
+        shards = sorted(self._folder.glob(f"{stem}-*-of-*.safetensors"))
         files = [whole] if whole.exists() else shards
         if not whole.exists() and (not shards or len(shards) != int(shards[0].stem.rpartition("-")[2])):
-            raise CheckpointError(f"{folder}: holds no {WHOLE}, and {len(shards)} shards of it, which are not all")
+            raise CheckpointError(f"{folder}: holds no {whole.name}, and {len(shards)} shards of it, which are not all")
         self._files: list[tuple[Any, dict[str, tuple[list[int], int]]]] = []
         self._names: dict[str, None] = {}  # an ordered set
         for path in files:

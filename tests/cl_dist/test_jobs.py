@@ -41,6 +41,9 @@ CLUSTER: Tree = {
     "gpus_per_worker": 1.0,
     "max_failures": 9,
     "start_timeout_s": 7.0,
+    "stop_timeout_s": 7.0,
+    "checkpoint_minutes": 3.0,
+    "checkpoint_steps": 2,
 }
 MODEL: Tree = {
     "revision": "abc",

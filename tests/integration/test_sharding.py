@@ -49,7 +49,7 @@ class Held:
 def hold(rank: int, world: int, job: Job) -> Held:
     learner = build_learner(job)
     learner.start_task(job.stage.task, (job.stage.task,))
-    engine, micro, _ = train._engine(job, learner, learner.grad_scales(), Schedule(10, 10, 10), World.current())
+    engine, micro, _ = train._engine(job, learner, learner.grad_scales(), {}, Schedule(10, 10, 10), World.current())
     rows = ClassifyRows(load_tokenizer(job.model), 16)
     data = task_data(job, job.stage.task)
     rows.add(job.stage.task, data, data.train)

@@ -54,7 +54,10 @@ def test_any_worker_writes_the_same_bytes_in_any_order(job: Job, book: Workbook,
 def test_draws_are_keyed_on_seed_and_attempt(job: Job) -> None:
     shard = generate.shards(job)[0]
     texts = [
-        [(s.number, s.attempt, s.text) for s in generate.Dreamer(replace(job, seed=seed)).run(shard)["samples"]]
+        [
+            (s["number"], s["attempt"], s["text"])
+            for s in generate.Dreamer(replace(job, seed=seed)).run(shard)["samples"]
+        ]
         for seed in (job.seed, job.seed, 1)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -101,9 +104,9 @@ def test_labels_keep_their_shares_as_far_as_attempts_go(job: Job) -> None:
     for balanced in (False, True):
         changed = job.generate.model_copy(update={"balance_labels": balanced, "max_attempts": 12})
         written = generate.Dreamer(replace(job, generate=changed)).run(shards[0])
-        counts = [sum(s.label == name for s in written["samples"]) for name in ("good", "bad")]
+        counts = [sum(s["label"] == name for s in written["samples"]) for name in ("good", "bad")]
         found.append(abs(counts[0] - counts[1]) / sum(counts))
-        assert len({s.number for s in written["samples"]}) == len(written["samples"])
+        assert len({s["number"] for s in written["samples"]}) == len(written["samples"])
     assert found[1] <= found[0]
     assert found[1] <= 0.2
 

@@ -1,0 +1,49 @@
+"""AdamW's moments, wherever ZeRO keeps them: beside the float32 masters, in the same flat tensors' places.
+
+A rank holds the moments of what it owns (params.local). A piece of a master is a view into one of the optimizer's flat
+tensors; the moments of the piece lie at the same place of that tensor's state.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_dist.parallel import params
+from cl_dist.parallel.engine import Engine
+
+KEYS = ("exp_avg", "exp_avg_sq")
+"""Names of the moments in torch's AdamW."""
+
+
+def local(engine: Engine, parameter: nn.Parameter, key: str) -> tuple[Tensor, int]:
+    """Return this rank's piece of a parameter's moment, as a view, and where in the parameter it begins."""
+    piece, start = params.local(parameter, engine.world.rank)
+    if not piece.numel():
+        return piece, start
+    for flat in engine.flats:
+        first = (piece.data_ptr() - flat.data_ptr()) // flat.element_size()
+        if 0 <= first < flat.numel():
+            moment: Tensor = engine.optimizer.state[flat][key]
+            return moment.view(-1)[first : first + piece.numel()], start
+    raise AssertionError("a trained parameter is in none of the optimizer's tensors")
+
+
+@torch.no_grad()
+def restore(engine: Engine, step: int, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Put an optimizer where it was after `step` steps; moments[key] has whole tensors by parameter name."""
+    state: Any = engine.optimizer.state
+    for flat in engine.flats:
+        state[flat] = {"step": torch.tensor(float(step), device=flat.device)}
+        state[flat] |= {key: torch.zeros_like(flat) for key in KEYS}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            for key in KEYS:
+                piece, start = local(engine, parameter, key)
+                whole = moments[key][name].flatten()[start : start + piece.numel()]
+                piece[: whole.numel()].copy_(whole)
+    schedule = engine.schedule
+    schedule.last_epoch = step
+    for group, base in zip(engine.optimizer.param_groups, schedule.base_lrs, strict=True):
+        group["lr"] = base * schedule.lr_lambdas[0](step)

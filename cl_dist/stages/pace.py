@@ -1,0 +1,44 @@
+"""When a Train stage is saved: all ranks agree, about once a second, on what rank 0's clock and the driver want."""
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from cl_dist.parallel.config import EngineConfig
+from cl_dist.parallel.world import World
+
+ASK_S = 1.0
+Due = Literal["", "save", "stop"]
+
+
+class Pace:
+    """Says after each step whether to save, and whether to stop. A collective at some steps, the same on all ranks."""
+
+    def __init__(self, config: EngineConfig, world: World, wants_stop: Callable[[], bool]) -> None:
+        self._world, self._wants_stop = world, wants_stop
+        self._every, self._minutes = config.checkpoint_steps, config.checkpoint_minutes
+        self._saved = self._asked = time.monotonic()
+        self._ask_at, self._asked_at = 1, 0
+
+    def due(self, done: int) -> Due:
+        """Return what is due after `done` steps of the stage."""
+        due: Due = "save" if self._every and done % self._every == 0 else ""
+        if done >= self._ask_at:
+            wanted, self._ask_at = self._world.gather(self._wanted(done))[0]
+            due = wanted or due
+        if due:
+            self._saved = time.monotonic()
+        return due
+
+    def _wanted(self, done: int) -> tuple[Due, int]:
+        """Return what this rank would do, and after how many steps to ask again; rank 0's word counts."""
+        if self._world.rank:
+            return "", 0
+        now = time.monotonic()
+        per_step = (now - self._asked) / max(done - self._asked_at, 1)
+        self._asked, self._asked_at = now, done
+        again = done + max(1, min(int(ASK_S / max(per_step, 1e-6)), 1000))
+        if self._wants_stop():
+            return "stop", again
+        is_late = self._minutes > 0 and now - self._saved > 60 * self._minutes
+        return "save" if is_late else "", again

@@ -1,0 +1,182 @@
+"""A Train stage stopped in the middle goes on as if nothing had happened, on any number of ranks and any ZeRO stage."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cl_dist.errors import StoppedError
+from cl_dist.jobs import Workbook
+from cl_dist.parallel.config import EngineConfig
+from cl_dist.parallel.world import World
+from cl_dist.stage import Ref, Train
+from cl_dist.stages import checkpoint, train
+from cl_dist.stages.job import Job
+from cl_dist.stages.weights import StoredWeights
+from tests import tiny
+from tests.parity import train_here
+from tests.pool import Ranks
+
+pytestmark = pytest.mark.timeout(300)
+TRAIN = {"epochs": 4, "weight_decay": 0.01, "min_round_steps": 4}
+
+
+class StopAfter:
+    """Stands in for the pace: says stop after a number of steps of the stage."""
+
+    def __init__(self, steps: int | None) -> None:
+        self._steps = steps
+
+    def due(self, done: int) -> str:
+        return "stop" if done == self._steps else ""
+
+
+def train_until(rank: int, world: int, job: Job, out: str, steps: int | None) -> None:
+    """Train a stage, up to some step; run on every rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Pace", lambda *args: StopAfter(steps))
+        try:
+            train.run(job, Path(out), lambda event: None)
+        except StoppedError:
+            assert steps is not None
+
+
+def made(folder: Path, method: str, select: str = "best_dev", dtype: str = "float32") -> Job:
+    """Return the second task's training, after a first one."""
+    science: dict[str, Any] = {"method": dict(tiny.METHODS[method]), "train": {**TRAIN, "select": select}}
+    if tiny.writes(method):
+        science["train"] |= {**tiny.TEXT_TRAIN, "epochs": 4}
+    book: Workbook = tiny.book(folder, {"science": science}, tasks=("food", "film"))
+    train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
+    stage = next(stage for stage in book.plan(1) if isinstance(stage, Train)).model_copy(update={"samples": None})
+    job = book.job(stage)
+    return replace(job, model=job.model.model_copy(update={"dtype": dtype}))
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    return {method: made(tmp_path_factory.mktemp(method), method) for method in ("ctr", "lamol", "ewc")}
+
+
+def results(out: Path) -> dict[str, Any]:
+    """Return what the stage left behind, without how long it took."""
+    facts = json.loads((out / "train.json").read_text())
+    facts["metrics"].pop("perf/stage_s")
+    learner = out / "learner.safetensors"
+    return {"facts": facts, "learner": learner.read_bytes() if learner.exists() else None}
+
+
+@pytest.mark.parametrize("method", ["ctr", "lamol", "ewc"])
+def test_stopped_anywhere_one_worker_ends_in_the_same_bits(jobs: dict[str, Job], tmp_path: Path, method: str) -> None:
+    whole = train_here(jobs[method], tmp_path / "whole").weights
+    for number, stops in enumerate([(1,), (5,), (2, 3, 7)]):
+        out = tmp_path / str(number)
+        out.mkdir()
+        for steps in (*stops, None):
+            train_until(0, 1, jobs[method], str(out), steps)
+        after = dict(StoredWeights(out))
+        assert after.keys() == whole.keys()
+        assert all(torch.equal(after[name], whole[name]) for name in whole)
+        assert results(out)["learner"] == results(tmp_path / "whole")["learner"]
+        assert results(out)["facts"]["selected_step"] == results(tmp_path / "whole")["facts"]["selected_step"]
+        for found, wanted in zip(
+            results(out)["facts"]["rounds"], results(tmp_path / "whole")["facts"]["rounds"], strict=True
+        ):
+            assert found == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def others() -> Iterator[dict[int, Ranks]]:
+    """Gangs of one and of three."""
+    found = {1: Ranks(1), 3: Ranks(3)}
+    yield found
+    for ranks in found.values():
+        ranks.close()
+
+
+@pytest.mark.parametrize("method", ["ctr", "lamol"])
+@pytest.mark.parametrize("stages", [(1, 2, 3), (3, 1, 2), (2, 3, 0)])
+def test_two_ranks_then_one_then_three_end_where_one_worker_ends(
+    ranks: Ranks, others: dict[int, Ranks], jobs: dict[str, Job], tmp_path: Path, method: str, stages: tuple[Any, ...]
+) -> None:
+    whole = train_here(jobs[method], tmp_path / "whole").weights
+    out = tmp_path / "out"
+    out.mkdir()
+    for gang, zero_stage, steps in zip((ranks, others[1], others[3]), stages, (3, 8, None), strict=True):
+        engine = EngineConfig(zero_stage=zero_stage, micro_batch=2, persistence_threshold=0)
+        gang.run(train_until, replace(jobs[method], engine=engine), str(out), steps, timeout_s=200.0)
+    after = dict(StoredWeights(out))
+    torch.testing.assert_close(after, whole, rtol=0.0, atol=1e-5)
+    assert results(out)["learner"] == results(tmp_path / "whole")["learner"]
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bfloat16_goes_on_from_its_float32_masters(ranks: Ranks, tmp_path: Path, zero_stage: Any) -> None:
+    """On the same ranks to the bit: masters, moments and the step are all there is."""
+    job = made(tmp_path / "made", "lamol", "last", "bfloat16")
+    job = replace(job, engine=EngineConfig(zero_stage=zero_stage, persistence_threshold=0))
+    for name, stops in (("whole", (None,)), ("cut", (4, None))):
+        (tmp_path / name).mkdir()
+        for steps in stops:
+            ranks.run(train_until, job, str(tmp_path / name), steps, timeout_s=200.0)
+    whole, cut = (dict(StoredWeights(tmp_path / name)) for name in ("whole", "cut"))
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+
+def test_lost_moments_are_noticed(jobs: dict[str, Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests above would see if a checkpoint held weights alone."""
+    whole = train_here(jobs["ctr"], tmp_path / "whole").weights
+    (tmp_path / "out").mkdir()
+    train_until(0, 1, jobs["ctr"], str(tmp_path / "out"), 5)
+    monkeypatch.setattr(checkpoint.Checkpoint, "load_moments", lambda self, engine: None)
+    train_until(0, 1, jobs["ctr"], str(tmp_path / "out"), None)
+    after = dict(StoredWeights(tmp_path / "out"))
+    assert max(float((after[name] - whole[name]).abs().max()) for name in whole) > 1e-4
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "index", "missing"])
+def test_a_damaged_checkpoint_is_passed_over(
+    jobs: dict[str, Job], tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for steps in (3, 6):
+        train_until(0, 1, jobs["ctr"], str(out), steps)
+    newest = checkpoint._found(out)[0]
+    assert newest.name == "step-00000006"
+    file = newest / ("checkpoint.json" if harm == "index" else "exp_avg.safetensors")
+    data = bytearray(file.read_bytes())
+    if harm == "missing":
+        file.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data[: len(data) // 3] if harm == "cut" else b"{" if harm == "index" else data)
+    found = checkpoint.latest(out, World.current())
+    assert found is not None
+    assert found.step == 3
+    assert f"checkpoint damaged folder={newest}" in caplog.text
+    whole = train_here(jobs["ctr"], tmp_path / "whole").weights
+    train_until(0, 1, jobs["ctr"], str(out), None)
+    after = dict(StoredWeights(out))
+    assert all(torch.equal(after[name], whole[name]) for name in whole)
+    shutil.rmtree(out)
+    out.mkdir()
+    assert checkpoint.latest(out, World.current()) is None
+
+
+def test_a_checkpoint_that_was_not_finished_is_none_and_two_are_kept(jobs: dict[str, Job], tmp_path: Path) -> None:
+    for steps in (1, 2, 3):
+        train_until(0, 1, jobs["ctr"], str(tmp_path), steps)
+    names = [path.name for path in checkpoint._found(tmp_path)]
+    assert names == ["step-00000003", "step-00000002"]
+    newest = tmp_path / "checkpoints" / names[0]
+    newest.rename(newest.with_name("step-00000009.partial"))
+    (newest.with_name("step-00000009.partial") / "checkpoint.json").unlink()
+    found = checkpoint.latest(tmp_path, World.current())
+    assert found is not None
+    assert found.step == 2
