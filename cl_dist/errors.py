@@ -46,6 +46,24 @@ class CheckpointError(ClDistError):
     exit_code = 6
 
 
+class StorageError(ClDistError):
+    """The run folder cannot be written."""
+
+    exit_code = 6
+
+
+class RunInUseError(ClDistError):
+    """Another driver is at work on the run."""
+
+    exit_code = 2
+
+
+class OrderError(CheckpointError):
+    """Finished tasks are missing from the sequence, or stand in another order."""
+
+    exit_code = 6
+
+
 class StageConflictError(CheckpointError):
     """A finished stage was made with other settings than this run asks for."""
 

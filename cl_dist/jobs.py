@@ -207,6 +207,16 @@ class Workbook:
             chain=tuple(str(self.ledger.path(ref).absolute()) for ref in self._chain(start)),
         )
 
+    def check_inputs(self, stage: Stage) -> None:
+        """Compare the files of all stages that a stage reads with their manifests.
+
+        Raises:
+            CheckpointError: If one is missing or damaged.
+        """
+        start = stage.init if isinstance(stage, Train) else getattr(stage, "model", None)
+        for read in {*stage.inputs, *self._chain(start)}:
+            self.ledger.verify(read)
+
     def _chain(self, ref: Ref | None) -> list[Ref]:
         """Return the Train stages whose weights make up a model, oldest first."""
         chain: list[Ref] = []

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cl_dist.errors import CheckpointError, StageConflictError
+from cl_dist.errors import CheckpointError, OrderError, StageConflictError
 from cl_dist.stage import Ref, Stage, digest_of, ref
 
 Facts = Mapping[str, Any]
@@ -30,6 +30,7 @@ class Ledger:
     def __init__(self, folder: Path, task_ids: Sequence[str], facts_of: Callable[[Stage], Facts]) -> None:
         self.folder = folder
         self._task_ids, self._facts_of = task_ids, facts_of
+        self._verified: dict[Path, tuple[int, int, str]] = {}
 
     def key(self, stage: Ref) -> str:
         """Return the name of a stage as people see it, such as '02-laptop/train'."""
@@ -112,6 +113,45 @@ class Ledger:
         shutil.rmtree(final, ignore_errors=True)  # a folder without a manifest is not a result
         partial.rename(final)
         sync_folder(final.parent)
+
+    def verify(self, stage: Ref) -> None:
+        """Compare the files of a finished stage with its manifest; a file that has not changed since is not read again.
+
+        Raises:
+            CheckpointError: If the stage is not there, or a file is missing or damaged.
+        """
+        manifest = self.manifest(stage)
+        if manifest is None:
+            raise CheckpointError(f"{self.key(stage)} has not been computed; `cl-dist resume` computes what is missing")
+        for name, digest in manifest["files"].items():
+            path = self.path(stage) / name
+            try:
+                facts = path.stat()
+                state = (facts.st_size, facts.st_mtime_ns, digest)
+                is_whole = self._verified.get(path) == state or sha256(path) == digest
+            except OSError:
+                is_whole = False
+            if not is_whole:
+                raise CheckpointError(
+                    f"{path}: missing, or not the file that its manifest names; remove the folder {path.parent} "
+                    "and resume: the stage is computed again"
+                )
+            self._verified[path] = state
+
+    def check_order(self) -> None:
+        """Compare the tasks of finished stages with the sequence.
+
+        Raises:
+            OrderError: If one is missing from it, or stands elsewhere.
+        """
+        names = [f"{number:02d}-{task}" for number, task in enumerate(self._task_ids)]
+        finished = {path.parent.parent.name for path in (self.folder / "stages").glob(f"*/*/{MANIFEST}")}
+        if gone := sorted(finished - set(names)):
+            raise OrderError(
+                f"{self.folder}: {', '.join(gone)} is finished, but the tasks are now {', '.join(names)}. What was "
+                "learned later rests on it: finished tasks keep their places, new ones are appended. For another order "
+                "start a new run with run.name=..."
+            )
 
     def read(self, stage: Ref, name: str) -> Any:
         """Return a JSON file of a finished stage, checked against the digest in its manifest.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cl_dist.jobs import Workbook
 from cl_dist.stage import Stage, ref
+from cl_dist.storage import told_when_full
 from cl_dist.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -32,12 +33,18 @@ def run(book: Workbook, dispatcher: Dispatcher, tracker: Tracker) -> None:
     A finished stage is skipped when its settings are those asked for now, and refused when they are not, before any
     other stage is begun. Killed anywhere, the same call goes on at the first stage without a result.
     """
+    with told_when_full(book.ledger.folder):
+        _run(book, dispatcher, tracker)
+
+
+def _run(book: Workbook, dispatcher: Dispatcher, tracker: Tracker) -> None:
     plans = [book.plan(task) for task in range(len(book.tasks))]
     done = {ref(stage) for plan in plans for stage in plan if book.ledger.is_done(stage)}
     tracker.begin([stage for plan in plans for stage in plan], done)
     for stage in (stage for plan in plans for stage in plan):
         if ref(stage) in done:
             continue
+        book.check_inputs(stage)
         with tracker.stage(stage), book.ledger.publish(stage) as out:
             dispatcher.run(book.job(stage), str(out), tracker)
         tracker.stage_done(stage)

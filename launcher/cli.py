@@ -20,7 +20,7 @@ from rich.table import Table
 
 from cl_dist.errors import ConfigError, QualityError, StoppedError
 from launcher import console, runs, sizes, verbs
-from launcher.options import AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
+from launcher.options import AddTasks, AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
 from launcher.quality import FailIf as Gate
 from launcher.quality import parse_gates
 
@@ -59,6 +59,7 @@ def train(
 def resume(
     run: RunOrLast = None,
     overrides: Overrides = None,
+    add_tasks: AddTasks = None,
     baselines: Baselines = True,
     fail_if: FailIf = None,
     as_json: AsJson = False,
@@ -70,7 +71,7 @@ def resume(
     if run is not None and "=" in str(run) and not run.exists():  # `cl-dist resume cluster.workers=4`
         run, settings = None, [str(run), *settings]
     folder = runs.latest(Path("runs")) if run is None else run
-    _compute(runs.reopen(folder, settings), baselines, gates, as_json)
+    _compute(runs.reopen(folder, settings, add_tasks), baselines, gates, as_json)
 
 
 def _compute(run: Any, baselines: bool, gates: list[Gate], as_json: bool, source: Path | None = None) -> None:

@@ -17,3 +17,7 @@ FailIf = Annotated[
     list[str] | None,
     typer.Option(metavar="METRIC>NUMBER", help="exit 8 if this holds of the run, or cannot be told; also >= < <="),
 ]
+AddTasks = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="append the tasks of a YAML file (tasks: [...]), also to a finished run"),
+]

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import yaml
 
 from cl_dist import sequence
-from cl_dist.config import apply_overrides, did_you_mean, parse
+from cl_dist.config import Tree, apply_overrides, did_you_mean, parse, read_yaml
+from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import ConfigError, DataError, StoppedError
 from cl_dist.jobs import Workbook
 from cl_dist.ledger import write_json
 from cl_dist.run_config import RunConfig
+from cl_dist.storage import only_driver
 from cl_dist.tracking import Tracker, read_state, summary
 from launcher import console
 from launcher.report import write_report
@@ -47,10 +50,10 @@ def run_file(name: str) -> Path:
     return known[name]
 
 
-def reopen(folder: Path, overrides: list[str]) -> RunConfig:
+def reopen(folder: Path, overrides: list[str], added: Path | None = None) -> RunConfig:
     """Read the run file of an existing run folder.
 
-    The run is looked for where the folder is now, so that a folder may be moved.
+    The run is looked for where the folder is now, so that a folder may be moved. added is a file of tasks to append.
 
     Raises:
         ConfigError: If it is no run folder.
@@ -64,7 +67,32 @@ def reopen(folder: Path, overrides: list[str]) -> RunConfig:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping; restore it from config.source.yaml")
     tree["run"] = {"name": folder.resolve().name, "dir": str(folder.parent)}
+    if added is not None:
+        tree = _with_tasks(tree, added)
     return parse(RunConfig, apply_overrides(tree, overrides))
+
+
+def _with_tasks(tree: Tree, path: Path) -> Tree:
+    """Return a run file with the tasks of another file appended, to be learned last and in that file's order.
+
+    Raises:
+        ConfigError: If the file holds no tasks, or one that the run has.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--add-tasks {str(path)!r}: no such file")
+    found = read_yaml(path)
+    new = found.get("tasks")
+    if not isinstance(new, list) or not new or set(found) != {"tasks"}:
+        raise ConfigError(f"{path}: expected `tasks:` with a list of tasks as in a run file, and nothing else")
+    science = parse(RunConfig, tree).science
+    order = [task.id for task in science.sequence().tasks]
+    ids = [parse(TaskConfig, task, f"{path}: ").id for task in new]
+    if known := sorted(set(order) & set(ids)):
+        raise ConfigError(
+            f"{path}: the run has {', '.join(known)} already; `cl-dist resume` without --add-tasks goes on with it"
+        )
+    kept = {name: value for name, value in tree["science"].items() if name not in ("orders", "order_file")}
+    return {**tree, "science": {**kept, "tasks": [*tree["science"]["tasks"], *new], "order": [*order, *ids]}}
 
 
 def latest(root: Path) -> Path:
@@ -99,26 +127,29 @@ def execute(
     configs = [config, *(config.baseline(name) for name in config.baselines if baselines)]
     books = [Workbook(each) for each in configs]
     books[0].check_data()
+    for book in books:
+        book.ledger.check_order()
     missing = [bool(sequence.remaining(book)) for book in books]  # refuses conflicts before anything is written
-    for each in configs:
-        save(each, source if each is config else None)
-    handler = console.log_to(config.folder / "logs" / "driver.log")
-    dispatcher: Any = None
-    try:
-        with console.Watch() as watch:
-            if any(missing):
-                dispatcher = _dispatcher(config)
-            for book, needed in zip(books, missing, strict=True):
-                tracker = Tracker(book, command, watch)
-                if needed:
-                    _run(book, dispatcher, tracker)
-                elif read_state(book.config.folder).get("status") != "finished":
-                    tracker.begin([], set())  # killed between the last stage and the end
-                    tracker.finish()
-    finally:
-        if dispatcher is not None:
-            dispatcher.close()
-        logging.getLogger("cl_dist").removeHandler(handler)
+    with only_driver(config.folder):
+        for each in configs:
+            save(each, source if each is config else None)
+        handler = console.log_to(config.folder / "logs" / "driver.log")
+        dispatcher: Any = None
+        try:
+            with console.Watch() as watch:
+                if any(missing):
+                    dispatcher = _dispatcher(config)
+                for book, needed in zip(books, missing, strict=True):
+                    tracker = Tracker(book, command, watch)
+                    if needed:
+                        _run(book, dispatcher, tracker)
+                    elif read_state(book.config.folder).get("status") != "finished":
+                        tracker.begin([], set())  # killed between the last stage and the end
+                        tracker.finish()
+        finally:
+            if dispatcher is not None:
+                dispatcher.close()
+            logging.getLogger("cl_dist").removeHandler(handler)
     return conclude(config)
 
 
@@ -129,7 +160,8 @@ def _run(book: Workbook, dispatcher: Any, tracker: Tracker) -> None:
         tracker.finish("stopped" if isinstance(error, StoppedError) else "interrupted")
         raise
     except BaseException:
-        tracker.finish("failed")
+        with suppress(OSError):  # a full disk is what ended the run, and stays the error that is told
+            tracker.finish("failed")
         raise
 
 

@@ -16,16 +16,18 @@ from ray.exceptions import RayError, RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, enter, last_lines
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, check_fits, enter, last_lines
 from cl_dist.errors import ClDistError, ClusterError, StoppedError, TrainingError
 from cl_dist.parallel.world import World
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stages import train
 from cl_dist.stages.job import Job
+from cl_dist.storage import told_when_full
 from cl_dist.tracking import Tracker
 
 log = logging.getLogger(__name__)
 POLL_S = 0.1
+FITS_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,8 @@ def gang_worker(config: Mapping[str, Any]) -> None:
             continue
         _log_to(Path(parcel.logs) / f"rank-{world.rank}.log")
         try:
-            train.run(parcel.job, Path(parcel.out), _Throttled(mailbox), lambda: _asks(mailbox))
+            with told_when_full(parcel.out):
+                train.run(parcel.job, Path(parcel.out), _Throttled(mailbox), lambda: _asks(mailbox))
         except StoppedError:
             if world.rank == 0:
                 ray.get(mailbox.saved.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
@@ -193,6 +196,37 @@ def _fit(cluster: ClusterConfig, storage: str, mailbox: Any, cwd: str) -> None:
     ).fit()
 
 
+class _Fits:
+    """Watches whether the cluster can still hold the gang: Ray Train would wait for a lost node for ever."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self._cluster, self._looked = cluster, time.monotonic()
+        self._missing_since: float | None = None
+
+    def look(self) -> None:
+        """Look every few seconds.
+
+        Raises:
+            ClusterError: If nodes have been missing for longer than start_timeout_s.
+        """
+        now = time.monotonic()
+        if now - self._looked < FITS_S:
+            return
+        self._looked = now
+        try:
+            check_fits(self._cluster)
+            self._missing_since = None
+        except ClusterError as error:
+            self._missing_since = self._missing_since or now
+            log.warning("cluster too small for the gang since=%.0fs: %s", now - self._missing_since, error)
+            if now - self._missing_since > self._cluster.start_timeout_s:
+                raise ClusterError(
+                    f"the cluster has lost nodes, and none has come back within cluster.start_timeout_s="
+                    f"{self._cluster.start_timeout_s:g}: {error}\nFinished stages and the last checkpoint are kept: "
+                    "`cl-dist resume` goes on from here, also with fewer workers (cluster.workers=...)."
+                ) from error
+
+
 class Gang:
     """The driver's end of the gang: one `fit`, fed through the mailbox."""
 
@@ -247,6 +281,7 @@ class Gang:
             TrainingError: If it failed more often than allowed.
         """
         deadline = time.monotonic() + self._cluster.start_timeout_s
+        fits = _Fits(self._cluster)
         while True:
             news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)
             for event in news["events"]:
@@ -270,6 +305,7 @@ class Gang:
                     f"the gang of {self._cluster.workers} workers did not start within cluster.start_timeout_s="
                     f"{self._cluster.start_timeout_s:g}; free now: {ray.available_resources()}"
                 )
+            fits.look()
             time.sleep(POLL_S)
 
     def _ended(self) -> BaseException | None:

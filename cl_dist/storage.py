@@ -1,0 +1,58 @@
+"""What a run needs of its storage: one driver at a time, and an error that says so when it is full."""
+
+import errno
+import fcntl
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cl_dist.errors import RunInUseError, StorageError
+
+LOCK = "driver.lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+@contextmanager
+def only_driver(folder: Path) -> Iterator[None]:
+    """Hold a run folder for as long as the block runs; the lock ends with the process, however it ends.
+
+    Raises:
+        RunInUseError: If another driver holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = path.read_text(encoding="utf8").strip() or "another process"
+            raise RunInUseError(
+                f"{folder}: {holder} is at work on this run; wait for it or stop it, then `cl-dist resume {folder}`"
+            ) from error
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {platform.node()}\n".encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def told_when_full(folder: Path | str) -> Iterator[None]:
+    """Turn an error of a full or read-only disk into one that says what to do.
+
+    Raises:
+        StorageError: Instead of such an error.
+    """
+    try:
+        yield
+    except Exception as error:
+        # safetensors makes text of the system's error: "... (os error 28)"
+        if getattr(error, "errno", None) in _FULL or any(f"(os error {number})" in str(error) for number in _FULL):
+            raise StorageError(
+                f"{getattr(error, 'filename', None) or folder}: cannot be written: {error}. Make room, or remove runs "
+                "that are not needed; finished stages are kept, and `cl-dist resume` goes on from here."
+            ) from error
+        raise

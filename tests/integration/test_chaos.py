@@ -1,0 +1,194 @@
+"""Kills at drawn points, and damage of every kind: the undisturbed result, or one error that names file and remedy."""
+
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cl_dist import ledger, sequence, tracking
+from cl_dist.dispatch_local import LocalDispatcher
+from cl_dist.errors import CheckpointError, ClDistError, OrderError, RunInUseError, StorageError
+from cl_dist.jobs import Workbook
+from cl_dist.stage import Ref
+from cl_dist.stages import checkpoint
+from cl_dist.storage import only_driver
+from cl_dist.tracking import Tracker
+from tests import chaos, tiny
+
+pytestmark = pytest.mark.timeout(600)
+SEED = int(os.environ.get("CHAOS_SEED", "0"))
+POINTS = 7  # of each method, 21 in all
+
+
+@pytest.fixture(scope="module", params=list(chaos.RUNS))
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any, int]:
+    """(method, folder, digests of an undisturbed run, how much there is to count)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    found, count = chaos.undisturbed(folder, request.param)
+    return request.param, folder, found, count
+
+
+def test_killed_anywhere_a_run_ends_as_if_undisturbed(whole: tuple[str, Path, Any, int]) -> None:
+    method, folder, results, count = whole
+    points = chaos.drawn(SEED, method, count, POINTS)
+    seen = [chaos.kill(folder, method, f"k{n}", kills, results) for n, kills in enumerate(points)]
+    assert all(one.died_in for one in seen)
+    assert [one for one in seen if not one.equal] == [], f"CHAOS_SEED={SEED}, of {count}"
+
+
+def test_a_checkpoint_without_moments_would_be_noticed(
+    whole: tuple[str, Path, Any, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, folder, results, count = whole
+    monkeypatch.setattr(checkpoint.Checkpoint, "load_moments", lambda self, engine: None)  # children inherit it
+    seen = [chaos.kill(folder, method, f"lost{n}", (count * n // 10,), results) for n in (6, 7, 8, 9)]
+    assert not all(one.equal for one in seen)
+
+
+# ------------------------------------------------------------------------------------------------------------- damage
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+    return tiny.compute(chaos.made(tmp_path_factory.mktemp("finished"), "lamol", "whole"))
+
+
+@pytest.fixture
+def run(finished: Workbook, tmp_path: Path) -> Workbook:
+    """A copy of a finished LAMOL run whose second task has still to be trained and scored."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished.config.folder, folder)
+    for stage in ("train", "evaluate"):
+        shutil.rmtree(folder / "stages/01-film" / stage)
+    tree = finished.config.model_copy(
+        update={"run": finished.config.run.model_copy(update={"name": "run", "dir": str(tmp_path)})}
+    )
+    return Workbook(tree)
+
+
+def go_on(book: Workbook) -> None:
+    sequence.run(book, LocalDispatcher(), Tracker(book))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_an_unharmed_copy_ends_as_the_run_did(run: Workbook, finished: Workbook) -> None:
+    go_on(run)
+    assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
+
+
+HARM: Mapping[str, tuple[str, Callable[[Path], None], str]] = {
+    "weights, one bit flipped": ("00-food/train/trainable.safetensors", flip, "not the file that its manifest names"),
+    "weights cut off": ("00-food/train/trainable.safetensors", lambda p: os.truncate(p, 100), "not the file"),
+    "weights gone": ("00-food/train/trainable.safetensors", Path.unlink, "missing"),
+    "samples, one bit flipped": ("01-film/generate/samples.jsonl", flip, "not the file that its manifest names"),
+    "manifest cut off": ("00-food/train/manifest.json", lambda p: os.truncate(p, 50), "damaged"),
+}
+
+
+@pytest.mark.parametrize("harm", list(HARM))
+def test_what_is_damaged_is_named_with_the_remedy_which_works(run: Workbook, finished: Workbook, harm: str) -> None:
+    name, damage, message = HARM[harm]
+    path = run.config.folder / "stages" / name
+    damage(path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        go_on(run)
+    assert str(path) in str(caught.value)
+    assert caught.value.exit_code == 6
+    assert str(path.parent) in str(caught.value)
+    shutil.rmtree(path.parent)  # as the message says
+    go_on(Workbook(run.config))
+    assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
+
+
+def test_a_stage_whose_manifest_is_gone_is_computed_again(run: Workbook, finished: Workbook) -> None:
+    (run.config.folder / "stages/00-food/evaluate/manifest.json").unlink()
+    go_on(run)
+    assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
+
+
+def test_a_clock_set_back_changes_nothing(run: Workbook, finished: Workbook, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Early(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Early":
+            return cls(1999, 12, 31, tzinfo=UTC)
+
+    monkeypatch.setattr(ledger, "datetime", Early)
+    monkeypatch.setattr(tracking, "datetime", Early)
+    monkeypatch.setattr("time.time", lambda: 946_600_000.0)
+    go_on(run)
+    assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
+
+
+@pytest.mark.parametrize("limit", [2000, 40_000])
+def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(
+    run: Workbook, finished: Workbook, limit: int
+) -> None:
+    """Stood in for by a limit on the size of files: the system's error then is another number of the same kind."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot be written.*Make room.*`cl-dist resume` goes on") as caught:
+            go_on(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert str(run.config.folder) in str(caught.value)
+    go_on(Workbook(run.config))
+    assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
+
+
+def test_a_damaged_shard_is_computed_again(run: Workbook, finished: Workbook, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(run.config.folder / "stages/01-film/generate")
+    merge = "cl_dist.stages.shards.Finished.merge"
+
+    def stopped(self: Any) -> None:
+        raise ClDistError("killed before the merge")
+
+    monkeypatch.setattr(merge, stopped)
+    with pytest.raises(ClDistError, match="killed before the merge"):
+        go_on(run)
+    kept = sorted(run.config.folder.rglob("shards/*.json"))
+    assert len(kept) >= 2
+    before = [path.stat().st_mtime_ns for path in kept]
+    flip(kept[0])
+    with pytest.raises(ClDistError, match="killed before the merge"):
+        go_on(Workbook(run.config))
+    after = [path.stat().st_mtime_ns for path in kept]
+    assert [a == b for a, b in zip(after, before, strict=True)] == [False, *[True] * (len(kept) - 1)]
+    monkeypatch.undo()
+    go_on(Workbook(run.config))
+    assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
+
+
+def test_a_second_driver_is_refused_while_the_first_is_at_work(tmp_path: Path) -> None:
+    refused = pytest.raises(RunInUseError, match=f"process {os.getpid()} on .* is at work")
+    with only_driver(tmp_path), refused as caught, only_driver(tmp_path):
+        pass
+    assert caught.value.exit_code == 2
+    with only_driver(tmp_path):
+        pass
+
+
+def test_finished_tasks_keep_their_places(finished: Workbook) -> None:
+    tree = finished.config.model_dump(mode="json", exclude_unset=True)
+    kind = type(finished.config)
+    for order in (["film", "food"], ["food"]):
+        tree["science"]["order"] = order
+        with pytest.raises(
+            OrderError, match=r"01-film.* is finished, but the tasks are now .*finished tasks keep their places"
+        ):
+            Workbook(kind.model_validate(tree)).ledger.check_order()
+    finished.ledger.check_order()
+    assert finished.ledger.manifest(Ref(task=1, stage="train")) is not None
