@@ -113,6 +113,8 @@ class ClusterConfig(EngineConfig):
     """How often a crashed gang or shard is started again before the run fails."""
     stop_timeout_s: float = Field(60.0, ge=0)
     """How long a run that is told to stop waits for the stage to be saved."""
+    lost_node_timeout_s: float = Field(300.0, ge=0)
+    """How long a run waits for nodes without which the cluster cannot hold the gang any more."""
     start_timeout_s: float = Field(300.0, gt=0)
     """How long to wait for the gang to start before the cluster is reported as too busy."""
 

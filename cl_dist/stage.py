@@ -45,7 +45,8 @@ class TrainConfig(Section):
     """Shortest round in optimizer steps. A round is one epoch or more; gates anneal once per round, and dev rows are
     scored at its end."""
     select: Literal["last", "best_dev"] = "best_dev"
-    """Which weights a task leaves behind: those after the last step, or those of the round with the lowest dev loss."""
+    """Which weights a task leaves behind: those after the last step, or those of the round with the lowest dev loss,
+    if it has dev rows."""
 
 
 class EvaluateConfig(Section):

@@ -207,7 +207,7 @@ class _Fits:
         """Look every few seconds.
 
         Raises:
-            ClusterError: If nodes have been missing for longer than start_timeout_s.
+            ClusterError: If nodes have been missing for longer than lost_node_timeout_s.
         """
         now = time.monotonic()
         if now - self._looked < FITS_S:
@@ -217,13 +217,15 @@ class _Fits:
             check_fits(self._cluster)
             self._missing_since = None
         except ClusterError as error:
-            self._missing_since = self._missing_since or now
-            log.warning("cluster too small for the gang since=%.0fs: %s", now - self._missing_since, error)
-            if now - self._missing_since > self._cluster.start_timeout_s:
+            patience = self._cluster.lost_node_timeout_s
+            if self._missing_since is None:
+                self._missing_since = now
+                log.warning("cluster too small for the gang, waiting for up to %gs: %s", patience, error)
+            if now - self._missing_since > patience:
                 raise ClusterError(
-                    f"the cluster has lost nodes, and none has come back within cluster.start_timeout_s="
-                    f"{self._cluster.start_timeout_s:g}: {error}\nFinished stages and the last checkpoint are kept: "
-                    "`cl-dist resume` goes on from here, also with fewer workers (cluster.workers=...)."
+                    "the cluster has lost nodes, and none has come back within cluster.lost_node_timeout_s="
+                    f"{patience:g}: {error}\nFinished stages and the last checkpoint are kept: `cl-dist resume` goes on "
+                    "from here, also with fewer workers (cluster.workers=...)."
                 ) from error
 
 

@@ -10,6 +10,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cl_dist.errors import ConfigError
@@ -59,5 +60,10 @@ def _unpack(path: Path, folder: Path) -> None:
     model = kind.from_config(config, dtype=torch.float32)
     model.load_state_dict(packed.state_dict())
     model.tie_weights()
-    model.save_pretrained(folder)
+    # Written by hand: in a gang `save_pretrained` writes on one rank only, and the ranks' disks may differ.
+    shared = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in shared}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.architectures = [type(model).__name__]
+    config.to_json_file(folder / "config.json")
     tokenizer.save_pretrained(folder)

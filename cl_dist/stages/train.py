@@ -157,7 +157,7 @@ class _Loop:
         engine = self._engine
         means = self._sums.means(self._schedule.at(step).round_steps, engine.world)
         means |= {"train/grad_norm": engine.grad_norm(), "step": step + 1}
-        if self._job.train.select == "best_dev":
+        if self._job.train.select == "best_dev" and any(len(rows) for rows in self._dev.values()):
             means |= score_dev(engine, self._learner, self._dev, self._job.evaluate.batch)
             if self.best is None or means["dev/loss"] < self.best.loss:
                 self.best = checkpoint.Best(means["dev/loss"], Pieces(engine))

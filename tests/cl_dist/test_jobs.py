@@ -42,6 +42,7 @@ CLUSTER: Tree = {
     "max_failures": 9,
     "start_timeout_s": 7.0,
     "stop_timeout_s": 7.0,
+    "lost_node_timeout_s": 7.0,
     "checkpoint_minutes": 3.0,
     "checkpoint_steps": 2,
 }

