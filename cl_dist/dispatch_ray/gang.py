@@ -224,8 +224,8 @@ class _Fits:
             if now - self._missing_since > patience:
                 raise ClusterError(
                     "the cluster has lost nodes, and none has come back within cluster.lost_node_timeout_s="
-                    f"{patience:g}: {error}\nFinished stages and the last checkpoint are kept: `cl-dist resume` goes on "
-                    "from here, also with fewer workers (cluster.workers=...)."
+                    f"{patience:g}: {error}\nFinished stages and the last checkpoint are kept: `cl-dist resume` goes "
+                    "on from here, also with fewer workers (cluster.workers=...)."
                 ) from error
 
 

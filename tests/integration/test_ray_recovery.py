@@ -109,7 +109,7 @@ def test_a_gang_outlives_a_rank_and_a_lost_node_is_told_then_resumed_from(
         finally:
             dispatcher.close()
 
-    with pytest.raises(ClusterError, match=r"lost nodes.*lost_node_timeout_s=5.*the last checkpoint") as caught:
+    with pytest.raises(ClusterError, match=r"(?s)lost nodes.*lost_node_timeout_s=5.*the last checkpoint") as caught:
         compute(book.config)
     assert caught.value.exit_code == 4
     continued = [event["step"] for event in seen if event["event"] == "continued"]
