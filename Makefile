@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo
 
-.PHONY: help setup demo test test-ray test-gpu check fmt bench parity tables clean
+.PHONY: help setup demo test test-ray test-gpu check fmt bench parity chaos fuzz tables clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,13 @@ bench: $(STAMP)  ## speed ratios, measured in one run
 parity: $(STAMP)  ## every method, ZeRO stage, gang of 1-3 and accumulation against one worker, into README.md
 	$(BIN)/python -m tests.parity tests/results/parity.json
 	$(BIN)/python -m launcher.tables write
+
+chaos: $(STAMP)  ## kill runs at drawn points and resume them, into README.md
+	$(BIN)/python -m tests.chaos tests/results/chaos.json
+	$(BIN)/python -m launcher.tables write
+
+fuzz: $(STAMP)  ## hostile run files, rows, manifests and checkpoints, some 40,000 of them
+	FUZZ_TIMES=20 $(BIN)/python -m pytest tests/cl_dist/test_hostile.py
 
 tables: $(STAMP)  ## write the tables of README.md from tests/results/*.json
 	$(BIN)/python -m launcher.tables write

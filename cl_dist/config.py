@@ -89,21 +89,31 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> Tree:
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path.name}: extends itself through {' -> '.join(p.name for p in (*seen, path))}")
+    tree = plain_yaml(path)
+    base = tree.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"{path}: extends={base!r}: expected the path of another run file")
+    filled = _fill_env(tree, path)
+    return merged(_read_yaml(path.parent / base, (*seen, path)), filled) if base else filled
+
+
+def plain_yaml(path: Path) -> Tree:
+    """Read a YAML mapping as it stands.
+
+    Raises:
+        ConfigError: If the file is missing or is not a YAML mapping.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, for one
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping with the keys run, science and cluster")
-    base = tree.pop("extends", None)
-    if base is not None and not isinstance(base, str):
-        raise ConfigError(f"{path}: extends={base!r}: expected the path of another run file")
-    filled = _fill_env(tree, path)
-    return merged(_read_yaml(path.parent / base, (*seen, path)), filled) if base else filled
+    return tree
 
 
 def _fill_env(node: Any, path: Path) -> Any:

@@ -52,7 +52,7 @@ class Science(Section):
         if not isinstance(given, Mapping):
             return given
         name = given.get("name")
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             raise ValueError(f"name={name!r} is no method{did_you_mean(str(name), list(METHODS))}")
         return METHODS[str(name)].config.model_validate(given)
 

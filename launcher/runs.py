@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cl_dist import sequence
-from cl_dist.config import Tree, apply_overrides, did_you_mean, parse, read_yaml
+from cl_dist.config import Tree, apply_overrides, did_you_mean, parse, plain_yaml, read_yaml
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import ConfigError, DataError, StoppedError
 from cl_dist.jobs import Workbook
@@ -63,9 +63,7 @@ def reopen(folder: Path, overrides: list[str], added: Path | None = None) -> Run
         raise ConfigError(
             f"RUN={str(folder)!r}: expected a run folder, with config.yaml in it; `cl-dist train` makes one"
         )
-    tree = yaml.safe_load(path.read_text(encoding="utf8"))
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping; restore it from config.source.yaml")
+    tree = plain_yaml(path)
     tree["run"] = {"name": folder.resolve().name, "dir": str(folder.parent)}
     if added is not None:
         tree = _with_tasks(tree, added)

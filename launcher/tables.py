@@ -104,11 +104,25 @@ def parity(data: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def chaos(data: Mapping[str, Any]) -> str:
+    """Return the Markdown table of `tests.chaos`: a row per method."""
+    lines = ["| run of two tasks | runs | kills | stages they hit | ended byte-equal |", "| --- " * 5 + "|"]
+    lines += [
+        f"| {row['method']} | {row['runs']} | {row['kills']} | {', '.join(row['stages'])} | {row['equal']} |"
+        for row in data["rows"]
+    ]
+    lines += [
+        "",
+        f"Points drawn with seed {data['seed']}; every second optimizer step is saved, in one process with torch.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def filled(readme: str) -> str:
     """Return the README with every marked block written from its results file."""
     for path in sorted(RESULTS.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf8"))
-        block = parity(data) if path.stem == "parity" else table(data)
+        block = {"parity": parity, "chaos": chaos}.get(path.stem, table)(data)
 
         def put(match: re.Match[str], block: str = block) -> str:
             return match[1] + block + match[2]

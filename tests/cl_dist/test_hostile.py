@@ -1,0 +1,222 @@
+"""Hostile input: run files, rows, manifests and checkpoints with anything in them are refused by name, or work.
+
+`make fuzz` tries many more.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cl_dist.config import parse
+from cl_dist.data.load import load_task
+from cl_dist.data.tasks import DataConfig, TaskConfig
+from cl_dist.errors import ClDistError
+from cl_dist.jobs import Workbook
+from cl_dist.parallel.world import World
+from cl_dist.run_config import RunConfig
+from cl_dist.stage import Ref
+from cl_dist.stages import checkpoint
+from cl_dist.stages.weights import StoredWeights
+from launcher import runs
+from tests import tiny
+from tests.integration.test_step_checkpoints import made, train_until
+
+TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
+pytestmark = pytest.mark.timeout(300 * TIMES)
+
+
+def tries(count: int) -> settings:
+    quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(max_examples=count * TIMES, deadline=None, suppress_health_check=quiet)
+
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=20),
+    st.sampled_from(
+        ["../x", "/etc/passwd", "a/b", "..", "", "0", "1e400", "\x00", "${env:HOME}", "!!python/object:os.system"]
+    ),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the path of every value in a tree."""
+    found = [path] if path else []
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in pairs:
+        found += places(value, (*path, key))
+    return found
+
+
+def put(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """Return a copy with a value put in a place; a value of Ellipsis takes the place away."""
+    copy = json.loads(json.dumps(tree))
+    inner = copy
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is ...:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return copy
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hostile")
+
+
+@pytest.fixture(scope="module")
+def trees(folder: Path) -> list[Any]:
+    """Run files of an encoder and of a decoder."""
+    methods = ("ctr", "rational_lamol")
+    return [
+        json.loads(json.dumps(tiny.tree(folder / m, {"science": {"method": dict(tiny.METHODS[m])}}))) for m in methods
+    ]
+
+
+@tries(600)
+@given(data=st.data())
+def test_a_run_file_with_anything_in_it(trees: list[Any], folder: Path, data: st.DataObject) -> None:
+    tree = data.draw(st.sampled_from(trees))
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(places(tree)))
+        tree = put(tree, path, data.draw(st.one_of(st.just(...), VALUES, st.dictionaries(st.text(max_size=6), VALUES))))
+        if not isinstance(tree, dict) or not places(tree):
+            return
+    try:
+        book = Workbook(parse(RunConfig, tree))
+        book.check_data()
+        for task in range(len(book.tasks)):
+            for stage in book.plan(task):
+                book.ledger.is_done(stage)
+        assert ".." not in book.config.run.name.split("/")
+        assert "/" not in book.config.run.name
+    except ClDistError:
+        pass
+
+
+@tries(300)
+@given(text=st.one_of(st.text(max_size=200), VALUES.map(yaml.safe_dump), st.binary(max_size=100)))
+def test_a_folder_that_claims_to_be_a_run(folder: Path, text: Any) -> None:
+    run = folder / "claimed"
+    run.mkdir(exist_ok=True)
+    (run / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode("utf8", "surrogatepass"))
+    (run / "more.yaml").write_bytes(text if isinstance(text, bytes) else text.encode("utf8", "surrogatepass"))
+    for added in (None, run / "more.yaml"):
+        with pytest.raises(ClDistError):
+            runs.reopen(run, [], added)
+
+
+ROW = {"id": "1", "text": "the soup is tasty", "label": "good", "split": "train", "rationale": [[1, 2]]}
+
+
+@tries(500)
+@given(data=st.data())
+def test_rows_with_anything_in_them(folder: Path, data: st.DataObject) -> None:
+    lines = [json.dumps({**row, "rationale": [[0, 1]]}) for row in tiny.rows("food", 6, 2, 2)]
+    harmed = data.draw(st.sampled_from(["row", "text", "bytes"]))
+    if harmed == "row":
+        row = {**ROW, data.draw(st.sampled_from(list(ROW))): data.draw(VALUES)}
+        lines.append(json.dumps(row))
+    elif harmed == "text":
+        lines.append(data.draw(st.text(max_size=50)))
+    path = folder / "rows.jsonl"
+    path.write_bytes(
+        "\n".join(lines).encode("utf8", "surrogatepass")
+        + (data.draw(st.binary(max_size=30)) if harmed == "bytes" else b"")
+    )
+    source = {"kind": "jsonl", "path": str(path), "split": {"by": "field"}}
+    task = TaskConfig.model_validate({"id": "food", "row_id": "id", "rationale": "rationale", "source": source})
+    said = ""
+    try:
+        loaded = load_task(task, DataConfig())
+        assert all(0 <= start < end <= len(row.text) for row in loaded.train for start, end in row.rationale)
+    except ClDistError as error:
+        said = str(error)
+    assert not said or "task food" in said or "rows.jsonl" in said
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Train stage that was stopped after two steps."""
+    folder = tmp_path_factory.mktemp("begun")
+    job = made(folder / "run", "ctr")
+    (folder / "out").mkdir()
+    train_until(0, 1, job, str(folder / "out"), 2)
+    return folder / "out"
+
+
+@tries(300)
+@given(data=st.data())
+def test_a_checkpoint_with_anything_in_it(begun: Path, data: st.DataObject) -> None:
+    newest = checkpoint._found(begun)[0]
+    name = data.draw(st.sampled_from(["checkpoint.json", "trainable.safetensors", "exp_avg.safetensors"]))
+    path = newest / name
+    whole = path.read_bytes()
+    try:
+        if name == "checkpoint.json" and data.draw(st.booleans()):
+            index = json.loads(whole)
+            path.write_text(
+                json.dumps(
+                    put(index, data.draw(st.sampled_from(places(index))), data.draw(st.one_of(st.just(...), VALUES)))
+                )
+            )
+        else:
+            place = data.draw(st.integers(0, min(len(whole), 3000) - 1))
+            harmed = (
+                whole[:place] + data.draw(st.binary(max_size=8)) + whole[data.draw(st.integers(place, len(whole))) :]
+            )
+            path.write_bytes(harmed)
+        found = checkpoint.latest(begun, World.current())
+        if found is not None and found.folder == newest and path.read_bytes() != whole:
+            assert name == "checkpoint.json"  # of which nothing tells that another number was meant
+    finally:
+        path.write_bytes(whole)
+
+
+@tries(300)
+@given(data=st.data())
+def test_weights_with_anything_in_them(begun: Path, folder: Path, data: st.DataObject) -> None:
+    whole = (checkpoint._found(begun)[0] / "trainable.safetensors").read_bytes()
+    place = data.draw(st.integers(0, min(len(whole), 3000) - 1))
+    harmed = whole[:place] + data.draw(st.binary(max_size=8)) + whole[data.draw(st.integers(place, len(whole))) :]
+    (folder / "trainable.safetensors").write_bytes(harmed)
+    said = ""
+    try:
+        for name, tensor in StoredWeights(folder).items():
+            assert isinstance(name, str)
+            assert tensor.numel() >= 0
+    except ClDistError as error:
+        said = str(error)
+    assert not said or str(folder) in said
+
+
+@tries(300)
+@given(text=st.one_of(st.text(max_size=100), VALUES.map(json.dumps), st.binary(max_size=60)))
+def test_a_manifest_with_anything_in_it(folder: Path, trees: list[Any], text: Any) -> None:
+    book = Workbook(parse(RunConfig, trees[0]))
+    path = book.ledger.path(Ref(task=0, stage="train")) / "manifest.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf8", "surrogatepass"))
+    try:
+        with pytest.raises(ClDistError):
+            book.ledger.is_done(book.plan(0)[0])
+        with pytest.raises(ClDistError):
+            book.ledger.verify(Ref(task=0, stage="train"))
+    finally:
+        path.unlink()
