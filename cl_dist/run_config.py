@@ -113,6 +113,9 @@ class ClusterConfig(EngineConfig):
     """How often a crashed gang or shard is started again before the run fails."""
     stop_timeout_s: float = Field(60.0, ge=0)
     """How long a run that is told to stop waits for the stage to be saved."""
+    step_timeout_s: float = Field(1800.0, ge=0)
+    """Longest time for one optimizer step, with the scoring of dev rows and saving where they follow; ranks that take
+    longer write their stacks to their logs and end themselves, and the gang starts again. 0 waits for ever."""
     lost_node_timeout_s: float = Field(300.0, ge=0)
     """How long a run waits for nodes without which the cluster cannot hold the gang any more."""
     start_timeout_s: float = Field(300.0, gt=0)

@@ -17,6 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, check_fits, enter, last_lines
+from cl_dist.dispatch_ray.life import Alive, last_words
 from cl_dist.errors import ClDistError, ClusterError, StoppedError, TrainingError
 from cl_dist.parallel.world import World
 from cl_dist.run_config import ClusterConfig
@@ -38,6 +39,7 @@ class Parcel:
     job: Job
     out: str
     logs: str
+    step_timeout_s: float
 
 
 class Mailbox:
@@ -128,10 +130,10 @@ def gang_worker(config: Mapping[str, Any]) -> None:
             return
         if parcel == "wait":
             continue
-        _log_to(Path(parcel.logs) / f"rank-{world.rank}.log")
+        alive = Alive(parcel.step_timeout_s, _log_to(Path(parcel.logs) / f"rank-{world.rank}.log"))
         try:
             with told_when_full(parcel.out):
-                train.run(parcel.job, Path(parcel.out), _Throttled(mailbox), lambda: _asks(mailbox))
+                train.run(parcel.job, Path(parcel.out), _Throttled(mailbox), lambda: _asks(mailbox), alive)
         except StoppedError:
             if world.rank == 0:
                 ray.get(mailbox.saved.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
@@ -165,7 +167,8 @@ class _Throttled:
             self._mailbox.tell.remote(event)
 
 
-def _log_to(path: Path) -> None:
+def _log_to(path: Path) -> Any:
+    """Log to a file from now on, and return it."""
     root = logging.getLogger("cl_dist")
     if not any(getattr(handler, "baseFilename", "") == str(path.absolute()) for handler in root.handlers):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,6 +178,7 @@ def _log_to(path: Path) -> None:
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-5s %(name)s  %(message)s"))
         root.addHandler(file)
         root.setLevel(logging.INFO)
+    return next(handler.stream for handler in root.handlers if isinstance(handler, logging.FileHandler))
 
 
 def _fit(cluster: ClusterConfig, storage: str, mailbox: Any, cwd: str) -> None:
@@ -249,11 +253,11 @@ class Gang:
             TrainingError: If it failed more often than allowed.
         """
         number, self._number = self._number, self._number + 1
-        parcel = Parcel(number, job, out, str(Path(out).parents[2] / "logs"))
+        parcel = Parcel(number, job, out, str(Path(out).parents[2] / "logs"), self._cluster.step_timeout_s)
         self._busy = True
         ray.get(self._mailbox.post.remote(parcel), timeout=ACTOR_TIMEOUT_S)
         try:
-            self._watch(number, tracker)
+            self._watch(parcel, tracker)
         except (KeyboardInterrupt, StoppedError):
             self._save(number, tracker)
             raise
@@ -275,7 +279,7 @@ class Gang:
                 return
             time.sleep(POLL_S)
 
-    def _watch(self, number: int, tracker: Tracker) -> None:
+    def _watch(self, parcel: Parcel, tracker: Tracker) -> None:
         """Wait for a stage's end.
 
         Raises:
@@ -290,7 +294,7 @@ class Gang:
                 tracker.event(event)
             if news["error"] is not None:
                 raise news["error"]
-            if news["done"] >= number:
+            if news["done"] >= parcel.number:
                 self._busy = False
                 return
             if news["starts"] > self._starts:
@@ -300,7 +304,8 @@ class Gang:
             if cause := self._ended():
                 raise TrainingError(
                     f"the gang failed more than cluster.max_failures={self._cluster.max_failures} times; last cause:\n"
-                    f"{last_lines(cause)}\nFinished stages are kept: `cl-dist resume` goes on from here."
+                    f"{last_lines(cause)}\n{last_words(Path(parcel.logs))}\n"
+                    "Finished stages and the last checkpoint are kept: `cl-dist resume` goes on from here."
                 ) from cause
             if news["starts"] == 0 and time.monotonic() > deadline:
                 raise ClusterError(

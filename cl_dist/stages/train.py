@@ -37,11 +37,18 @@ AUTO_MICRO = 32
 FACTS = "train.json"
 
 
-def run(job: Job, out: Path, report: Report, wants_stop: Callable[[], bool] = lambda: False) -> None:
+def run(
+    job: Job,
+    out: Path,
+    report: Report,
+    wants_stop: Callable[[], bool] = lambda: False,
+    alive: Callable[[int | None], None] = lambda step: None,
+) -> None:
     """Train the stage's model and let rank 0 write its weights, learner state and facts to out.
 
-    report receives small progress events on rank 0. Every rank of the gang must call this with the same job. What an
-    earlier attempt saved below out is gone on from, whatever its number of ranks and ZeRO stage.
+    report receives small progress events on rank 0; alive receives the number of each step on every rank, and None at
+    the last one's end. Every rank of the gang must call this with the same job. What an earlier attempt saved below out
+    is gone on from, whatever its number of ranks and ZeRO stage.
 
     Raises:
         StoppedError: If wants_stop, which rank 0 asks about once a second, says so; the stage is saved by then.
@@ -72,6 +79,7 @@ def run(job: Job, out: Path, report: Report, wants_stop: Callable[[], bool] = la
     loop.go_on_from(saved)
     guard = Guard(engine, scales) if job.engine.verify_protection_every else None
     for step in range(0 if saved is None else saved.step, schedule.total_steps):
+        alive(step)
         loop.step(step)
         if guard is not None and (step + 1) % job.engine.verify_protection_every == 0:
             guard.check(step + 1)
@@ -84,8 +92,10 @@ def run(job: Job, out: Path, report: Report, wants_stop: Callable[[], bool] = la
         if step + 1 < schedule.total_steps and (due := pace.due(step + 1)):
             checkpoint.save(out, engine, loop.facts(step + 1, time.monotonic() - began), loop.best)
             if due == "stop":
+                alive(None)
                 raise StoppedError(f"stopped after step {step + 1} of {schedule.total_steps}, which is saved")
 
+    alive(None)
     if loop.best is None:
         Pieces(engine).save(out)
     else:

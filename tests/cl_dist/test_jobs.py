@@ -43,6 +43,7 @@ CLUSTER: Tree = {
     "start_timeout_s": 7.0,
     "stop_timeout_s": 7.0,
     "lost_node_timeout_s": 7.0,
+    "step_timeout_s": 7.0,
     "checkpoint_minutes": 3.0,
     "checkpoint_steps": 2,
 }

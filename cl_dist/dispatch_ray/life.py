@@ -1,0 +1,47 @@
+"""Signs of life of a gang's ranks: in their logs while they live, read from there when they are gone."""
+
+import faulthandler
+import logging
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+EVERY_S = 1.0
+SHOWN = 6
+
+
+class Alive:
+    """Notes steps in a rank's log, and ends the process when none has come for too long, its stacks in the log.
+
+    A rank that hangs in a collective hangs with all others: each ends itself, and the gang starts again.
+    """
+
+    def __init__(self, timeout_s: float, file: Any) -> None:
+        """Take the seconds that a step may take (0: any), and the open log file."""
+        self._timeout_s, self._file, self._noted = timeout_s, file, 0.0
+
+    def __call__(self, step: int | None) -> None:
+        """Note that a step is done; None ends the watch."""
+        if step is None:
+            faulthandler.cancel_dump_traceback_later()
+            return
+        if self._timeout_s:
+            faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=self._file)
+        if time.monotonic() - self._noted > EVERY_S:
+            self._noted = time.monotonic()
+            peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            log.info("alive step=%d peak_memory_gb=%.2f", step, peak_gb)
+
+
+def last_words(logs: Path) -> str:
+    """Return the ends of all ranks' logs, that of the rank first which fell silent first."""
+    ranks = sorted(logs.glob("rank-*.log"), key=lambda path: path.stat().st_mtime)
+    parts = []
+    for path in ranks:
+        lines = path.read_text(encoding="utf8", errors="replace").strip().splitlines()
+        stack = next((n for n, line in enumerate(lines) if line.startswith("Timeout (")), None)
+        shown = lines[-SHOWN:] if stack is None else lines[stack : stack + 3 * SHOWN]
+        parts.append(f"{path.stem}, the end of {path}:\n" + "\n".join(f"  {line}" for line in shown))
+    return "\n".join(parts)
