@@ -30,7 +30,8 @@ class Ledger:
     def __init__(self, folder: Path, task_ids: Sequence[str], facts_of: Callable[[Stage], Facts]) -> None:
         self.folder = folder
         self._task_ids, self._facts_of = task_ids, facts_of
-        self._verified: dict[Path, tuple[int, int, str]] = {}
+        self._verified: dict[Path, tuple[Any, ...]] = {}
+        self._read: dict[Path, tuple[Any, Any]] = {}
 
     def key(self, stage: Ref) -> str:
         """Return the name of a stage as people see it, such as '02-laptop/train'."""
@@ -52,11 +53,11 @@ class Ledger:
         """
         path = self.path(stage) / MANIFEST
         try:
-            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
-            manifest["fingerprint"], manifest["facts"]
+            manifest: dict[str, Any] = self._parsed(path)
+            manifest["fingerprint"], manifest["facts"], manifest["files"].items()
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}: damaged ({error}); remove the folder {path.parent} to compute the stage again"
             ) from None
@@ -126,9 +127,7 @@ class Ledger:
         for name, digest in manifest["files"].items():
             path = self.path(stage) / name
             try:
-                facts = path.stat()
-                state = (facts.st_size, facts.st_mtime_ns, digest)
-                is_whole = self._verified.get(path) == state or sha256(path) == digest
+                is_whole = self._is_whole(path, digest)
             except OSError:
                 is_whole = False
             if not is_whole:
@@ -136,7 +135,6 @@ class Ledger:
                     f"{path}: missing, or not the file that its manifest names; remove the folder {path.parent} "
                     "and resume: the stage is computed again"
                 )
-            self._verified[path] = state
 
     def check_order(self) -> None:
         """Compare the tasks of finished stages with the sequence.
@@ -162,9 +160,27 @@ class Ledger:
         manifest, path = self.manifest(stage), self.path(stage) / name
         if manifest is None:
             raise CheckpointError(f"{self.key(stage)} has not been computed; `cl-dist resume` computes what is missing")
-        if not path.exists() or sha256(path) != manifest["files"].get(name):
+        if not path.exists() or not self._is_whole(path, manifest["files"].get(name)):
             raise CheckpointError(f"{path}: missing or damaged; remove the folder {path.parent.name!r} and resume")
-        return json.loads(path.read_text(encoding="utf8"))
+        return self._parsed(path)
+
+    def _parsed(self, path: Path) -> Any:
+        """Return what a JSON file holds, read again only if the file has changed; not to be altered."""
+        facts = path.stat()
+        state = facts.st_size, facts.st_mtime_ns, facts.st_ino
+        if self._read.get(path, (None, None))[0] != state:
+            self._read[path] = state, json.loads(path.read_text(encoding="utf8"))
+        return self._read[path][1]
+
+    def _is_whole(self, path: Path, digest: str | None) -> bool:
+        """Return whether a file has the digest of its manifest; one that has not changed since is not read again."""
+        facts = path.stat()
+        state = facts.st_size, facts.st_mtime_ns, facts.st_ino, digest
+        if self._verified.get(path) != state:
+            if sha256(path) != digest:
+                return False
+            self._verified[path] = state
+        return True
 
 
 def sha256(path: Path) -> str:

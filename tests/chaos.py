@@ -119,7 +119,7 @@ def undisturbed(folder: Path, method: str) -> tuple[dict[str, str], int]:
 def kill(folder: Path, method: str, name: str, kills: tuple[int, ...], whole: Mapping[str, str]) -> Seen:
     """Kill a run at each of some counts, one attempt after the other, and let it end."""
     died = [
-        (folder / "runs" / f"{name}.stage").read_text()
+        (folder / "runs" / f"{name}.stage").read_text() or "the start"
         for kill_at in kills
         if attempt(folder, method, name, kill_at) is None
     ]

@@ -1,0 +1,56 @@
+"""A hundred tiny tasks in one run: memory, open files and time per task must not grow."""
+
+import os
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from cl_dist.dispatch_local import LocalDispatcher
+from cl_dist.sequence import run
+from cl_dist.tracking import Tracker
+from tests import tiny
+
+pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
+TASKS = 100
+
+
+def _memory_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+@pytest.mark.parametrize("method", [{"name": "individual"}, {"name": "adapter", "size": 8}])
+def test_a_hundred_tasks_cost_as_much_each_as_ten(tmp_path: Path, method: dict[str, Any]) -> None:
+    tree = tiny.tree(tmp_path, {"science": {"method": method}}, tasks=("food",))
+    (task,) = tree["science"]["tasks"]
+    tree["science"]["tasks"] = [{**task, "id": f"task{number}"} for number in range(TASKS)]
+    series: list[tuple[float, float, int]] = []
+    began = time.monotonic()
+
+    def watch(event: Mapping[str, Any]) -> None:
+        nonlocal began
+        if event["event"] == "stage_done" and event["stage"].endswith("/train"):
+            now = time.monotonic()
+            series.append((now - began, _memory_mb(), len(os.listdir("/proc/self/fd"))))
+            began = now
+
+    from cl_dist.config import parse
+    from cl_dist.jobs import Workbook
+    from cl_dist.run_config import RunConfig
+
+    book = Workbook(parse(RunConfig, tree))
+    run(book, LocalDispatcher(), Tracker(book, watch=watch))
+    assert len(series) == TASKS
+    for number in (0, 9, 19, 39, 59, 79, 99):
+        seconds, memory, files = series[number]
+        print(f"{method['name']}: task {number + 1}: {seconds:.2f} s, {memory:.0f} MB, {files} open files")
+    early, late = series[10:20], series[-10:]
+    assert late[-1][2] <= early[-1][2] + 2
+    assert mean(m for _, m, _ in late) < mean(m for _, m, _ in early) + 100
+    if method["name"] == "individual":  # the others score all seen tasks after each
+        assert mean(s for s, _, _ in late) < 2.0 * mean(s for s, _, _ in early)
