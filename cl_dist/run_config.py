@@ -107,6 +107,11 @@ class ClusterConfig(EngineConfig):
     address: str | None = None
     """Ray cluster to join ('auto' finds one on this machine); None starts a local one for the run."""
     workers: int = Field(1, gt=0)
+    min_workers: int | None = Field(None, gt=0)
+    """With it the gang is elastic: it goes on with so few workers where nodes are lost, and grows to `workers` when
+    they come back, each time from the last checkpoint (see checkpoint_minutes)."""
+    elastic_interval_s: float = Field(60.0, gt=0)
+    """How often an elastic gang looks whether it can grow."""
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
     max_failures: int = Field(3, ge=0)
@@ -123,6 +128,8 @@ class ClusterConfig(EngineConfig):
 
     @model_validator(mode="after")
     def _engine_fits(self) -> "ClusterConfig":
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers}: expected at most workers={self.workers}")
         if self.workers > 1 and (self.dispatcher == "local" or self.engine == "torch"):
             culprit = "dispatcher: local" if self.dispatcher == "local" else "engine: torch"
             raise ValueError(f"workers={self.workers} does not work with {culprit}; expected workers: 1")

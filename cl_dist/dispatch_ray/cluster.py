@@ -93,14 +93,15 @@ def _check_reachable(address: str) -> None:
 
 
 def check_fits(cluster: ClusterConfig) -> None:
-    """Fail at once where waiting would never end."""
+    """Fail at once where waiting would never end: where not even the fewest workers fit."""
+    workers = cluster.min_workers or cluster.workers
     nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
         have = [node.get(resource, 0.0) for node in nodes]
-        places = sum(int(amount / each + 1e-6) for amount in have) if each else cluster.workers  # none spans two nodes
-        if places < cluster.workers:
+        places = sum(int(amount / each + 1e-6) for amount in have) if each else workers  # none spans two nodes
+        if places < workers:
             raise ClusterError(
-                f"cluster: {cluster.workers} workers with {each:g} {resource} each need {cluster.workers * each:g}, "
+                f"cluster: {workers} workers with {each:g} {resource} each need {workers * each:g}, "
                 f"the cluster has {sum(have):g} in all, on nodes of {', '.join(f'{amount:g}' for amount in have)}; "
                 f"lower cluster.workers or {resource.lower()}s_per_worker, or add nodes"
             )

@@ -55,9 +55,10 @@ class Mailbox:
         self._stop = False
         self._saved = -1
 
-    async def hello(self, place: Place) -> None:
-        """Take note of a rank that has started."""
+    async def hello(self, place: Place, size: int) -> None:
+        """Take note of a rank that has started, in a gang of some size: an elastic one may have been larger."""
         self._places[place.rank] = place
+        self._places = {rank: known for rank, known in self._places.items() if rank < size}
         self._starts += place.rank == 0
 
     async def fetch(self, after: int) -> Parcel | str:
@@ -123,7 +124,7 @@ def gang_worker(config: Mapping[str, Any]) -> None:
     world = World.current()
     context = ray.get_runtime_context()
     place = Place(world.rank, context.get_node_id(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), os.getpid())
-    ray.get(mailbox.hello.remote(place), timeout=ACTOR_TIMEOUT_S)
+    ray.get(mailbox.hello.remote(place, world.size), timeout=ACTOR_TIMEOUT_S)
     while True:
         parcel = ray.get(mailbox.fetch.remote(after), timeout=ACTOR_TIMEOUT_S)
         if parcel == "closed":
@@ -184,13 +185,17 @@ def _log_to(path: Path) -> Any:
 def _fit(cluster: ClusterConfig, storage: str, mailbox: Any, cwd: str) -> None:
     """Run the gang to its end. A Ray task: a thread of the driver would crash it when it leaves Ray in between."""
     use_gpu = cluster.gpus_per_worker > 0
+    scaling: Any = ray.train.ScalingConfig  # typed as its predecessor, which was not elastic
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if use_gpu else {})
     TorchTrainer(
         gang_worker,
         train_loop_config={"mailbox": mailbox, "cwd": cwd},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers, use_gpu=use_gpu, resources_per_worker=resources
+        scaling_config=scaling(
+            num_workers=cluster.workers if cluster.min_workers is None else (cluster.min_workers, cluster.workers),
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=cluster.elastic_interval_s,
         ),
         run_config=ray.train.RunConfig(
             name=f"gang-{os.getpid()}-{int(time.time())}",  # a known name would make Ray Train restore its state

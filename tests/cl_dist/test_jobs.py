@@ -44,6 +44,8 @@ CLUSTER: Tree = {
     "stop_timeout_s": 7.0,
     "lost_node_timeout_s": 7.0,
     "step_timeout_s": 7.0,
+    "min_workers": 1,
+    "elastic_interval_s": 7.0,
     "checkpoint_minutes": 3.0,
     "checkpoint_steps": 2,
 }

@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 LONG = {"epochs": 60, "lr": 1e-4, "select": "last"}
 """180 steps, some seconds: a task with a middle."""
 TRAIN = Ref(task=0, stage="train")
+ALONE: Mapping[str, Any] = {"dispatcher": "local", "engine": "torch", "workers": 1}
 
 
 def settings(folder: Path, name: str, cluster: Mapping[str, Any], train: Mapping[str, Any]) -> Any:
@@ -60,9 +61,7 @@ def test_stopped_in_a_task_a_run_goes_on_with_another_gang_and_zero_stage(tmp_pa
     (continued,) = [event for event in events(folder) if event["event"] == "continued"]
     assert continued["step"] == step
 
-    alone = Workbook(
-        parse(RunConfig, merged(tree, {"cluster": {"dispatcher": "local", "engine": "torch", "workers": 1}}))
-    )
+    alone = Workbook(parse(RunConfig, merged(tree, {"cluster": ALONE})))
     whole = train_here(alone.job(alone.plan(0)[0]), tmp_path / "alone").weights
     found = dict(StoredWeights(folder / "stages/00-food/train"))
     torch.testing.assert_close(found, whole, rtol=0.0, atol=1e-5)
@@ -121,8 +120,41 @@ def test_a_gang_outlives_a_rank_and_a_lost_node_is_told_then_resumed_from(
     compute(book.config)
     last = [event["step"] for event in seen if event["event"] == "continued"][-1]
     assert last >= continued[0]
-    alone = Workbook(
-        parse(RunConfig, settings(tmp_path, "alone", {"dispatcher": "local", "engine": "torch", "workers": 1}, LONG))
-    )
+    alone = Workbook(parse(RunConfig, settings(tmp_path, "alone", ALONE, LONG)))
+    whole = train_here(alone.job(alone.plan(0)[0]), tmp_path / "alone").weights
+    torch.testing.assert_close(dict(StoredWeights(book.ledger.path(TRAIN))), whole, rtol=0.0, atol=1e-5)
+
+
+def test_an_elastic_gang_shrinks_and_grows(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers, then one, then two, in the middle of one task."""
+    nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]
+    monkeypatch.chdir(tmp_path)
+    asked = {"address": cluster.address, "checkpoint_steps": 10, "min_workers": 1, "elastic_interval_s": 5.0}
+    train = {**LONG, "epochs": 150}
+    book = Workbook(parse(RunConfig, settings(tmp_path, "elastic", {**asked, "max_failures": 5}, train)))
+    dispatcher = RayDispatcher(book.config.cluster, book.config.folder)
+    sizes: list[int] = []
+    continued: list[int] = []
+
+    def watch(event: Mapping[str, Any]) -> None:
+        if event["event"] == "continued":
+            continued.append(event["step"])
+        if event["event"] != "round" or dispatcher._gang is None:
+            return
+        sizes.append(len(dispatcher._gang.places()))
+        if sizes.count(2) == 5 and len(nodes) == 2:
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+        if sizes[-1] == 1 and sizes.count(1) == 3:
+            nodes.append(cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1"))
+
+    try:
+        run(book, dispatcher, Tracker(book, watch=watch))
+    finally:
+        dispatcher.close()
+    changes = [size for number, size in enumerate(sizes) if number == 0 or sizes[number - 1] != size]
+    assert changes == [2, 1, 2]
+    assert len(continued) == 2
+    assert continued == sorted(continued)
+    alone = Workbook(parse(RunConfig, settings(tmp_path, "alone", ALONE, train)))
     whole = train_here(alone.job(alone.plan(0)[0]), tmp_path / "alone").weights
     torch.testing.assert_close(dict(StoredWeights(book.ledger.path(TRAIN))), whole, rtol=0.0, atol=1e-5)
