@@ -16,17 +16,21 @@ from cl_dist.tracking import Tracker
 class LocalDispatcher:
     """One worker, no Ray."""
 
+    def __init__(self) -> None:
+        self._noted: list[signal.Signals] = []
+
     def run(self, job: Job, out: str, tracker: Tracker) -> None:
         """Run a stage; see sequence.Dispatcher."""
+        if self._noted:  # while the stage before came to its end
+            signal.raise_signal(self._noted.pop())
         if job.stage.kind == "train":
-            with _signals_noted() as noted:
+            with _signals_noted() as self._noted:
                 try:
-                    train.run(job, Path(out), tracker.event, lambda: bool(noted))
+                    train.run(job, Path(out), tracker.event, lambda: bool(self._noted))
+                    return
                 except StoppedError as stopped:
                     tracker.event({"event": "saved", "message": str(stopped)})
-            if noted:
-                signal.raise_signal(noted[0])  # now for those who handled it before
-            return
+            signal.raise_signal(self._noted.pop())  # now for those who handled it before
         finished = Finished(job, Path(out))
         worker = SHARDED[job.stage.kind].worker(job) if finished.missing else None
         for shard in reversed(finished.missing):

@@ -51,6 +51,8 @@ class RayDispatcher:
             ) from error
 
     def _run(self, job: Job, out: str, tracker: Tracker) -> None:
+        if self._gang is not None and self._gang.stop is not None:
+            raise self._gang.stop
         if job.stage.kind == "train":
             if self._pool is not None:
                 self._pool.free(keep_actors=self._pool.borrowed)

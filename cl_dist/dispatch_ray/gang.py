@@ -244,6 +244,8 @@ class Gang:
     def __init__(self, cluster: ClusterConfig, folder: Path) -> None:
         self._cluster, self._number, self._starts = cluster, 0, 1
         self._busy = False
+        self.stop: BaseException | None = None
+        """What has asked to stop while a stage came to its end; to be raised before the next one."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         kind = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)
         self._mailbox: Any = kind.remote()  # beside the driver, so that no other node can take it along
@@ -263,12 +265,13 @@ class Gang:
         ray.get(self._mailbox.post.remote(parcel), timeout=ACTOR_TIMEOUT_S)
         try:
             self._watch(parcel, tracker)
-        except (KeyboardInterrupt, StoppedError):
-            self._save(number, tracker)
-            raise
+        except (KeyboardInterrupt, StoppedError) as stop:
+            if not self._comes_to_its_end(number, tracker):
+                raise
+            self.stop = stop  # the stage was at its end: first it is published
 
-    def _save(self, number: int, tracker: Tracker) -> None:
-        """Have a stage saved in the middle, if the gang is at it and comes to the end of a step in time."""
+    def _comes_to_its_end(self, number: int, tracker: Tracker) -> bool:
+        """Have a stage saved, if the gang ends a step in time; return whether it was done instead."""
         log.warning(
             "stopping: the stage is saved first, for up to cluster.stop_timeout_s=%g", self._cluster.stop_timeout_s
         )
@@ -277,12 +280,15 @@ class Gang:
         while time.monotonic() < deadline and not self._ended():
             news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)
             if number in (news["saved"], news["done"]):
-                tracker.event({"event": "saved"})
                 self._busy = False
-                return
+                if number == news["done"]:
+                    return True
+                tracker.event({"event": "saved"})
+                return False
             if news["error"] is not None or news["starts"] == 0:
-                return
+                return False
             time.sleep(POLL_S)
+        return False
 
     def _watch(self, parcel: Parcel, tracker: Tracker) -> None:
         """Wait for a stage's end.

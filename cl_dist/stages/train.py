@@ -81,15 +81,16 @@ def run(
     for step in range(0 if saved is None else saved.step, schedule.total_steps):
         alive(step)
         loop.step(step)
-        if guard is not None and (step + 1) % job.engine.verify_protection_every == 0:
-            guard.check(step + 1)
+        due = pace.due(step + 1) if step + 1 < schedule.total_steps else ""
+        if guard is not None and (due or (step + 1) % job.engine.verify_protection_every == 0):
+            guard.check(step + 1)  # also before what has moved would be saved
         if world.rank == 0:
             report({"event": "step", "step": step + 1, "total_steps": schedule.total_steps})
         if schedule.ends_round(step):
             means = loop.end_round(step)
             if world.rank == 0:
                 report({"event": "round", "total_steps": schedule.total_steps, **means})
-        if step + 1 < schedule.total_steps and (due := pace.due(step + 1)):
+        if due:
             checkpoint.save(out, engine, loop.facts(step + 1, time.monotonic() - began), loop.best)
             if due == "stop":
                 alive(None)

@@ -13,7 +13,7 @@ import pytest
 
 from cl_dist import ledger, sequence, tracking
 from cl_dist.dispatch_local import LocalDispatcher
-from cl_dist.errors import CheckpointError, ClDistError, OrderError, RunInUseError, StorageError
+from cl_dist.errors import CheckpointError, ClDistError, OrderError, RunInUseError, StoppedError, StorageError
 from cl_dist.jobs import Workbook
 from cl_dist.stage import Ref
 from cl_dist.stages import checkpoint
@@ -192,3 +192,54 @@ def test_finished_tasks_keep_their_places(finished: Workbook) -> None:
             Workbook(kind.model_validate(tree)).ledger.check_order()
     finished.ledger.check_order()
     assert finished.ledger.manifest(Ref(task=1, stage="train")) is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_a_stage_is_saved_first(
+    finished: Workbook, run: Workbook, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def handler(received: int, frame: Any) -> None:
+        raise StoppedError("told to")
+
+    monkeypatch.setattr("cl_dist.stages.pace.ASK_S", 0.0)
+    seen: list[str] = []
+
+    def watch(event: Mapping[str, Any]) -> None:
+        seen.append(event["event"])
+        if event["event"] == "round" and seen.count("round") == 2:
+            signal.raise_signal(number)
+
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(StoppedError, match="told to"):
+            sequence.run(run, LocalDispatcher(), Tracker(run, watch=watch))
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert seen[-1] == "saved"
+    assert len(list(run.config.folder.rglob("checkpoint.json"))) >= 1
+    seen.clear()
+    go_on(Workbook(run.config))
+    assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
+
+
+def test_told_to_stop_at_its_end_a_stage_is_published_first(
+    finished: Workbook, run: Workbook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def handler(received: int, frame: Any) -> None:
+        raise StoppedError("told to")
+
+    def watch(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == event["total_steps"] and event["kind"] == "train":
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(StoppedError, match="told to"):
+            sequence.run(run, LocalDispatcher(), Tracker(run, watch=watch))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert run.ledger.manifest(Ref(task=1, stage="train")) is not None
+    assert run.ledger.manifest(Ref(task=1, stage="evaluate")) is None
+    go_on(Workbook(run.config))
+    assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
