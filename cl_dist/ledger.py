@@ -100,17 +100,36 @@ class Ledger:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         started, clock = datetime.now(UTC), time.monotonic()
         yield partial
-        for name in UNFINISHED:
-            shutil.rmtree(partial / name, ignore_errors=True)
+        files = {str(path.relative_to(partial)): path for path in sorted(partial.rglob("*")) if path.is_file()}
         manifest = {
             "stage": stage.model_dump(mode="json"),
             "fingerprint": fingerprint,
             "facts": facts,
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - clock, 3),
-            "files": {str(p.relative_to(partial)): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()},
+            "files": {name: _synced(path) for name, path in files.items() if name.split("/")[0] not in UNFINISHED},
         }
         write_json(partial / MANIFEST, manifest)
+        self._move(partial, final)
+
+    def rescue(self, stage: Stage) -> bool:
+        """Publish what an earlier attempt had finished but for the last rename; return whether there was something."""
+        final, fingerprint = self.path(ref(stage)), self.fingerprint(stage)
+        partial = final.with_name(f"{final.name}.partial-{fingerprint[:12]}")
+        try:
+            manifest = self._parsed(partial / MANIFEST)
+            whole = all(sha256(partial / name) == digest for name, digest in manifest["files"].items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+        if not whole or manifest.get("fingerprint") != fingerprint:
+            return False
+        self._move(partial, final)
+        return True
+
+    @staticmethod
+    def _move(partial: Path, final: Path) -> None:
+        for name in UNFINISHED:
+            shutil.rmtree(partial / name, ignore_errors=True)
         shutil.rmtree(final, ignore_errors=True)  # a folder without a manifest is not a result
         partial.rename(final)
         sync_folder(final.parent)
@@ -189,12 +208,23 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _synced(path: Path) -> str:
+    """Make a file durable, and return its digest."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return sha256(path)
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf8") as file:
-        json.dump(data, file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -39,7 +39,7 @@ def run(book: Workbook, dispatcher: Dispatcher, tracker: Tracker) -> None:
 
 def _run(book: Workbook, dispatcher: Dispatcher, tracker: Tracker) -> None:
     plans = [book.plan(task) for task in range(len(book.tasks))]
-    done = {ref(stage) for plan in plans for stage in plan if book.ledger.is_done(stage)}
+    done = {ref(stage) for plan in plans for stage in plan if book.ledger.is_done(stage) or book.ledger.rescue(stage)}
     tracker.begin([stage for plan in plans for stage in plan], done)
     for stage in (stage for plan in plans for stage in plan):
         if ref(stage) in done:

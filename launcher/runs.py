@@ -1,7 +1,6 @@
 """A run with its baselines: finding run files and folders, running, and bringing the results together."""
 
 import logging
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.resources import files
@@ -15,9 +14,9 @@ from cl_dist.config import Tree, apply_overrides, did_you_mean, parse, plain_yam
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import ConfigError, DataError, StoppedError
 from cl_dist.jobs import Workbook
-from cl_dist.ledger import write_json
+from cl_dist.ledger import write_json, write_text
 from cl_dist.run_config import RunConfig
-from cl_dist.storage import only_driver
+from cl_dist.storage import only_driver, told_when_full
 from cl_dist.tracking import Tracker, read_state, summary
 from launcher import console
 from launcher.report import write_report
@@ -107,12 +106,15 @@ def latest(root: Path) -> Path:
 
 def save(config: RunConfig, source: Path | None = None) -> None:
     """Write the resolved run file, and its source, to its folder, once its settings have been accepted."""
-    config.folder.mkdir(parents=True, exist_ok=True)
     copy = config.folder / "config.source.yaml"
+    texts = {config.folder / "config.yaml": yaml.safe_dump(config.tree(), sort_keys=False, allow_unicode=True)}
     if source is not None and source.resolve() != copy.resolve():
-        shutil.copyfile(source, copy)
-    text = yaml.safe_dump(config.tree(), sort_keys=False, allow_unicode=True)
-    (config.folder / "config.yaml").write_text(text, encoding="utf8")
+        texts[copy] = source.read_text(encoding="utf8")
+    with told_when_full(config.folder):
+        config.folder.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.items():
+            if not path.exists() or path.read_text(encoding="utf8") != text:
+                write_text(path, text)
 
 
 def execute(

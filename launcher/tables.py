@@ -46,13 +46,18 @@ def keep(name: str, folders: list[Path]) -> Path:
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
-    """Return the Markdown table of some runs: a row per run, and each method's mean over runs where it has several."""
+    """Return the Markdown table of some runs: a row per run, and each method's mean over runs where it has several.
+
+    Runs that differ in settings of one method, as baselines of one run, go by their names instead.
+    """
+    same = [(summary.get("folder"), summary["seed"], summary["method"]) for summary in summaries]
+    group = "method" if len(set(same)) == len(same) else "run"
     orders = len({tuple(task["id"] for task in summary["tasks"]) for summary in summaries})
     which = "seed" if orders == 1 else "folder"
-    heading = " | ".join(["method", "seed" if orders == 1 else "run", *COLUMNS.values(), "seconds"])
+    heading = " | ".join([group, "seed" if orders == 1 else "run", *COLUMNS.values(), "seconds"])
     lines = [f"| {heading} |", "| --- " * (len(COLUMNS) + 3) + "|"]
-    for method in sorted({summary["method"] for summary in summaries}):
-        runs = sorted((s for s in summaries if s["method"] == method), key=lambda s: str(s[which]))
+    for method in sorted({summary[group] for summary in summaries}):
+        runs = sorted((s for s in summaries if s[group] == method), key=lambda s: str(s[which]))
         values = [[run["metrics"].get(name, {}).get("value") for name in COLUMNS] for run in runs]
         seconds = [run["seconds"] for run in runs]
         labels = [str(run[which]) for run in runs]

@@ -61,6 +61,9 @@ class RayDispatcher:
                 self._gang = Gang(self._cluster, self._folder)
             self._gang.train(job, out, tracker)
             return
+        if self._pool is not None and self._gang is not None and self._pool.places != self._gang.places():
+            self._pool.free(keep_actors=False)  # the gang was started again elsewhere, or with another size
+            self._pool = None
         if self._pool is None:
             self._pool = Pool(self._cluster, self._gang.places() if self._gang else None)
         finished = Finished(job, Path(out))
@@ -69,8 +72,12 @@ class RayDispatcher:
 
     def close(self) -> None:
         """End the gang and the pool and leave the cluster (or stop it, where this run started it)."""
-        if self._pool is not None:
-            self._pool.free(keep_actors=False)
-        if self._gang is not None:
-            self._gang.close()
-        ray.shutdown()
+        try:
+            if self._pool is not None:
+                self._pool.free(keep_actors=False)
+        finally:
+            try:
+                if self._gang is not None:
+                    self._gang.close()
+            finally:
+                ray.shutdown()

@@ -279,15 +279,21 @@ class Gang:
         ray.get(self._mailbox.stop.remote(), timeout=ACTOR_TIMEOUT_S)
         while time.monotonic() < deadline and not self._ended():
             news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)
+            for event in news["events"]:
+                tracker.event(event)
             if number in (news["saved"], news["done"]):
                 self._busy = False
                 if number == news["done"]:
                     return True
                 tracker.event({"event": "saved"})
                 return False
-            if news["error"] is not None or news["starts"] == 0:
+            if news["error"] is not None:
+                log.error("the stage could not be saved: %s", news["error"])
+                return False
+            if news["starts"] == 0:
                 return False
             time.sleep(POLL_S)
+        log.error("the stage was not saved in time: what is kept is its last checkpoint, if there is one")
         return False
 
     def _watch(self, parcel: Parcel, tracker: Tracker) -> None:
@@ -315,7 +321,7 @@ class Gang:
             if cause := self._ended():
                 raise TrainingError(
                     f"the gang failed more than cluster.max_failures={self._cluster.max_failures} times; last cause:\n"
-                    f"{last_lines(cause)}\n{last_words(Path(parcel.logs))}\n"
+                    f"{last_lines(cause)}\n{last_words(Path(parcel.logs), self._cluster.workers)}\n"
                     "Finished stages and the last checkpoint are kept: `cl-dist resume` goes on from here."
                 ) from cause
             if news["starts"] == 0 and time.monotonic() > deadline:

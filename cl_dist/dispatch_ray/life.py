@@ -10,6 +10,8 @@ from typing import Any
 log = logging.getLogger(__name__)
 EVERY_S = 1.0
 SHOWN = 6
+STARTED = "train start"
+"""What train.run logs when a stage begins or goes on."""
 
 
 class Alive:
@@ -35,13 +37,15 @@ class Alive:
             log.info("alive step=%d peak_memory_gb=%.2f", step, peak_gb)
 
 
-def last_words(logs: Path) -> str:
-    """Return the ends of all ranks' logs, that of the rank first which fell silent first."""
-    ranks = sorted(logs.glob("rank-*.log"), key=lambda path: path.stat().st_mtime)
+def last_words(logs: Path, workers: int) -> str:
+    """Return the ends of all ranks' logs, that of the rank first which fell silent first; stacks where it hung."""
+    known = [path for path in (logs / f"rank-{rank}.log" for rank in range(workers)) if path.exists()]
     parts = []
-    for path in ranks:
+    for path in sorted(known, key=lambda path: path.stat().st_mtime):
         lines = path.read_text(encoding="utf8", errors="replace").strip().splitlines()
-        stack = next((n for n, line in enumerate(lines) if line.startswith("Timeout (")), None)
-        shown = lines[-SHOWN:] if stack is None else lines[stack : stack + 3 * SHOWN]
+        starts = [number for number, line in enumerate(lines) if STARTED in line]
+        lines = lines[starts[-1] :] if starts else lines  # a log goes on through restarts
+        stacks = [number for number, line in enumerate(lines) if line.startswith("Timeout (")]
+        shown = lines[stacks[-1] :][: 3 * SHOWN] if stacks else lines[-SHOWN:]
         parts.append(f"{path.stem}, the end of {path}:\n" + "\n".join(f"  {line}" for line in shown))
     return "\n".join(parts)

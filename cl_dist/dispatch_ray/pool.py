@@ -52,6 +52,8 @@ class Pool:
 
     def __init__(self, cluster: ClusterConfig, places: list[Place] | None) -> None:
         self._cluster = cluster
+        self.places = list(places or [])
+        """Where the gang was whose resources are borrowed."""
         self._places: list[Place | None] = list(places) if places else [None] * cluster.workers
         self.borrowed = places is not None
         self._actors: list[Any] = [self._start(number) for number in range(len(self._places))]

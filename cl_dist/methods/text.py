@@ -41,11 +41,11 @@ class TextLearner(Learner):
         return self.model
 
     def fitted(self, name: str, stored: Tensor, initial: Tensor) -> Tensor:
-        """See Learner: an earlier task may have been trained with fewer rows of the vocabulary."""
+        """See Learner: an earlier task was perhaps trained with fewer rows of the vocabulary, a later one with more."""
         import torch
 
-        if stored.dim() == initial.dim() and stored.shape[1:] == initial.shape[1:] and len(stored) < len(initial):
-            return torch.cat([stored.to(initial), initial[len(stored) :]])
+        if stored.dim() == initial.dim() and stored.dim() and stored.shape[1:] == initial.shape[1:]:
+            return torch.cat([stored[: len(initial)].to(initial), initial[len(stored) :]])
         return stored
 
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from cl_dist.ledger import sha256, sync_folder, write_json
+from cl_dist.ledger import UNFINISHED, sha256, sync_folder, write_json
 from cl_dist.parallel import moments
 from cl_dist.parallel.engine import Engine
 from cl_dist.parallel.world import World
@@ -32,6 +32,11 @@ class Best:
 
     def __init__(self, loss: float, weights: Pieces | Path) -> None:
         self.loss, self._weights = loss, weights
+
+    def lie_in(self, folder: Path) -> None:
+        """Be read from this folder from now on, if they were read from one before, which may be removed."""
+        if isinstance(self._weights, Path):
+            self._weights = folder
 
     def save(self, folder: Path, world: World) -> None:
         """Write them to a folder. A collective."""
@@ -87,14 +92,28 @@ def save(out: Path, engine: Engine, facts: Mapping[str, Any], best: Best | None)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         sync_folder(final.parent)
+    world.gather(None)
+    if best is not None:
+        best.lie_in(final / BEST)
+    if world.rank == 0:
         for old in _found(out)[KEPT:]:
             shutil.rmtree(old)
-    world.gather(None)
 
 
 def latest(out: Path, world: World) -> Checkpoint | None:
-    """Return the newest checkpoint below out that is whole, or None; rank 0 decides. A collective."""
-    chosen = next((path for path in _found(out) if _is_whole(path)), None) if world.rank == 0 else None
+    """Return the newest checkpoint below out that is whole, or None; rank 0 decides. A collective.
+
+    What else an earlier attempt has left there is removed: newer checkpoints, which are damaged, and results, which a
+    gang of another size would not overwrite.
+    """
+    chosen: Path | None = None
+    if world.rank == 0:
+        found = _found(out)
+        chosen = next((path for path in found if _is_whole(path)), None)
+        newer = found[: len(found) if chosen is None else found.index(chosen)]
+        results = [path for path in out.iterdir() if path.name not in UNFINISHED]
+        for path in (*newer, *results, *(out / FOLDER).glob("*.partial")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder = world.gather(chosen)[0]
     if folder is None:
         return None

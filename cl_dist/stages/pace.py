@@ -14,11 +14,12 @@ Due = Literal["", "save", "stop"]
 class Pace:
     """Says after each step whether to save, and whether to stop. A collective at some steps, the same on all ranks."""
 
-    def __init__(self, config: EngineConfig, world: World, wants_stop: Callable[[], bool]) -> None:
+    def __init__(self, config: EngineConfig, world: World, wants_stop: Callable[[], bool], first: int) -> None:
+        """Take how often, and the step that the stage goes on from."""
         self._world, self._wants_stop = world, wants_stop
         self._every, self._minutes = config.checkpoint_steps, config.checkpoint_minutes
         self._saved = self._asked = time.monotonic()
-        self._ask_at, self._asked_at = 1, 0
+        self._ask_at, self._asked_at = first + 1, first
 
     def due(self, done: int) -> Due:
         """Return what is due after `done` steps of the stage."""

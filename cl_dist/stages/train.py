@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from cl_dist.data.language import LanguageRows
 from cl_dist.data.sampler import global_batch, num_micro_batches, num_steps, sample, share
 from cl_dist.data.samples import read_samples
 from cl_dist.data.votes import read_critical
-from cl_dist.errors import StoppedError
+from cl_dist.errors import StoppedError, TrainingError
 from cl_dist.methods.base import Learner, Rows
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.classifier import count_parameters
@@ -74,11 +75,12 @@ def run(
     parameters = dict(zip(("trainable", "total"), count_parameters(engine.module), strict=True))
     log.info("train start task=%d rows=%d steps=%d %s", stage.task, len(rows), schedule.total_steps, parameters)
 
-    pace = Pace(job.engine, world, wants_stop)
+    first = 0 if saved is None else saved.step
+    pace = Pace(job.engine, world, wants_stop, first)
     loop = _Loop(job, learner, engine, schedule, rows, dev, (micro, num_micro))
     loop.go_on_from(saved)
     guard = Guard(engine, scales) if job.engine.verify_protection_every else None
-    for step in range(0 if saved is None else saved.step, schedule.total_steps):
+    for step in range(first, schedule.total_steps):
         alive(step)
         loop.step(step)
         due = pace.due(step + 1) if step + 1 < schedule.total_steps else ""
@@ -140,6 +142,7 @@ class _Loop:
     def facts(self, done: int, seconds: float) -> dict[str, Any]:
         """Return what goes into a checkpoint after some steps. A collective."""
         sums = self._sums.totals(self._engine.world)
+        _check_finite({name: value for part in sums.values() for name, value in part.items()}, done)
         return {"step": done, "rounds": self.rounds, "sums": sums, "seconds": seconds}
 
     def step(self, step: int) -> None:
@@ -172,8 +175,18 @@ class _Loop:
             means |= score_dev(engine, self._learner, self._dev, self._job.evaluate.batch)
             if self.best is None or means["dev/loss"] < self.best.loss:
                 self.best = checkpoint.Best(means["dev/loss"], Pieces(engine))
+        _check_finite(means, step + 1)
         self.rounds.append(means)
         return means
+
+
+def _check_finite(numbers: Mapping[str, float], done: int) -> None:
+    """Raise TrainingError for numbers that are none; they are equal on all ranks."""
+    if wrong := [name for name, value in numbers.items() if not math.isfinite(value)]:
+        raise TrainingError(
+            f"training has diverged by step {done}: {', '.join(wrong)} is no finite number; lower train.lr, or set "
+            "train.clip, train.warmup"
+        )
 
 
 def _ended(job: Job, learner: Learner, rows: Rows, weights: StoredWeights, world: World) -> Learner:
@@ -323,6 +336,8 @@ def score_dev(engine: Engine, learner: Learner, dev: dict[int, Rows], batch: int
     world, losses, right = engine.world, [], 0
     engine.module.eval()
     for task, rows in dev.items():
+        if not len(rows):
+            continue
         learner.activate(task)
         size = min(batch, num_micro_batches(len(rows), world.size, 1))
         mine: list[tuple[int, float, bool]] = []

@@ -169,3 +169,34 @@ def test_a_json_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"loss": float("nan")})
     assert json.loads(path.read_text()) == {"loss": 1.0}
+
+
+def _killed(partial: Path, final: Path) -> None:
+    raise OSError("killed")
+
+
+def test_what_was_finished_but_for_the_last_rename_is_published(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = make()
+    monkeypatch.setattr(Ledger, "_move", staticmethod(_killed))
+    with pytest.raises(OSError, match="killed"):
+        publish(ledger)
+    monkeypatch.undo()
+    (partial,) = ledger.folder.rglob("*.partial-*")
+    (partial / "checkpoints").mkdir()
+    assert not make(**{"method.share": False}).rescue(STAGE)  # of other settings
+    assert ledger.rescue(STAGE)
+    assert ledger.is_done(STAGE)
+    assert not partial.exists()
+    assert not list(ledger.folder.rglob("checkpoints"))
+    assert not ledger.rescue(STAGE)
+
+
+def test_a_damaged_rest_is_not_published(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = make()
+    monkeypatch.setattr(Ledger, "_move", staticmethod(_killed))
+    with pytest.raises(OSError, match="killed"):
+        publish(ledger)
+    monkeypatch.undo()
+    (partial,) = ledger.folder.rglob("*.partial-*")
+    (partial / "train.json").write_text("{}")
+    assert not ledger.rescue(STAGE)

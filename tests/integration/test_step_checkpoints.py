@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from cl_dist.errors import StoppedError
+from cl_dist.config import parse
+from cl_dist.errors import StoppedError, TrainingError
 from cl_dist.jobs import Workbook
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.world import World
+from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref, Train
-from cl_dist.stages import checkpoint, train
+from cl_dist.stages import checkpoint, pace, train
 from cl_dist.stages.job import Job
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny
@@ -180,3 +182,100 @@ def test_a_checkpoint_that_was_not_finished_is_none_and_two_are_kept(jobs: dict[
     found = checkpoint.latest(tmp_path, World.current())
     assert found is not None
     assert found.step == 2
+
+
+def test_the_best_round_of_an_earlier_attempt_outlives_the_folder_it_lay_in(
+    jobs: dict[str, Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its dev loss is never undercut again, and its checkpoint is soon one of the old ones."""
+    score = train.score_dev
+    worse = iter(range(1, 1000))
+    monkeypatch.setattr(train, "score_dev", lambda *args: score(*args) | {"dev/loss": float(next(worse))})
+    train_until(0, 1, jobs["ctr"], str(tmp_path), 4)  # the first round is the best
+    best = checkpoint.latest(tmp_path, World.current())
+    assert best is not None
+    wanted = dict(StoredWeights(best.folder / "best"))
+    for steps in (6, 7, 8, 9, None):
+        train_until(0, 1, jobs["ctr"], str(tmp_path), steps)
+    found = dict(StoredWeights(tmp_path))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+class SaveAlways:
+    """Stands in for the pace: saves after every step."""
+
+    def due(self, done: int) -> str:
+        return "save"
+
+
+def test_saved_after_every_step_a_resumed_stage_ends_as_undisturbed(
+    jobs: dict[str, Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_here(jobs["ctr"], tmp_path / "whole").weights
+    (tmp_path / "out").mkdir()
+    train_until(0, 1, jobs["ctr"], str(tmp_path / "out"), 5)
+    monkeypatch.setattr(train, "Pace", lambda *args: SaveAlways())
+    train.run(jobs["ctr"], tmp_path / "out", lambda event: None)
+    after = dict(StoredWeights(tmp_path / "out"))
+    assert all(torch.equal(after[name], whole[name]) for name in whole)
+
+
+def test_damaged_newer_checkpoints_do_not_push_out_good_ones(jobs: dict[str, Job], tmp_path: Path) -> None:
+    for steps in (5, 8):
+        train_until(0, 1, jobs["ctr"], str(tmp_path), steps)
+    for path in tmp_path.rglob("exp_avg.safetensors"):
+        path.write_bytes(b"")
+    train_until(0, 1, jobs["ctr"], str(tmp_path), 2)  # from the start, since nothing is whole
+    found = checkpoint.latest(tmp_path, World.current())
+    assert found is not None
+    assert found.step == 2
+
+
+def test_what_a_larger_gang_had_written_is_removed_before_a_smaller_one_writes(
+    jobs: dict[str, Job], tmp_path: Path
+) -> None:
+    for name in (
+        "trainable.safetensors",
+        "trainable-00000-of-00002.safetensors",
+        "trainable-00001-of-00002.safetensors",
+    ):
+        (tmp_path / name).write_bytes(b"of an attempt that died before it was published")
+    train_until(0, 1, jobs["ctr"], str(tmp_path), None)
+    assert [path.name for path in tmp_path.glob("trainable*")] == ["trainable.safetensors"]
+
+
+def test_a_diverged_stage_says_so(jobs: dict[str, Job], tmp_path: Path) -> None:
+    job = replace(jobs["lamol"], train=jobs["lamol"].train.model_copy(update={"lr": 1e30, "clip": 0.0, "warmup": 0.0}))
+    with pytest.raises(TrainingError, match=r"diverged by step \d+: .*; lower train\.lr"):
+        train_until(0, 1, job, str(tmp_path), None)
+
+
+def test_a_resumed_stage_is_asked_about_once_a_second_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    asked: list[float] = []
+    stop = [False]
+
+    def wants_stop() -> bool:
+        asked.append(now[0])
+        return stop[0]
+
+    watched = pace.Pace(EngineConfig(checkpoint_minutes=1.0), World.current(), wants_stop, 5000)
+    dues = []
+    for done in range(5001, 5200):  # of half a second each
+        now[0] += 0.5
+        dues.append(watched.due(done))
+    assert len(asked) > 60
+    assert dues.count("save") == 1
+    stop[0] = True
+    assert "stop" in [watched.due(done) for done in range(5200, 5203)]
+
+
+def test_one_task_without_dev_rows_is_left_out_of_the_dev_score(tmp_path: Path) -> None:
+    tree = tiny.tree(tmp_path, {"science": {"method": {"name": "joint"}}}, tasks=("food", "film"))
+    rows = [row for row in tiny.rows("film", 20) if row["split"] != "dev"]
+    tiny.save_rows(tmp_path / "film.jsonl", rows)
+    tree["science"]["tasks"][1]["source"]["split"]["dev"] = 0
+    book = tiny.compute(Workbook(parse(RunConfig, tree)))
+    facts = book.ledger.read(Ref(task=1, stage="train"), "train.json")
+    assert 0 <= facts["metrics"]["dev/accuracy"] <= 1

@@ -40,6 +40,14 @@ def test_several_runs_of_a_method_have_a_mean() -> None:
     assert first != second
 
 
+def test_settings_of_one_method_go_by_their_names() -> None:
+    one = kept(summaries()[0]) | {"folder": "a", "run": "block"}
+    other = json.loads(json.dumps(one)) | {"run": "head"}
+    rows = [line.split("|")[1].strip() for line in table([one, other]).splitlines()[2:4]]
+    assert rows == ["block", "head"]
+    assert "mean of" not in table([one, other])
+
+
 def test_the_table_of_parity_shows_the_worst_of_its_cells_and_why_one_is_refused() -> None:
     cell = {"method": "ctr", "workers": 2, "weights": 1e-8, "metrics": 0.0, "mask_bits": 0}
     cells = [cell | {"zero_stage": stage, "accumulation": acc} for stage in (0, 1) for acc in (1, 2)]

@@ -114,6 +114,9 @@ def test_a_vocabulary_that_is_used_up_grows_at_the_next_task(tmp_path: Path) -> 
     assert sizes == [len(tiny.SPOKEN) + 5, len(tiny.SPOKEN) + 6]
     fresh = build_learner(book.job(book.stage(Ref(task=1, stage="train"))))
     assert torch.equal(fresh.model.get_parameter(name)[: sizes[0]], stored[0][name])
+    job = book.job(book.stage(Ref(task=1, stage="evaluate")))
+    early = build_learner(job, up_to=0)  # as a worker that is given an early task's shards first
+    assert torch.equal(early.model.get_parameter(name), stored[1][name][: sizes[0]])
 
 
 def test_the_keys_biases_of_gpt2_keep_every_bit(tmp_path: Path) -> None:
