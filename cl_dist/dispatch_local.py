@@ -16,21 +16,23 @@ from cl_dist.tracking import Tracker
 class LocalDispatcher:
     """One worker, no Ray."""
 
-    def __init__(self) -> None:
-        self._noted: list[signal.Signals] = []
+    _stop: signal.Signals | None = None
+    """What asked to stop while a stage came to its end; to be acted upon before the next one."""
 
     def run(self, job: Job, out: str, tracker: Tracker) -> None:
         """Run a stage; see sequence.Dispatcher."""
-        if self._noted:  # while the stage before came to its end
-            signal.raise_signal(self._noted.pop())
+        if self._stop is not None:
+            stop, self._stop = self._stop, None
+            signal.raise_signal(stop)
         if job.stage.kind == "train":
-            with _signals_noted() as self._noted:
+            with _signals_noted() as noted:
                 try:
-                    train.run(job, Path(out), tracker.event, lambda: bool(self._noted))
+                    train.run(job, Path(out), tracker.event, lambda: bool(noted))
+                    self._stop = noted[0] if noted else None
                     return
                 except StoppedError as stopped:
                     tracker.event({"event": "saved", "message": str(stopped)})
-            signal.raise_signal(self._noted.pop())  # now for those who handled it before
+            signal.raise_signal(noted[0])  # now for those who handled it before
         finished = Finished(job, Path(out))
         worker = SHARDED[job.stage.kind].worker(job) if finished.missing else None
         for shard in reversed(finished.missing):

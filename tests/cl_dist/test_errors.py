@@ -18,6 +18,10 @@ def test_exit_codes_are_those_of_the_command_line() -> None:
         "TrainingError": 5,
         "ProtectionError": 5,
         "CheckpointError": 6,
+        "StorageError": 6,
+        "OrderError": 6,
+        "RunInUseError": 2,
+        "StoppedError": 75,
         "StageConflictError": 6,
         "QualityError": 8,
     }

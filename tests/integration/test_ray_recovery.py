@@ -117,7 +117,7 @@ def test_an_elastic_gang_shrinks_and_grows(cluster: Cluster, tmp_path: Path, mon
     nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]
     monkeypatch.chdir(tmp_path)
     asked = {"address": cluster.address, "checkpoint_steps": 10, "min_workers": 1, "elastic_interval_s": 5.0}
-    train = {**LONG, "epochs": 150}
+    train = {**LONG, "epochs": 500, "lr": 2e-5}
     book = Workbook(parse(RunConfig, settings(tmp_path, "elastic", {**asked, "max_failures": 5}, train)))
     dispatcher = RayDispatcher(book.config.cluster, book.config.folder)
     sizes: list[int] = []
