@@ -1,4 +1,4 @@
-"""A hundred tiny tasks in one run: memory, open files and time per task must not grow."""
+"""A hundred tiny tasks in one run: memory and open files must not grow, and time per task hardly."""
 
 import os
 import resource
@@ -25,7 +25,7 @@ def _memory_mb() -> float:
 
 
 @pytest.mark.parametrize("method", [{"name": "individual"}, {"name": "adapter", "size": 8}])
-def test_a_hundred_tasks_cost_as_much_each_as_ten(tmp_path: Path, method: dict[str, Any]) -> None:
+def test_a_hundred_tasks_cost_hardly_more_each_than_ten(tmp_path: Path, method: dict[str, Any]) -> None:
     tree = tiny.tree(tmp_path, {"science": {"method": method}}, tasks=("food",))
     (task,) = tree["science"]["tasks"]
     tree["science"]["tasks"] = [{**task, "id": f"task{number}"} for number in range(TASKS)]
@@ -53,4 +53,7 @@ def test_a_hundred_tasks_cost_as_much_each_as_ten(tmp_path: Path, method: dict[s
     assert late[-1][2] <= early[-1][2] + 2
     assert mean(m for _, m, _ in late) < mean(m for _, m, _ in early) + 100
     if method["name"] == "individual":  # the others score all seen tasks after each
-        assert mean(s for s, _, _ in late) < 2.0 * mean(s for s, _, _ in early)
+        # Summaries go over all stages: some milliseconds of a task's time for each task before it.
+        slope = (mean(s for s, _, _ in late) - mean(s for s, _, _ in early)) / 80
+        print(f"{method['name']}: {1000 * slope:.1f} ms more per earlier task")
+        assert slope < 0.005
