@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_dist.data.load import load_task
 from cl_dist.data.rows import TaskData
+from cl_dist.data.votes import voting_rows
 from cl_dist.errors import ConfigError, DataError
 from cl_dist.ledger import Ledger, sha256
 from cl_dist.methods import METHODS
@@ -70,7 +71,7 @@ class Workbook:
             return sum(len(self.data(task).test) for task in stage.tasks)
         new = len(self.data(stage.task).train)
         if isinstance(stage, Rationalise | Record | Vote | Choose):
-            return sum(min(stage.vote.samples, len(self.data(u).dev or self.data(u).train)) for u in stage.sources)
+            return sum(len(voting_rows(self.data(u), stage.vote.samples)) for u in stage.sources)
         if isinstance(stage, Generate):
             return len(stage.sources) * stage.budget.per_task(new, len(stage.sources))
         kept = stage.replay_rows if stage.budget is None else stage.budget.per_task(new, len(stage.replay))
@@ -183,13 +184,6 @@ class Workbook:
         from cl_dist.stages.job import Job  # late: it needs torch
 
         science = self.config.science
-        match stage:
-            case Train():
-                start = stage.init
-            case Rationalise():
-                start = None
-            case _:
-                start = stage.model
         return Job(
             stage=stage,
             method=science.method,
@@ -204,7 +198,7 @@ class Workbook:
             folders={ref: str(self.ledger.path(ref).absolute()) for ref in stage.inputs},
             engine=self.config.cluster,
             seed=science.seed,
-            chain=tuple(str(self.ledger.path(ref).absolute()) for ref in self._chain(start)),
+            chain=tuple(str(self.ledger.path(ref).absolute()) for ref in self._chain(stage)),
         )
 
     def check_inputs(self, stage: Stage) -> None:
@@ -213,19 +207,27 @@ class Workbook:
         Raises:
             CheckpointError: If one is missing or damaged.
         """
-        start = stage.init if isinstance(stage, Train) else getattr(stage, "model", None)
-        for read in {*stage.inputs, *self._chain(start)}:
+        for read in {*stage.inputs, *self._chain(stage)}:
             self.ledger.verify(read)
 
-    def _chain(self, ref: Ref | None) -> list[Ref]:
-        """Return the Train stages whose weights make up a model, oldest first."""
+    def _chain(self, stage: Stage) -> list[Ref]:
+        """Return the Train stages whose weights make up the model that a stage starts from, oldest first."""
         chain: list[Ref] = []
-        while ref is not None:
-            chain.insert(0, ref)
-            stage = self.stage(ref)
-            assert isinstance(stage, Train)
-            ref = stage.init
+        while (before := _start(stage)) is not None:
+            chain.insert(0, before)
+            stage = self.stage(before)
         return chain
+
+
+def _start(stage: Stage) -> Ref | None:
+    """Return the stage whose model another one starts from; None where it is the backbone, or chosen among several."""
+    match stage:
+        case Train():
+            return stage.init
+        case Rationalise():
+            return None
+        case _:
+            return stage.model
 
 
 @lru_cache(maxsize=256)

@@ -93,7 +93,7 @@ class Ledger:
         """
         final, facts = self.path(ref(stage)), dict(self._facts_of(stage))
         fingerprint = digest_of(facts)
-        partial = final.with_name(f"{final.name}.partial-{fingerprint[:12]}")
+        partial = _partial(final, fingerprint)
         partial.mkdir(parents=True, exist_ok=True)
         stale = [path for path in final.parent.glob(f"{final.name}.partial-*") if path != partial]
         for path in (*stale, *(path for path in partial.iterdir() if path.name not in UNFINISHED)):
@@ -115,7 +115,7 @@ class Ledger:
     def rescue(self, stage: Stage) -> bool:
         """Publish what an earlier attempt had finished but for the last rename; return whether there was something."""
         final, fingerprint = self.path(ref(stage)), self.fingerprint(stage)
-        partial = final.with_name(f"{final.name}.partial-{fingerprint[:12]}")
+        partial = _partial(final, fingerprint)
         try:
             manifest = self._parsed(partial / MANIFEST)
             whole = all(sha256(partial / name) == digest for name, digest in manifest["files"].items())
@@ -134,8 +134,10 @@ class Ledger:
         partial.rename(final)
         sync_folder(final.parent)
 
-    def verify(self, stage: Ref) -> None:
-        """Compare the files of a finished stage with its manifest; a file that has not changed since is not read again.
+    def verify(self, stage: Ref, suffix: str = "") -> None:
+        """Compare the files of a finished stage, or those of some ending, with its manifest.
+
+        A file that has not changed since it was last compared is not read again.
 
         Raises:
             CheckpointError: If the stage is not there, or a file is missing or damaged.
@@ -144,6 +146,8 @@ class Ledger:
         if manifest is None:
             raise CheckpointError(f"{self.key(stage)} has not been computed; `cl-dist resume` computes what is missing")
         for name, digest in manifest["files"].items():
+            if not name.endswith(suffix):
+                continue
             path = self.path(stage) / name
             try:
                 is_whole = self._is_whole(path, digest)
@@ -151,8 +155,8 @@ class Ledger:
                 is_whole = False
             if not is_whole:
                 raise CheckpointError(
-                    f"{path}: missing, or not the file that its manifest names; remove the folder {path.parent} "
-                    "and resume: the stage is computed again"
+                    f"{path}: missing or damaged; remove the folder {path.parent} and resume: it is not the file that "
+                    "its manifest names"
                 )
 
     def check_order(self) -> None:
@@ -200,6 +204,11 @@ class Ledger:
                 return False
             self._verified[path] = state
         return True
+
+
+def _partial(final: Path, fingerprint: str) -> Path:
+    """Return where a stage is computed before its folder gets its name."""
+    return final.with_name(f"{final.name}.partial-{fingerprint[:12]}")
 
 
 def sha256(path: Path) -> str:

@@ -102,4 +102,4 @@ TEXT_METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
     "rouge_l": rouge_l,
     "bleu": bleu,
 }
-"""(right answers, given answers) -> score. Names as in `tasks.metric`."""
+"""(right answers, given answers) -> score, by name as in `tasks.metric`; joint_state needs dialogues and is apart."""

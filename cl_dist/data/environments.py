@@ -6,7 +6,7 @@ Axes: B rows, L tokens.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from cl_dist.data.bayes import NaiveBayes
 from cl_dist.data.language import Speller
+from cl_dist.data.numbered import NumberedRows, padded, real, weights
 from cl_dist.data.rows import Row, TaskData
-from cl_dist.data.sampler import DUMMY
 from cl_dist.errors import DataError
 
 
@@ -44,10 +44,13 @@ def environments(rows: Sequence[Row], count: int) -> list[int]:
     return [place[number] * count // len(rows) for number in range(len(rows))]
 
 
-class ReasonedRows:
+class ReasonedRows(NumberedRows):
     """The encoded rows of one task, numbered through; batches are padded to their longest row."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, num_environments: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, num_environments: int | None = None
+    ) -> None:
+        """Begin an empty collection; without a number of environments all rows are in the first one."""
         self._speller, self._max_length, self._num = Speller(tokenizer), max_length, num_environments
         self._tokens: list[list[int]] = []
         self._contexts: list[int] = []
@@ -60,7 +63,8 @@ class ReasonedRows:
     def add(self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False) -> None:
         """Append rows of a task. The end of a text that is too long is cut off, never its text_pair."""
         class_of = {label: number for number, label in enumerate(data.labels)}
-        for row, environment in zip(rows, environments(rows, self._num), strict=True):
+        where = [0] * len(rows) if self._num is None else environments(rows, self._num)
+        for row, environment in zip(rows, where, strict=True):
             text, places = self._speller.encode_places(row.text)
             pair = self._speller.encode(row.text_pair or "")
             room = max(self._max_length - len(pair), 1)
@@ -74,14 +78,9 @@ class ReasonedRows:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def by_length(self, indices: Iterable[int] | None = None) -> list[int]:
-        """Return row numbers, all unless some are given, from long to short."""
-        chosen = range(len(self)) if indices is None else [int(index) for index in indices]
-        return sorted(chosen, key=lambda index: (-len(self._tokens[index]), index))
-
-    def units(self, indices: Collection[int]) -> dict[str, float]:
-        """Return what the sums of a loss over these rows are divided by: none but their number."""
-        return {}
+    def length(self, number: int) -> int:
+        """See NumberedRows."""
+        return len(self._tokens[number])
 
     def batch(self, indices: Collection[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Return the rows of these numbers as one batch.
@@ -89,16 +88,15 @@ class ReasonedRows:
         input_ids (B, L); length, context (B,): its tokens, and how many of them, from the first, are the text's; label,
         environment, row, task (B,) int64; weight (B,) float32.
         """
-        real = [0 if index == DUMMY else int(index) for index in indices]
-        longest = max(len(self._tokens[index]) for index in real)
+        rows = real(indices)
         batch = {
-            "input_ids": torch.tensor([self._tokens[i] + [0] * (longest - len(self._tokens[i])) for i in real]),
-            "length": torch.tensor([len(self._tokens[i]) for i in real]),
-            "context": torch.tensor([self._contexts[i] for i in real]),
-            "label": torch.tensor([self._labels[i] for i in real]),
-            "environment": torch.tensor([self._environments[i] for i in real]),
-            "row": torch.tensor(real),
-            "task": torch.tensor([self._tasks[i] for i in real]),
-            "weight": torch.tensor([0.0 if index == DUMMY else 1.0 for index in indices]),
+            "input_ids": padded([self._tokens[row] for row in rows], 0),
+            "length": torch.tensor([len(self._tokens[row]) for row in rows]),
+            "context": torch.tensor([self._contexts[row] for row in rows]),
+            "label": torch.tensor([self._labels[row] for row in rows]),
+            "environment": torch.tensor([self._environments[row] for row in rows]),
+            "row": torch.tensor(rows),
+            "task": torch.tensor([self._tasks[row] for row in rows]),
+            "weight": weights(indices),
         }
         return {key: value.to(device) for key, value in batch.items()}

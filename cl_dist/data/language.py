@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from cl_dist.data.numbered import NumberedRows, real, weights
 from cl_dist.data.rows import Row, TaskData
-from cl_dist.data.sampler import DUMMY
 from cl_dist.errors import DataError
 
 QA, LM = 0, 1
@@ -134,7 +134,7 @@ def spell(speller: Speller, row: Row, question: str, max_length: int) -> tuple[l
     return context[:room], asked, answer
 
 
-class LanguageRows:
+class LanguageRows(NumberedRows):
     """The encoded rows of one or more tasks, numbered through; batches are padded to their longest row."""
 
     def __init__(
@@ -178,10 +178,9 @@ class LanguageRows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def by_length(self, indices: Iterable[int] | None = None) -> list[int]:
-        """Return row numbers, all unless some are given, from long to short."""
-        chosen = range(len(self)) if indices is None else [int(index) for index in indices]
-        return sorted(chosen, key=lambda index: (-len(self._rows[index]), index))
+    def length(self, number: int) -> int:
+        """See NumberedRows."""
+        return len(self._rows[number])
 
     def units(self, indices: Iterable[int]) -> dict[str, float]:
         """Return what the sums of a loss over these rows are divided by: labels, by part, with their weights."""
@@ -197,7 +196,8 @@ class LanguageRows:
         label is predicted; target, owner, part, unit (N,): the label, its row within the batch, QA or LM, its weight.
         row, task (B,) int64; weight, replayed (B,) float32. No attention mask: padding lies behind every label.
         """
-        rows = [self._rows[0 if index == DUMMY else int(index)] for index in indices]
+        numbers = real(indices)
+        rows = [self._rows[number] for number in numbers]
         length = max(len(row) for row in rows)
         ids: list[list[int]] = []
         labels: list[tuple[int, int, int, int, float]] = []
@@ -220,9 +220,9 @@ class LanguageRows:
             "owner": torch.tensor(owner_N),
             "part": torch.tensor(part_N),
             "unit": torch.tensor(unit),
-            "row": torch.tensor([0 if index == DUMMY else int(index) for index in indices]),
+            "row": torch.tensor(numbers),
             "task": torch.tensor([row.task for row in rows]),
             "replayed": torch.tensor([float(row.replayed) for row in rows]),
-            "weight": torch.tensor([0.0 if index == DUMMY else 1.0 for index in indices]),
+            "weight": weights(indices),
         }
         return {key: value.to(device) for key, value in batch.items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.data.rationales import Span
+from cl_dist.data.rows import Row, TaskData
 from cl_dist.errors import CheckpointError
 
 RATIONALES, RECORDED, CRITICAL = "rationales.jsonl", "recorded.jsonl", "critical.json"
@@ -37,6 +38,11 @@ def read_critical(folder: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] = json.loads(_read(folder / CRITICAL))
     return found
+
+
+def voting_rows(data: TaskData, samples: int) -> tuple[Row, ...]:
+    """Return the rows of a task that may vote: its first dev rows, or train rows where it has no dev rows."""
+    return (data.dev or data.train)[:samples]
 
 
 def _read(path: Path) -> str:

@@ -77,10 +77,10 @@ class Invrat(Learner):
         return self.model
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, training: bool) -> ReasonedRows:
-        """See Learner."""
+        """See Learner. Who is told the environment plays in training only."""
         from cl_dist.data.environments import ReasonedRows
 
-        return ReasonedRows(tokenizer, max_length, self.config.invrat.environments)
+        return ReasonedRows(tokenizer, max_length, self.config.invrat.environments if training else None)
 
     def loss(self, model: Callable[[Batch], Tensor], batch: Batch, progress: Progress) -> Loss:
         """Return the two guesses' cross-entropies, and how far a selection is from a short one in one piece."""

@@ -8,14 +8,14 @@ from typing import Any
 
 from cl_dist.data.environments import ReasonedRows
 from cl_dist.data.rationales import Span, joined
-from cl_dist.data.votes import RATIONALES
+from cl_dist.data.votes import RATIONALES, voting_rows
 from cl_dist.errors import CheckpointError
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.invrat import Players
 from cl_dist.parallel.world import World
 from cl_dist.stage import Rationalise
 from cl_dist.stages.job import Job, build_learner, task_data
-from cl_dist.stages.voters import Shard, voting_rows
+from cl_dist.stages.voters import Shard
 
 FOUND = "rationalise.json"
 
@@ -23,8 +23,8 @@ Marked = list[tuple[str, list[Span]]]
 """Row id, and the [start, end) characters of its text that are its rationale."""
 
 
-def dev_accuracies(job: Job) -> list[float]:
-    """Return the dev accuracy of each of the stage's models.
+def standings(job: Job) -> list[float]:
+    """Return the dev accuracy of each of the stage's models; of a task without dev rows, minus the train loss.
 
     Raises:
         CheckpointError: If a model's facts are missing or damaged.
@@ -47,7 +47,7 @@ class Marker:
     def __init__(self, job: Job) -> None:
         assert isinstance(job.stage, Rationalise)
         self._job, self._vote, self._device = job, job.stage.vote, World.current().device
-        scores = dev_accuracies(job)
+        scores = standings(job)
         best = job.stage.models[scores.index(max(scores))]
         learner = build_learner(replace(job, chain=(str(job.folder(best)),)))
         assert isinstance(learner.model, Players)
@@ -57,7 +57,7 @@ class Marker:
     def run(self, shard: Shard) -> Marked:
         """Mark a shard's rows, each read alone."""
         data = task_data(self._job, shard.source)
-        chosen = voting_rows(data, self._vote)[shard.start : shard.stop]
+        chosen = voting_rows(data, self._vote.samples)[shard.start : shard.stop]
         length = self._job.method.invrat.train.max_length  # type: ignore[attr-defined]
         rows = self._learner.rows(self._tokenizer, length, training=False)
         assert isinstance(rows, ReasonedRows)
@@ -75,7 +75,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, Marked]], out: Path) -> None:
     assert isinstance(job.stage, Rationalise)
     lines = [line for _, marked in sorted(results, key=lambda result: result[0]) for line in marked]
     (out / RATIONALES).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
-    scores = dev_accuracies(job)
-    facts: dict[str, Any] = {"dev_accuracy": scores, "chosen": scores.index(max(scores)), "rows": len(lines)}
+    scores = standings(job)
+    facts: dict[str, Any] = {"standings": scores, "chosen": scores.index(max(scores)), "rows": len(lines)}
     facts["empty"] = sum(not spans for _, spans in lines)
     (out / FOUND).write_text(json.dumps(facts, indent=1), encoding="utf8")

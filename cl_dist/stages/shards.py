@@ -2,12 +2,12 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from cl_dist.ledger import write_text
 from cl_dist.stage import digest_of
 from cl_dist.stages import choose, evaluate, generate, rationalise, vote, voters
 from cl_dist.stages.job import Job
@@ -77,10 +77,8 @@ class Finished:
 
     def keep(self, shard: Shard, result: Any) -> None:
         """Keep a shard's result: whole, or not at all."""
-        path = self._path(self.shards.index(shard))
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"digest": digest_of(result), "result": result}), encoding="utf8")
-        temporary.replace(path)
+        text = json.dumps({"digest": digest_of(result), "result": result})
+        write_text(self._path(self.shards.index(shard)), text)
         self._results[shard] = result
 
     def merge(self) -> None:

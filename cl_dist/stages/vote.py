@@ -18,7 +18,7 @@ import torch
 from cl_dist.data.language import Speller, spell
 from cl_dist.data.rationales import Span, token_mask
 from cl_dist.data.rows import Row, TaskData
-from cl_dist.data.votes import CRITICAL, RECORDED, read_rationales, read_recorded
+from cl_dist.data.votes import CRITICAL, RECORDED, read_rationales, read_recorded, voting_rows
 from cl_dist.errors import CheckpointError, DataError
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.causal import CausalModel
@@ -28,11 +28,10 @@ from cl_dist.models.saliency import agreement, salient
 from cl_dist.parallel.world import World
 from cl_dist.stage import Record, Vote, VoteConfig, digest_of
 from cl_dist.stages.job import Job, build_learner, task_data
-from cl_dist.stages.voters import Shard, voting_rows
+from cl_dist.stages.voters import Shard
 
 log = logging.getLogger(__name__)
 BINS = 20
-
 
 Seen = list[dict[str, Any]]
 """Per row: source, number, row (its id), and either skipped (why) or what the stage found."""
@@ -61,7 +60,7 @@ class _Reader(ABC):
     def run(self, shard: Shard) -> Seen:
         """Read a shard's rows."""
         data = task_data(self._job, shard.source)
-        rows = voting_rows(data, self._vote)
+        rows = voting_rows(data, self._vote.samples)
         found: Seen = []
         with watched(self._model):
             for number in range(shard.start, shard.stop):

@@ -1,9 +1,9 @@
-"""The rows that vote, and how stages that read them are cut into shards."""
+"""How the stages that read the rows that vote are cut into shards."""
 
 from dataclasses import dataclass
 
-from cl_dist.data.rows import Row, TaskData
-from cl_dist.stage import Choose, Rationalise, Record, Vote, VoteConfig
+from cl_dist.data.votes import voting_rows
+from cl_dist.stage import Choose, Rationalise, Record, Vote
 from cl_dist.stages.job import Job, task_data
 
 
@@ -16,11 +16,6 @@ class Shard:
     stop: int
 
 
-def voting_rows(data: TaskData, vote: VoteConfig) -> tuple[Row, ...]:
-    """Return the rows of a task that may vote."""
-    return (data.dev or data.train)[: vote.samples]
-
-
 def shards(job: Job) -> list[Shard]:
     """Cut the stage into shards. They depend on the science settings alone, never on the workers."""
     stage = job.stage
@@ -28,6 +23,6 @@ def shards(job: Job) -> list[Shard]:
     return [
         Shard(source, start, min(start + stage.vote.shard_samples, count))
         for source in stage.sources
-        for count in [len(voting_rows(task_data(job, source), stage.vote))]
+        for count in [len(voting_rows(task_data(job, source), stage.vote.samples))]
         for start in range(0, count, stage.vote.shard_samples)
     ]

@@ -171,17 +171,24 @@ def test_a_json_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -
     assert json.loads(path.read_text()) == {"loss": 1.0}
 
 
-def _killed(partial: Path, final: Path) -> None:
-    raise OSError("killed")
+@pytest.fixture
+def cut_off(make: Make, monkeypatch: pytest.MonkeyPatch) -> tuple[Ledger, Path]:
+    """A ledger, and the folder of a stage that was finished but for the last rename."""
 
+    def killed(partial: Path, final: Path) -> None:
+        raise OSError("killed")
 
-def test_what_was_finished_but_for_the_last_rename_is_published(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = make()
-    monkeypatch.setattr(Ledger, "_move", staticmethod(_killed))
-    with pytest.raises(OSError, match="killed"):
-        publish(ledger)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_move", staticmethod(killed))
+        with pytest.raises(OSError, match="killed"):
+            publish(ledger)
     (partial,) = ledger.folder.rglob("*.partial-*")
+    return ledger, partial
+
+
+def test_what_was_finished_but_for_the_last_rename_is_published(make: Make, cut_off: tuple[Ledger, Path]) -> None:
+    ledger, partial = cut_off
     (partial / "checkpoints").mkdir()
     assert not make(**{"method.share": False}).rescue(STAGE)  # of other settings
     assert ledger.rescue(STAGE)
@@ -191,12 +198,7 @@ def test_what_was_finished_but_for_the_last_rename_is_published(make: Make, monk
     assert not ledger.rescue(STAGE)
 
 
-def test_a_damaged_rest_is_not_published(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = make()
-    monkeypatch.setattr(Ledger, "_move", staticmethod(_killed))
-    with pytest.raises(OSError, match="killed"):
-        publish(ledger)
-    monkeypatch.undo()
-    (partial,) = ledger.folder.rglob("*.partial-*")
+def test_a_damaged_rest_is_not_published(cut_off: tuple[Ledger, Path]) -> None:
+    ledger, partial = cut_off
     (partial / "train.json").write_text("{}")
     assert not ledger.rescue(STAGE)

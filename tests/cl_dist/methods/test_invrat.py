@@ -75,7 +75,7 @@ def test_restarts_differ_and_the_best_on_dev_rows_is_taken(book: Workbook, tmp_p
         (folder / "train.json").write_text(json.dumps(facts))
         scores.append(accuracy)
     here = replace(job, folders={Ref(task=1, stage=f"invrat-{n}"): str(tmp_path / str(n)) for n in (0, 1)})
-    assert rationalise.dev_accuracies(here) == scores
+    assert rationalise.standings(here) == scores
     used = rationalise.Marker(here)._model.state_dict()
     assert torch.equal(used["choice.weight"], weights[1]["choice.weight"])
 
