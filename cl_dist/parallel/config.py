@@ -23,6 +23,9 @@ class EngineConfig(Section):
     to stop (SIGTERM, Ctrl-C)."""
     checkpoint_steps: int = Field(0, ge=0)
     """It is also saved every so many optimizer steps; 0 leaves it to the clock."""
+    checkpoint_async: bool = True
+    """Files are written while training goes on, from a copy in the host's memory: 12 bytes for each trained parameter
+    of a rank. False copies and writes a third of it at a time, and training waits."""
     verify_protection_every: int = Field(0, ge=0)
     """Compare the bits of what must not move every so many optimizer steps, and stop the run where they differ; 0 never
     does."""

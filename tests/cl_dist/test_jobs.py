@@ -48,6 +48,7 @@ CLUSTER: Tree = {
     "elastic_interval_s": 7.0,
     "checkpoint_minutes": 3.0,
     "checkpoint_steps": 2,
+    "checkpoint_async": False,
 }
 MODEL: Tree = {
     "revision": "abc",
