@@ -46,7 +46,7 @@ class Tracker:
             "run": self._book.config.run.name,
             "status": "running",
             "command": state.get("command") or self._command,
-            "versions": {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+            "versions": versions(),
             "git": _git(),
             "attempts": [*state.get("attempts", []), attempt],
         }
@@ -78,19 +78,20 @@ class Tracker:
         self._watch(line)
 
     def stage_done(self, stage: Stage) -> None:
-        """Bring the matrix and the summary up to date once a stage's result is in place."""
-        self.write_summary()
+        """Note that a stage's result is in place; with new scores, bring the matrix and the summary up to date."""
         event: dict[str, Any] = {"event": "stage_done"}
         if isinstance(stage, Evaluate):
-            row = matrix(self._book, "score")[stage.task]
+            row = self.write_summary()["matrix"]["accuracy"][stage.task]
             event |= {"accuracy": {self._book.tasks.tasks[u].id: row[u] for u in range(stage.task + 1)}}
         self.event(event)
         self._stage = None
 
-    def write_summary(self) -> None:
-        """Write R.csv and summary.json."""
-        write_matrix(self._folder / "metrics" / "R.csv", self._book, matrix(self._book, "score"))
-        write_json(self._folder / "metrics" / "summary.json", summary(self._book))
+    def write_summary(self) -> dict[str, Any]:
+        """Write R.csv and summary.json, and return the summary."""
+        found = summary(self._book)
+        write_matrix(self._folder / "metrics" / "R.csv", self._book, found["matrix"]["accuracy"])
+        write_json(self._folder / "metrics" / "summary.json", found)
+        return found
 
     def finish(self, status: str = "finished") -> None:
         """Note how the attempt ended."""
@@ -278,6 +279,11 @@ def _row(cells: Sequence[float | None] | None) -> list[float] | None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of what a result depends on; None for what is not installed."""
+    return {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()}
 
 
 def _version(name: str) -> str | None:
