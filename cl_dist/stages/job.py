@@ -6,6 +6,7 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from cl_dist.data.load import load_task
@@ -22,6 +23,8 @@ from cl_dist.stage import EvaluateConfig, Generate, GenerateConfig, Rationalise,
 from cl_dist.stages.weights import StoredWeights
 
 LEARNER = "learner.safetensors"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""By science.model.dtype. A model goes to its device in it: there may be no room for float32 on the way."""
 
 
 @dataclass(frozen=True, slots=True)
