@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 
 from cl_dist.errors import ConfigError, QualityError, StoppedError
-from launcher import console, job_verbs, runs, sizes, verbs
+from launcher import console, job_verbs, planning, runs, verbs
 from launcher.options import Address, AddTasks, AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
 from launcher.quality import FailIf as Gate
 from launcher.quality import parse_gates
@@ -29,15 +29,8 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at the data of a run fil
 app.add_typer(data_app, name="data")
 
 app.command("eval")(verbs.eval_)
-for verb in (
-    verbs.predict,
-    verbs.inspect,
-    verbs.export,
-    job_verbs.submit,
-    job_verbs.jobs,
-    job_verbs.logs,
-    job_verbs.stop,
-):
+JOBS = (job_verbs.submit, job_verbs.jobs, job_verbs.logs, job_verbs.stop)
+for verb in (planning.plan, verbs.predict, verbs.inspect, verbs.export, *JOBS):
     app.command()(verb)
 
 
@@ -108,43 +101,6 @@ def _conclude(run: Any, summaries: list[dict[str, Any]], gates: list[Gate], as_j
         raise typer.Exit(QualityError.exit_code)  # the document names them
     if broken:
         raise QualityError("\n".join(broken))
-
-
-@app.command()
-def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Print the stages of a run, what each needs, and which are done; starts nothing."""
-    from cl_dist.jobs import Workbook
-    from cl_dist.run_config import load_run
-    from cl_dist.stage import ref
-
-    book = Workbook(load_run(runs.run_file(config), overrides or []))
-    book.check_data()
-    stages = [
-        {
-            "stage": book.ledger.key(ref(stage)),
-            "kind": stage.kind,
-            "rows": book.num_rows(stage),
-            "inputs": [book.ledger.key(r) for r in stage.inputs],
-            "fingerprint": book.ledger.fingerprint(stage)[:12],
-            "done": book.ledger.is_done(stage),
-        }
-        for t in range(len(book.tasks))
-        for stage in book.plan(t)
-    ]
-    plugins = sizes.plugins(book.config)
-    if as_json:
-        console.out.print_json(json.dumps({"run": book.config.run.name, "stages": stages, "plugins": plugins}))
-        return
-    table = Table("stage", "kind", "rows", "after", "fingerprint", "state", title=f"plan of {book.config.run.name}")
-    for line in stages:
-        state = "done" if line["done"] else "to do"
-        inputs = ", ".join(line["inputs"]) or "backbone"  # type: ignore[arg-type]
-        table.add_row(line["stage"], line["kind"], str(line["rows"]), inputs, line["fingerprint"], state)  # type: ignore[arg-type]
-    console.out.print(table)
-    if plugins is not None:
-        console.out.print(sizes.sentence(plugins))
-    for name in book.config.baselines:
-        console.out.print(f"then baseline {name}: {book.config.baseline(name).science.method.name} on the same tasks")
 
 
 @app.command()

@@ -17,6 +17,9 @@ from cl_dist.parallel import params
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.world import World
 
+BUCKET = 500_000_000
+"""Most elements of the buffer that ZeRO-2/3 reduce gradients through: DeepSpeed's own value."""
+
 
 @dataclass(frozen=True, slots=True)
 class GradScale:
@@ -268,6 +271,7 @@ class DeepSpeedEngine:
         self.optimizer, self.schedule = _adamw(model, optimizing)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         exact = params.read(trained) if bf16 else {}
+        elements = sum(parameter.numel() for parameter in trained.values())
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": num_micro,
@@ -278,6 +282,7 @@ class DeepSpeedEngine:
                 "stage": config.zero_stage,
                 "stage3_param_persistence_threshold": config.persistence_threshold,
                 "contiguous_gradients": config.zero_stage > 1,
+                "reduce_bucket_size": min(BUCKET, elements),  # allocated whole, however small the model
             },
             "zero_allow_untested_optimizer": True,
         }

@@ -13,7 +13,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from cl_dist.data.bayes import NaiveBayes, words
@@ -27,7 +26,7 @@ from cl_dist.models.decode import Line, draw, rows_within, write
 from cl_dist.parallel.seeds import seed_of
 from cl_dist.parallel.world import World
 from cl_dist.stage import Generate
-from cl_dist.stages.job import Job, build_learner, replayed_rows, task_data
+from cl_dist.stages.job import DTYPES, Job, build_learner, replayed_rows, task_data
 
 SHOWN = 20
 """First attempts of each task that are kept as they came, for the report."""
@@ -72,9 +71,7 @@ class Dreamer:
         learner = build_learner(job)
         assert isinstance(learner.model, CausalModel)
         model: Any = learner.model.backbone  # the library's methods carry no types
-        self._model: Any = model.to(world.device).eval()
-        if job.model.dtype == "bfloat16":
-            self._model = self._model.to(torch.bfloat16)
+        self._model: Any = model.to(world.device, DTYPES[job.model.dtype]).eval()
         length, settings = job.train.max_length, job.generate
         self._slots = rows_within(self._model, settings.slots, length, settings.cache_gb)
         self._speller = Speller(load_tokenizer(job.model))

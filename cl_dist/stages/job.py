@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors.torch import load_file
 
 from cl_dist.data.load import load_task
@@ -25,6 +26,8 @@ from cl_dist.stages.weights import StoredWeights
 LEARNER = "learner.safetensors"
 Due = Literal["", "save", "stop"]
 """What a Train stage is asked to do between two steps: save, or save and stop."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""By science.model.dtype. A model goes to its device in it: there may be no room for float32 on the way."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.decode import answer_all
 from cl_dist.parallel.world import World
-from cl_dist.stages.job import Job, build_learner, task_data
+from cl_dist.stages.job import DTYPES, Job, build_learner, task_data
 
 
 class Predictor:
@@ -37,9 +37,7 @@ class Predictor:
         self._model: Any = None
         self.__dict__.pop("learner", None)  # never two models resident
         self.learner, self._latest = build_learner(self._job, task), task
-        self._model = self.learner.model.to(self._world.device).eval()
-        if self._job.model.dtype == "bfloat16":
-            self._model = self._model.to(torch.bfloat16)
+        self._model = self.learner.model.to(self._world.device, DTYPES[self._job.model.dtype]).eval()
 
     @property
     def writes(self) -> bool:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cl_dist.data.language import Speller, spell
 from cl_dist.data.rationales import Span, token_mask
@@ -27,7 +26,7 @@ from cl_dist.models.heads import units_of
 from cl_dist.models.saliency import agreement, salient
 from cl_dist.parallel.world import World
 from cl_dist.stage import Record, Vote, VoteConfig, digest_of
-from cl_dist.stages.job import Job, build_learner, task_data
+from cl_dist.stages.job import DTYPES, Job, build_learner, task_data
 from cl_dist.stages.voters import Shard
 
 log = logging.getLogger(__name__)
@@ -46,9 +45,7 @@ class _Reader(ABC):
         learner = build_learner(job)
         assert isinstance(learner.model, CausalModel)
         model: Any = learner.model.backbone
-        self._model: Any = model.to(World.current().device).eval()
-        if job.model.dtype == "bfloat16":
-            self._model = self._model.to(torch.bfloat16)
+        self._model: Any = model.to(World.current().device, DTYPES[job.model.dtype]).eval()
         self._speller = Speller(load_tokenizer(job.model))
 
     def _tokens(self, data: TaskData, row: Row) -> tuple[list[int], int]:

@@ -24,7 +24,7 @@ def edit_row(path: Path, number: int, **changes: str) -> None:
 
 
 def test_plan_names_every_stage_and_imports_nothing_heavy(run_file: Path) -> None:
-    ended, modules = fresh("plan", run_file, "--json", cwd=run_file.parent)
+    ended, modules = fresh("plan", run_file, "--json", "--no-memory", cwd=run_file.parent)
     assert (ended.code, modules) == (0, []), ended.err
     stages = ended.json()["stages"]
     expected = ["00-food/train", "00-food/evaluate", "01-film/train", "01-film/evaluate"]
@@ -312,12 +312,3 @@ def test_a_fault_of_our_own_shows_its_traceback_and_exits_1(cli: Cli, monkeypatc
     assert ended.code == 1
     assert "ZeroDivisionError" in ended.err
     assert "please report it" in ended.err
-
-
-def test_plan_tells_what_plugins_will_cost_on_each_rank(cli: Cli, run_file: Path) -> None:
-    source, gang = run_file, "cluster={dispatcher: ray, engine: deepspeed, workers: 4, zero_stage: 3}"
-    whole, split = cli("plan", source, "--json").json()["plugins"], cli("plan", source, gang, "--json").json()
-    assert whole["bytes"] == whole["bytes_per_rank"] == 4 * whole["elements"]
-    assert whole["bytes"] / 4 <= split["plugins"]["bytes_per_rank"] < 0.3 * whole["bytes"]
-    assert split["plugins"]["optimizer_bytes_per_rank"] == 12 * -(-whole["trained"] // 4)
-    assert "plugins: " in cli("plan", source).out
