@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cl_dist.errors import ConfigError
 from cl_dist.parallel import params
-from cl_dist.parallel.config import EngineConfig
+from cl_dist.parallel.config import EngineConfig, deepspeed_settings
 from cl_dist.parallel.world import World
 
 
@@ -268,19 +268,9 @@ class DeepSpeedEngine:
         self.optimizer, self.schedule = _adamw(model, optimizing)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         exact = params.read(trained) if bf16 else {}
-        settings = {
-            "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": num_micro,
-            "gradient_clipping": optimizing.clip,  # DeepSpeed's default is 1.0, not off
-            "steps_per_print": 10**9,
-            "bf16": {"enabled": bf16},
-            "zero_optimization": {
-                "stage": config.zero_stage,
-                "stage3_param_persistence_threshold": config.persistence_threshold,
-                "contiguous_gradients": config.zero_stage > 1,
-            },
-            "zero_allow_untested_optimizer": True,
-        }
+        settings = deepspeed_settings(
+            config, num_micro=num_micro, micro_batch=micro_batch, clip=optimizing.clip, bf16=bf16
+        )
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, lr_scheduler=self.schedule, config=settings, dist_init_required=False
         )
