@@ -33,15 +33,16 @@ import os, signal, subprocess, sys, time
 first = next(i for i, arg in enumerate(sys.argv) if i and not arg.startswith("--"))
 options = dict(arg.removeprefix("--").split("=", 1) for arg in sys.argv[1:first])
 tasks = []
-def stop(*_):
+def end(*_):
     for task in tasks:
-        os.killpg(task.pid, signal.SIGTERM)
-signal.signal(signal.SIGTERM, stop)
+        os.killpg(task.pid, signal.SIGKILL)
+signal.signal(signal.SIGTERM, end)
 for number in range(int(options["nodes"])):
-    name = options.get("nodelist", f"node{{number + 1}}")
+    if number and "ray" in sys.argv[-1]:
+        time.sleep(8)  # nodes of one machine must not start at the same moment
+    name = options.get("nodelist", f"node{{number + ('exclude' in options)}}")
     env = {{**os.environ, "SLURMD_NODENAME": name}}
     tasks.append(subprocess.Popen(sys.argv[first:], env=env, start_new_session=True))
-    time.sleep(8)  # nodes of one machine must not start at the same moment
 for task in tasks:
     task.wait()
 """

@@ -201,7 +201,8 @@ def check_sbatch(path: Path) -> dict[str, str]:
             options[name] = value
     if lines[0] != "#!/bin/bash" or sum(line.startswith("#SBATCH") for line in lines) != len(options):
         raise RefusedError("the options must come first, each once: sbatch stops reading at the first command")
-    check_ray_start(" ".join(line for line in lines if line.startswith(("ray start", "  --", "    --"))))
+    for line in lines:
+        check_ray_start(line.partition("ray start")[2] or line.partition('"$node')[2])
     return options
 
 
