@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 
 from cl_dist.errors import ConfigError, QualityError, StoppedError
-from launcher import console, job_verbs, planning, runs, verbs
+from launcher import console, job_verbs, planning, render, runs, verbs
 from launcher.options import Address, AddTasks, AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
 from launcher.quality import FailIf as Gate
 from launcher.quality import parse_gates
@@ -27,6 +27,7 @@ from launcher.quality import parse_gates
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Continual learning of transformers, distributed.")
 data_app = typer.Typer(no_args_is_help=True, help="Look at the data of a run file.")
 app.add_typer(data_app, name="data")
+app.add_typer(render.app, name="render")
 
 app.command("eval")(verbs.eval_)
 JOBS = (job_verbs.submit, job_verbs.jobs, job_verbs.logs, job_verbs.stop)

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-BUCKET = 500_000_000
-"""Most elements that DeepSpeed reduces at a time."""
+from cl_dist.parallel.config import BUCKET
+
 REUSED = 1_000_000_000
 """ZeRO-3 keeps a parameter whole that is used again within so many elements (stage3_max_reuse_distance)."""
 FETCHED = 50_000_000

@@ -14,11 +14,8 @@ from torch import Tensor, nn
 
 from cl_dist.errors import ConfigError
 from cl_dist.parallel import params
-from cl_dist.parallel.config import EngineConfig
+from cl_dist.parallel.config import EngineConfig, deepspeed_settings
 from cl_dist.parallel.world import World
-
-BUCKET = 500_000_000
-"""Most elements of the buffer that ZeRO-2/3 reduce gradients through: DeepSpeed's own value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,21 +268,10 @@ class DeepSpeedEngine:
         self.optimizer, self.schedule = _adamw(model, optimizing)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         exact = params.read(trained) if bf16 else {}
-        elements = sum(parameter.numel() for parameter in trained.values())
-        settings = {
-            "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": num_micro,
-            "gradient_clipping": optimizing.clip,  # DeepSpeed's default is 1.0, not off
-            "steps_per_print": 10**9,
-            "bf16": {"enabled": bf16},
-            "zero_optimization": {
-                "stage": config.zero_stage,
-                "stage3_param_persistence_threshold": config.persistence_threshold,
-                "contiguous_gradients": config.zero_stage > 1,
-                "reduce_bucket_size": min(BUCKET, elements),  # allocated whole, however small the model
-            },
-            "zero_allow_untested_optimizer": True,
-        }
+        elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained.values())
+        settings = deepspeed_settings(
+            config, num_micro=num_micro, micro_batch=micro_batch, clip=optimizing.clip, bf16=bf16, trained=elements
+        )
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, lr_scheduler=self.schedule, config=settings, dist_init_required=False
         )
