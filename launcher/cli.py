@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 
 from cl_dist.errors import ConfigError, QualityError, StoppedError
-from launcher import console, job_verbs, planning, render, runs, verbs
+from launcher import console, job_verbs, planning, preflight, render, runs, verbs
 from launcher.options import Address, AddTasks, AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
 from launcher.quality import FailIf as Gate
 from launcher.quality import parse_gates
@@ -31,7 +31,7 @@ app.add_typer(render.app, name="render")
 
 app.command("eval")(verbs.eval_)
 JOBS = (job_verbs.submit, job_verbs.jobs, job_verbs.logs, job_verbs.stop)
-for verb in (planning.plan, verbs.predict, verbs.inspect, verbs.export, *JOBS):
+for verb in (planning.plan, preflight.check, verbs.predict, verbs.inspect, verbs.export, *JOBS):
     app.command()(verb)
 
 

@@ -106,6 +106,20 @@ def test_a_job_is_submitted_watched_stopped_and_resumed(place: Place, undisturbe
     assert "SUCCEEDED" in place.ask("status", job, "--address", place.nodes.url).stdout
 
 
+def test_a_cluster_is_checked_before_a_run(place: Place) -> None:
+    place.run_file("checked", "runs", address=place.nodes.address, cpus_per_worker=0.5)
+    document = json.loads(place.ask("check", "checked.yaml", "--json").stdout)
+    found = {(finding["check"], finding["state"]) for finding in document["findings"]}
+    assert {("cluster", "ok"), ("resources", "ok"), ("versions", "ok"), ("storage", "ok"), ("disk", "ok")} <= found
+    nodes = [finding for finding in document["findings"] if finding["check"] == "versions"]
+    assert len(nodes) == 2
+    assert not list((place.folder / "runs").glob("*/.probe-*"))
+    asked = place.ask("check", "checked.yaml", "cluster.workers=64", "--json", code=4)
+    (fault,) = [finding for finding in json.loads(asked.stdout)["findings"] if finding["state"] == "fail"]
+    assert fault["check"] == "resources"
+    assert "add nodes" in fault["remedy"]
+
+
 def test_a_stranger_without_the_token_is_told_so(place: Place) -> None:
     command = [sys.executable, "-m", "launcher", "jobs", "--address", place.nodes.url]
     env = {**place.nodes.env, "RAY_AUTH_TOKEN": "0" * 64}
