@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,13 @@ def environment() -> dict[str, str]:
 class Command:
     """`cl-dist` in a process and session of its own."""
 
-    def __init__(self, folder: Path, *args: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *args: str, env: Mapping[str, str] | None = None, inside: Sequence[str] = ()
+    ) -> None:
         self._log = folder / f"{'-'.join(args).replace('/', '_')[:80]}-{time.monotonic_ns()}.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "launcher", *args],
+                [*inside, sys.executable, "-m", "launcher", *args],
                 cwd=folder,
                 env=env or environment(),
                 stdout=log,
