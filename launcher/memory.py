@@ -236,11 +236,12 @@ def rows_within(decoder: Decoder, rows: int, tokens: int, item: int, cache_gb: f
 def generating(decoder: Decoder, rows: int, tokens: int, item: int) -> tuple[Quantity, ...]:
     """Return what the writing of samples works with: the cache, one layer's keys and values, and logits."""
     length = share(tokens, SPAN) * SPAN
-    layer = 2 * rows * decoder.heads * decoder.size * length * item
+    is_shared = decoder.groups < decoder.heads
+    layer = 2 * rows * decoder.heads * decoder.size * length * item * is_shared
     logits = rows * decoder.vocabulary * (item % 4 + 2 * 4)
     return (
         cache(decoder, rows, tokens, item),
-        Quantity("attention of a layer", layer, "2 rows heads d tokens b: keys and values, for each head"),
+        Quantity("attention of a layer", layer, "2 rows heads d tokens b, where heads share keys: for each head"),
         Quantity("logits", logits, "rows V (8 bytes: float32, and over the temperature; 2 more with bfloat16)"),
     )
 
@@ -253,7 +254,8 @@ def voting(decoder: Decoder, tokens: int, item: int) -> Quantity:
 
 def host(model: Model) -> tuple[Quantity, ...]:
     """Return what the host of a rank holds while the rank builds its model; on a CPU that is where it trains, too."""
-    found = [Quantity("host: a rank builds its model", 4 * model.elements, "4 P: whole, in float32")]
+    size = 4 * (model.elements + model.trained)
+    found = [Quantity("host: a rank builds its model", size, "4 P + 4 T: whole, in float32, and the stored weights")]
     if model.item == 2:
         found.append(Quantity("host: its exact weights", 4 * model.trained, "4 T, until DeepSpeed has its masters"))
     if model.beside.get("penalties"):

@@ -124,6 +124,11 @@ def _sizes(config: RunConfig, known: Known, shape: Shape, stages: list[Stage], d
         written = sum(known.book.num_rows(stage) for stage in stages if isinstance(stage, Generate))
         samples = 12 * shape.train.max_length * written
     keeps_best = shape.train.select == "best_dev"
+    if any(isinstance(stage, Train) and stage.frozen is not None for stage in stages):
+        known.untold.append(
+            f"what a vote will freeze: T counts everything; a frozen block takes {shape.dry.block:,} elements off it, "
+            "frozen heads stay in the optimizer"
+        )
     clusters = [_cluster(rank, pool, size) for size in devices]
     files = memory.disk(
         model,

@@ -123,11 +123,33 @@ def chaos(data: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def memory(data: Mapping[str, Any]) -> str:
+    """Return the Markdown table of `tests.memory`: a row per stage and gang, a column per micro-batch."""
+    head = "| stage | workers | engine | whole share at once | one row at once |"
+    lines = [head, "| --- " * 5 + "|"]
+    cells: dict[tuple[str, int, int | None], dict[str, str]] = {}
+    for line in data["lines"]:
+        sizes = [line[key] / 2**20 for key in ("told", "measured")]
+        text = f"{sizes[0]:.1f} / {sizes[1]:.1f} ({sizes[0] / sizes[1]:.3f})"
+        cells.setdefault((line["what"], line["workers"], line["zero_stage"]), {})[str(line["micro_batch"])] = text
+    for (what, workers, stage), found in cells.items():
+        engine = "torch" if stage is None else f"ZeRO-{stage}"
+        whole = found.get("auto") or found.get("None", "-")
+        lines.append(f"| {what} | {workers} | {engine} | {whole} | {found.get('1', '-')} |")
+    lines.append("")
+    lines.append(
+        "MiB that the plan tells / most MiB of live tensors that were measured on a rank (their ratio), on CPUs. Rows "
+        f"of {data['length']} tokens, {data['global_batch']} a step, 4 layers of width 192, float32, torch "
+        f"{data['torch']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
 def filled(readme: str) -> str:
     """Return the README with every marked block written from its results file."""
     for path in sorted(RESULTS.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf8"))
-        block = {"parity": parity, "chaos": chaos}.get(path.stem, table)(data)
+        block = {"parity": parity, "chaos": chaos, "memory": memory}.get(path.stem, table)(data)
 
         def put(match: re.Match[str], block: str = block) -> str:
             return match[1] + block + match[2]

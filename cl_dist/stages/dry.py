@@ -28,7 +28,7 @@ from cl_dist.models.adapters import Adapters
 from cl_dist.models.backbone import load_backbone
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.config import ModelConfig
-from cl_dist.models.heads import shape_of
+from cl_dist.models.heads import block_parameters, shape_of
 from cl_dist.models.plugin import Plugin
 from cl_dist.parallel.engine import attach
 from cl_dist.stages.job import new_learner
@@ -98,6 +98,9 @@ class Dry:
         self._config, is_own = backbone.config, [id(parameter) in own for parameter in built.parameters()]
         self.decoder = (*shape_of(backbone), backbone.config.vocab_size) if is_text else None
         """(layers, heads, groups of heads, size of a head, rows of the vocabulary)."""
+        named = dict(backbone.named_parameters())
+        self.block = sum(named[name].numel() for name in block_parameters(backbone, 0)) if is_text else 0
+        """Elements of a decoder's block: what a vote for blocks takes out of training."""
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake:
             for module in (built, *([] if teacher is None else [teacher])):

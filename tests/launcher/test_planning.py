@@ -54,10 +54,10 @@ def test_large_models_are_planned_in_seconds_without_weights_tokenizer_or_data(
     cli: Cli, tmp_path: Path, sizes: dict[str, Any], method: dict[str, Any], dtype: str, millions: int
 ) -> None:
     path = save_plan(tmp_path, sizes, method, dtype=dtype)
-    began = time.monotonic()
+    began = time.process_time()
     ended = cli("plan", path, "--json")
     assert ended.code == 0, ended.err
-    assert time.monotonic() - began < 60  # 10 s by itself
+    assert time.process_time() - began < 60  # 10 s where nothing else runs
     found = ended.json()
     elements = found["memory"]["elements"]["P"]
     assert elements // 10**6 == millions
@@ -147,4 +147,5 @@ def test_a_decoder_is_planned_with_its_cache_its_votes_and_its_two_losses(cli: C
     assert of(pool["vote"], "attention statistics") == 2 * 16 * 16 * 8
     labels = found["memory"]["labels"]
     assert labels == {"qa": 8 * 2, "lm": 8 * 16}  # every answer is one word and its end
-    assert not [reason for reason in found["untold"] if "tokens" in reason]
+    assert len(found["untold"]) == 1
+    assert "a frozen block takes 12,704 elements off it" in found["untold"][0]  # 12 * 32 * 32 + 13 * 32

@@ -161,6 +161,7 @@ def test_seventy_billion_parameters_are_counted_and_none_is_allocated() -> None:
     attention, feeding, norms = 2 * 8192 * 8192 + 2 * 8192 * 1024, 3 * 8192 * 28672, 2 * 8192
     assert dry.backbone.elements == 80 * (attention + feeding + norms) + 2 * 128256 * 8192 + 8192
     assert dry.largest == 128256 * 8192
+    assert dry.block == attention + feeding + norms
     assert dry.decoder == (80, 64, 8, 128, 128256)
     micro = dry.micro(1, 128, 2)
     assert math.isclose(micro.points[-1].gradients, dry.backbone.elements, rel_tol=0.02)
