@@ -174,7 +174,10 @@ def _run(book: Workbook, dispatcher: Any, tracker: Tracker) -> None:
     except (KeyboardInterrupt, StoppedError) as error:
         tracker.finish("stopped" if isinstance(error, StoppedError) else "interrupted")
         raise
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error.__cause__, StoppedError):  # told in the middle of Ray's compiled code, which wraps it
+            tracker.finish("stopped")
+            raise error.__cause__ from None
         with suppress(OSError):  # a full disk is what ended the run, and stays the error that is told
             tracker.finish("failed")
         raise
