@@ -315,15 +315,6 @@ def test_a_fault_of_our_own_shows_its_traceback_and_exits_1(cli: Cli, monkeypatc
     assert "please report it" in ended.err
 
 
-def test_plan_tells_what_plugins_will_cost_on_each_rank(cli: Cli, run_file: Path) -> None:
-    source, gang = run_file, "cluster={dispatcher: ray, engine: deepspeed, workers: 4, zero_stage: 3}"
-    whole, split = cli("plan", source, "--json").json()["plugins"], cli("plan", source, gang, "--json").json()
-    assert whole["bytes"] == whole["bytes_per_rank"] == 4 * whole["elements"]
-    assert whole["bytes"] / 4 <= split["plugins"]["bytes_per_rank"] < 0.3 * whole["bytes"]
-    assert split["plugins"]["optimizer_bytes_per_rank"] == 12 * -(-whole["trained"] // 4)
-    assert "plugins: " in cli("plan", source).out
-
-
 class ToldInside:
     """A dispatcher in whose compiled code the signal arrives; such code wraps what its handler raises."""
 
