@@ -24,7 +24,7 @@ $(DEMO): $(STAMP) launcher/recipes/ctr-demo.requirements.txt
 	@touch $@
 
 test: $(STAMP)  ## all tests that run on CPU, with Ray; CI=true also fails on a skip not in tests/allowed_skips.txt
-	$(BIN)/python -m pytest tests -rs -m 'not gpu and not bench'
+	$(BIN)/python -X faulthandler -m pytest tests -rs -m 'not gpu and not bench'
 
 test-ray: $(STAMP)  ## the tests that start Ray
 	$(BIN)/python -m pytest tests -rs -m ray

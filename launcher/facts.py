@@ -147,7 +147,8 @@ class Shape:
         labels, method = known.labels(), book.config.science.method
         stages = [s for s in book.plan(len(labels) - 1) if isinstance(s, Train) and s.learner is None]
         tasks = tuple({*stages[-1].data, *stages[-1].replay})
-        dry = Dry(method, model, labels, vocabulary=vocabulary, tasks=tasks)
+        recompute = book.config.cluster.activation_checkpointing
+        dry = Dry(method, model, labels, vocabulary=vocabulary, tasks=tasks, recompute=recompute)
         before = Dry(method, model, labels[:-1], vocabulary=vocabulary).parts.elements if len(labels) > 1 else 0
         settings = [book.config.science.train_of(task) for task in book.tasks.tasks]
         longest = max(settings, key=lambda train: train.max_length * train.global_batch)

@@ -21,6 +21,9 @@ class EngineConfig(Section):
     persistence_threshold: int = Field(0, ge=0)
     """ZeRO-3 keeps parameters with fewer elements whole on every rank. DeepSpeed's own 100,000 would keep most tensors
     of a plugin: raise it where gathering them costs more than the memory."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of the backbone's layers alone in the forward pass and compute the rest again in the backward
+    pass: about a third more time for a fraction of the activations."""
     checkpoint_minutes: float = Field(10.0, ge=0)
     """A Train stage is saved when so much time has passed since it began or was saved; with 0 only when the run is told
     to stop (SIGTERM, Ctrl-C)."""

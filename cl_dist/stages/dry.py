@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cl_dist.methods.base import MethodConfig, Progress
 from cl_dist.methods.text import TextLearner
 from cl_dist.models.adapters import Adapters
-from cl_dist.models.backbone import load_backbone
+from cl_dist.models.backbone import load_backbone, recompute_activations
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.config import ModelConfig
 from cl_dist.models.heads import block_parameters, shape_of
@@ -74,6 +74,7 @@ class Dry:
         *,
         vocabulary: int | None = None,
         tasks: tuple[int, ...] | None = None,
+        recompute: bool = False,
     ) -> None:
         """Shape the model for the last of some tasks; model.config holds the sizes of the backbone.
 
@@ -83,6 +84,7 @@ class Dry:
             num_labels: Classes of every task up to the one at hand.
             vocabulary: Rows of a decoder's vocabulary, with those for special tokens; None takes its own.
             tasks: Those whose rows are trained on, where they are more than the last one.
+            recompute: Whether activations are computed again in the backward pass.
         """
         self._task = len(num_labels) - 1
         self._learner = new_learner(method, model, num_labels, 0)
@@ -115,6 +117,8 @@ class Dry:
             if model.dtype == "bfloat16":
                 _embody(built, torch.bfloat16)
             attach(built, scales)
+            if recompute:
+                recompute_activations(built)
 
     def _finish(self, task: int) -> None:
         """Leave behind what the end of a task does: masks, importances."""

@@ -20,7 +20,7 @@ from cl_dist.data.samples import read_samples
 from cl_dist.data.votes import read_critical
 from cl_dist.errors import StoppedError, TrainingError
 from cl_dist.methods.base import Learner, Rows
-from cl_dist.models.backbone import load_tokenizer
+from cl_dist.models.backbone import load_tokenizer, recompute_activations
 from cl_dist.models.classifier import count_parameters
 from cl_dist.parallel.engine import Engine, GradScale, Optimizing, Pull, build_engine
 from cl_dist.parallel.guard import Guard
@@ -60,6 +60,8 @@ def run(
     began = entered = time.monotonic()
     learner = build_learner(job)
     start(job, learner)
+    if job.engine.activation_checkpointing:
+        recompute_activations(learner.model)
     scales, pulls = learner.grad_scales(), learner.pulls()  # by the weights that the stage starts from
     saved = checkpoint.latest(out, world)
     if saved is not None:

@@ -46,6 +46,7 @@ CLUSTER: Tree = {
     "step_timeout_s": 7.0,
     "min_workers": 1,
     "elastic_interval_s": 7.0,
+    "activation_checkpointing": True,
     "checkpoint_minutes": 3.0,
     "checkpoint_steps": 2,
     "checkpoint_async": False,

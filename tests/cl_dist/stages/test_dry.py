@@ -120,6 +120,15 @@ def test_a_frozen_backbone_keeps_less_and_plugins_are_told_apart() -> None:
     assert head["activations"] < tuned["activations"] / 10
 
 
+@pytest.mark.parametrize(("name", "sizes"), [("sequential", bert(6, 32, 48, 2)), ("lamol", gpt2(6, 32, 48, 2))])
+def test_computed_again_activations_hardly_grow_with_the_layers(name: str, sizes: Any) -> None:
+    kept, again = (
+        Dry(config(name), model(sizes), (2,), recompute=recompute).micro(ROWS, LENGTH, 2).kept["activations"]
+        for recompute in (False, True)
+    )
+    assert again < kept / 2.5
+
+
 def test_capsules_grow_with_the_tasks_and_masks_too() -> None:
     one, three = (Dry(config("ctr"), model(bert(2, 32, 48, 2)), (2,) * count) for count in (1, 3))
     assert three.micro(ROWS, LENGTH, 2).kept["plugins"] > 1.5 * one.micro(ROWS, LENGTH, 2).kept["plugins"]
