@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo
 
-.PHONY: help setup demo test test-ray test-gpu check fmt bench parity chaos memory fuzz tables clean
+.PHONY: help setup demo test test-ray test-gpu check fmt bench parity chaos memory scaling fuzz tables clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,10 @@ chaos: $(STAMP)  ## kill runs at drawn points and resume them, into README.md
 
 memory: $(STAMP)  ## the plan's memory against live tensors on one rank and two, into README.md
 	$(BIN)/python -m tests.memory tests/results/memory.json
+	$(BIN)/python -m launcher.tables write
+
+scaling: $(STAMP)  ## training with 1, 2 and 4 workers of this machine, and many GPUs on paper, into cluster_configs/SCALING.md
+	$(BIN)/python -m tests.scaling tests/results/scaling.json
 	$(BIN)/python -m launcher.tables write
 
 fuzz: $(STAMP)  ## hostile run files, rows, manifests and checkpoints, some 40,000 of them

@@ -12,7 +12,7 @@ from cl_dist.errors import ConfigError
 from cl_dist.jobs import Workbook
 from cl_dist.run_config import RunConfig, load_run
 from cl_dist.stage import Choose, Evaluate, Generate, Rationalise, Record, Stage, Train, Vote, ref
-from launcher import console, memory, runs
+from launcher import console, memory, runs, scaling
 from launcher.facts import Known, Shape
 from launcher.memory import GIB, Estimate, Gang, Quantity
 from launcher.options import AsJson, Config, Overrides
@@ -44,14 +44,22 @@ def plan(
     with_memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="also estimate memory, which imports torch")
     ] = True,
+    with_scaling: Annotated[
+        bool, typer.Option("--scaling", help="also tell what a step would cost on 8 to 512 GPUs, on paper")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the stages of a run, what each needs, which are done, and the memory and disk it takes; starts nothing."""
-    document = planned(load_run(runs.run_file(config), overrides or []), tuple(device_gib or DEVICES), with_memory)
+    run = load_run(runs.run_file(config), overrides or [])
+    document = planned(run, tuple(device_gib or DEVICES), with_memory)
+    if with_scaling and document["memory"] is not None:
+        document["scaling"] = list(scaling.on_paper(scaling.work_of(run, document), scaling.Machine()))
     if as_json:
         console.out.print_json(json.dumps(document))
         return
     _show(document)
+    if "scaling" in document:
+        _show_scaling(document["scaling"])
 
 
 def planned(config: RunConfig, devices: tuple[float, ...], with_memory: bool = True) -> Plan:
@@ -294,6 +302,16 @@ def _show_memory(document: Plan) -> None:
         console.out.print(f"{each['kind']}: {_size(each['bytes'])}", soft_wrap=True)
     for each in document["clusters"]:
         console.out.print(_cluster_line(each), soft_wrap=True)
+
+
+def _show_scaling(lines: list[Plan]) -> None:
+    columns = ("GPUs", "rows a rank", "compute s", "GiB moved", "links s", "step s", "tokens/s", "of 8 GPUs' rate", "")
+    table = Table(*columns, title=f"a step on paper: {scaling.Machine().name}")
+    for line in lines:
+        numbers = (line["compute_s"], line["moved_bytes"] / GIB, line["link_s"], line["step_s"])
+        rate = (f"{line['tokens_per_s']:,.0f}", f"{line['share_of_first']:.0%}")
+        table.add_row(str(line["ranks"]), str(line["rows"]), *(f"{n:.3g}" for n in numbers), *rate, line["note"])
+    console.out.print(table)
 
 
 def _cluster_line(found: Plan) -> str:

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from launcher.tables import RESULTS, filled, kept, memory, parity, table
+from launcher.tables import PAGES, RESULTS, filled, kept, memory, parity, table
 from tests.launcher.summaries import summaries
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_readme_shows_what_the_stored_summaries_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_show_what_the_stored_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    readme = Path("README.md").read_text(encoding="utf8")
+    pages = [page.read_text(encoding="utf8") for page in PAGES]
     assert list(RESULTS.glob("*.json"))
     for path in RESULTS.glob("*.json"):
-        assert f"<!-- table: {path.stem} -->" in readme
-    assert filled(readme) == readme, "run `make tables`"
+        assert sum(f"<!-- table: {path.stem} -->" in page for page in pages) == 1
+    assert [filled(page) for page in pages] == pages, "run `make tables`"
 
 
 def test_a_table_has_a_row_per_run_and_no_number_for_what_was_not_measured() -> None:
