@@ -1,4 +1,4 @@
-"""Tiny encoders of every architecture in PLACES, batches of token ids, and a training loop of ten lines.
+"""Tiny encoders of three architectures, batches of token ids, and a training loop of ten lines.
 
 Two layers of width 32, with weights of a size as if trained: with std 0.02 the layers of so narrow a model say nothing.
 """

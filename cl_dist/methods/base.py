@@ -194,6 +194,18 @@ class Learner(ABC):
         """Restore what `state_dict` returned."""
 
 
+def idle_scales(backbone: PreTrainedModel) -> dict[str, GradScale]:
+    """Return gradient factors that keep those biases of a model's `backbone` which it trains and which change nothing."""
+    from cl_dist.models.heads import idle_biases
+    from cl_dist.parallel.engine import GradScale
+
+    return {
+        f"backbone.{name}": GradScale(row=keep)
+        for name, keep in idle_biases(backbone).items()
+        if backbone.get_parameter(name).requires_grad
+    }
+
+
 def score_seen(task: int) -> Evaluate:
     """Score the tasks seen so far with the model after this one: the last stage of most plans."""
     return Evaluate(task=task, model=model_after(task), tasks=tuple(range(task + 1)))

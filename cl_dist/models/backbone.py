@@ -1,9 +1,6 @@
-"""Backbones: loading them from a folder, a package or the hub, and where an architecture has its sub-blocks."""
+"""Backbones: loading them from a folder, a package or the hub."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -21,77 +18,11 @@ from cl_dist.errors import ConfigError, DataError
 from cl_dist.models.config import ModelConfig
 from cl_dist.places import resolve
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class SubBlock:
-    """A sub-block of a transformer layer: what computes its output, and the norm after the residual sum."""
-
-    name: str
-    output: str
-    """Module whose output is about to be added to the residual stream; a plugin goes behind it."""
-    norm: str
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where the parts of an architecture are, as module paths."""
-
-    layers: str
-    sub_blocks: tuple[SubBlock, ...]
-    query_value: tuple[str, str]
-    """Names of the query and value projections of an attention: where LoRA sits unless it is told otherwise."""
-
-
-_BERT = Places(
-    layers="encoder.layer",
-    sub_blocks=(
-        SubBlock("attention", "attention.output.dropout", "attention.output.LayerNorm"),
-        SubBlock("ffn", "output.dropout", "output.LayerNorm"),
-    ),
-    query_value=("query", "value"),
-)
 _DROPOUTS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
     *("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    *("hidden_dropout", "embedding_dropout", "mlp_dropout", "pooler_dropout"),
 )
-PLACES: dict[str, Places] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "distilbert": Places(
-        layers="transformer.layer",
-        sub_blocks=(
-            SubBlock("attention", "attention.out_lin", "sa_layer_norm"),
-            SubBlock("ffn", "ffn.dropout", "output_layer_norm"),
-        ),
-        query_value=("q_lin", "v_lin"),
-    ),
-}
-"""One row per `model_type` of transformers: to support an architecture, add its row here."""
-
-
-def places(backbone: PreTrainedModel) -> Places:
-    """Return the row of PLACES for a backbone.
-
-    Raises:
-        ConfigError: If the architecture has no row.
-    """
-    return row_for(backbone, PLACES, "cl_dist/models/backbone.py")
-
-
-def row_for(model: PreTrainedModel, table: Mapping[str, T], file: str) -> T:
-    """Return the row of a model's architecture in a table; file is where the table is.
-
-    Raises:
-        ConfigError: If the architecture has no row.
-    """
-    kind = model.config.model_type
-    if kind not in table:
-        raise ConfigError(
-            f"model_type={kind!r}: expected one of {', '.join(table)}; to support it, add a row to PLACES in {file}"
-        )
-    return table[kind]
 
 
 def location(config: ModelConfig) -> str:

@@ -116,7 +116,7 @@ class CtrClassifier(Classifier):
         model.finish_task(); model.save_plugins("plugins.safetensors")
     """
 
-    def __init__(self, backbone: PreTrainedModel, shape: MaskShape, pooling: str = "mean") -> None:
+    def __init__(self, backbone: PreTrainedModel, shape: MaskShape, pooling: str | None = None) -> None:
         super().__init__(backbone, pooling)
         freeze(backbone)
         self.shape, self.context = shape, Context()

@@ -60,7 +60,7 @@ class Card(Section):
     """In learned order."""
     method: dict[str, Any]
     answers: Literal["class", "text"] = "class"
-    pooling: Literal["mean", "cls", "pooler"]
+    pooling: Literal["mean", "cls", "pooler", "last"] | None
     dtype: Literal["float32", "bfloat16"]
     """Precision of the forward pass; the files hold float32."""
     dropout: float
