@@ -115,7 +115,7 @@ def train(
     engine.module.train()
     for step, batch in enumerate(batches):
         loss = learner.loss(engine, batch, schedule.at(step))
-        engine.backward(loss.rows["ce"].mean(), torch.stack(list(loss.own.values())).sum())
+        engine.backward(loss.rows["ce"].mean(), sum(loss.own.values(), torch.zeros(())))
         engine.step()
     learner.activate(task)
     learner.end_task(params.read(dict(learner.model.named_parameters())), ())
