@@ -1,6 +1,7 @@
 """Backbones: loading them from a folder, a package or the hub."""
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from cl_dist.errors import ConfigError, DataError
 from cl_dist.models.config import ModelConfig
 from cl_dist.places import resolve
 
+M = TypeVar("M", bound=nn.Module)
 _DROPOUTS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
     *("attn_pdrop", "embd_pdrop", "resid_pdrop"),
@@ -74,6 +76,17 @@ def _set_dropout(hf: PretrainedConfig, rate: float) -> None:
     for name in _DROPOUTS:
         if hasattr(hf, name):
             setattr(hf, name, rate)
+
+
+def lower(model: M) -> M:
+    """Bring a model's parameters to bfloat16, as the engine does in training; buffers stay as they are.
+
+    The frequencies of rotary positions are buffers: rounded to 8 bits, they would turn tokens a thousand places apart
+    by angles that are off by up to radians.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -144,13 +144,14 @@ def _attention(
     """Attend as the model would, one text alone, and let the watcher see each row of it in float32."""
     groups = query.shape[1] // key.shape[1]
     key_HTd, value_HTd = (x[0] if groups == 1 else x[0].repeat_interleave(groups, 0) for x in (key, value))
+    key_HTd = key_HTd.float()  # rounded scores would make ties and order of what is compared
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     length = query.shape[2]
     place_T = torch.arange(length, device=query.device)
     parts = []
     for first in range(0, length, CHUNK):
-        query_HSd = query[0, :, first : first + CHUNK]
-        score_HST = (query_HSd @ key_HTd.transpose(1, 2)).float().mul_(scale)
+        query_HSd = query[0, :, first : first + CHUNK].float()
+        score_HST = (query_HSd @ key_HTd.transpose(1, 2)).mul_(scale)
         if softcap is not None:
             score_HST = torch.tanh(score_HST / softcap) * softcap
         behind_ST = place_T[None, :] - place_T[first : first + CHUNK, None]

@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from cl_dist.errors import CheckpointError, ConfigError
 from cl_dist.ledger import write_json
 from cl_dist.methods import METHODS
 from cl_dist.methods.base import Learner
-from cl_dist.models.backbone import load_backbone, load_tokenizer
+from cl_dist.models.backbone import load_backbone, load_tokenizer, lower
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.seeds import seeded
@@ -174,7 +173,7 @@ def load_exported(folder: Path | str, task: str | None = None) -> tuple[nn.Modul
         learner.load_state_dict(state)
     model = model.eval()
     if card.dtype == "bfloat16":
-        model = model.to(torch.bfloat16)
+        lower(model)
     learner.activate(number)
     tokenizer = load_tokenizer(config)
     tokenizer.model_max_length = card.tasks[number].max_length

@@ -13,7 +13,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from cl_dist.data.bayes import NaiveBayes, words
@@ -21,7 +20,7 @@ from cl_dist.data.language import Special, Speller
 from cl_dist.data.rows import TaskData
 from cl_dist.data.samples import STATISTICS, Sample, as_sample, write_samples
 from cl_dist.errors import TrainingError
-from cl_dist.models.backbone import load_tokenizer
+from cl_dist.models.backbone import load_tokenizer, lower
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.decode import Line, draw, rows_within, write
 from cl_dist.parallel.seeds import seed_of
@@ -74,7 +73,7 @@ class Dreamer:
         model: Any = learner.model.backbone  # the library's methods carry no types
         self._model: Any = model.to(world.device).eval()
         if job.model.dtype == "bfloat16":
-            self._model = self._model.to(torch.bfloat16)
+            lower(self._model)
         length, settings = job.train.max_length, job.generate
         self._slots = rows_within(self._model, settings.slots, length, settings.cache_gb)
         self._speller = Speller(load_tokenizer(job.model))

@@ -11,7 +11,7 @@ from cl_dist.data.language import Speller, spell
 from cl_dist.data.rows import Row
 from cl_dist.methods import METHODS
 from cl_dist.methods.base import Learner
-from cl_dist.models.backbone import load_tokenizer
+from cl_dist.models.backbone import load_tokenizer, lower
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.decode import answer_all
 from cl_dist.parallel.world import World
@@ -39,7 +39,7 @@ class Predictor:
         self.learner, self._latest = build_learner(self._job, task), task
         self._model = self.learner.model.to(self._world.device).eval()
         if self._job.model.dtype == "bfloat16":
-            self._model = self._model.to(torch.bfloat16)
+            lower(self._model)
 
     @property
     def writes(self) -> bool:

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cl_dist.data.language import Speller, spell
 from cl_dist.data.rationales import Span, token_mask
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.data.votes import CRITICAL, RECORDED, read_rationales, read_recorded, voting_rows
 from cl_dist.errors import CheckpointError, DataError
-from cl_dist.models.backbone import load_tokenizer
+from cl_dist.models.backbone import load_tokenizer, lower
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.cci import Bits, Comparer, Floats, Recorder, watch, watched
 from cl_dist.models.heads import units_of
@@ -48,7 +47,7 @@ class _Reader(ABC):
         model: Any = learner.model.backbone
         self._model: Any = model.to(World.current().device).eval()
         if job.model.dtype == "bfloat16":
-            self._model = self._model.to(torch.bfloat16)
+            lower(self._model)
         self._speller = Speller(load_tokenizer(job.model))
 
     def _tokens(self, data: TaskData, row: Row) -> tuple[list[int], int]:
