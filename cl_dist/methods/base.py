@@ -115,6 +115,9 @@ class Learner(ABC):
     answers: ClassVar[Literal["class", "text"]] = "class"
     """Whether it picks a class or writes an answer: decides how rows are encoded, which backbone is loaded and how the
     model is scored."""
+    takes_divided: ClassVar[bool] = False
+    """Whether it can build on a backbone that is cut up over the ranks already: it freezes the backbone, and reads none
+    of its weights before training but those that it copies."""
     end_rows: ClassVar[int] = 0
     """How many train rows end_task wants to see; above 0 it is given the finished model, whole on every rank."""
 

@@ -6,6 +6,7 @@ Axes: B rows, L tokens, H hidden units.
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,18 @@ class ActiveTask:
     task: int = 0
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """Return a copy with whole weights, also of a module that ZeRO-3 has cut up; then a collective."""
+    copy = deepcopy(module)
+    for own, base in zip(copy.parameters(), module.parameters(), strict=True):
+        if hasattr(base, "ds_id"):
+            cut: Any = base
+            cut.all_gather()
+            own.data = cut.data.clone()
+            cut.partition()
+    return copy
+
+
 class TaskNorms(nn.Module):
     """A layer norm per task, each started as a copy of the backbone's."""
 
@@ -33,7 +46,7 @@ class TaskNorms(nn.Module):
 
     def add_task(self) -> None:
         """Append the norm of the next task."""
-        self.norms.append(deepcopy(self.base))
+        self.norms.append(copied(self.base))
 
     def forward(self, x_BLH: Tensor) -> Tensor:
         """Normalise with the active task's scale and shift: (B, L, H)."""
@@ -131,7 +144,7 @@ class TaskEmbeddings(nn.Module):
 
     def add_task(self) -> None:
         """Append the next task's table, as a copy of the backbone's."""
-        self.tables.append(deepcopy(self.base))
+        self.tables.append(copied(self.base))
 
     @torch.no_grad()
     def inherit(self, task: int) -> None:

@@ -67,7 +67,11 @@ def load_backbone(config: ModelConfig, *, causal: bool = False) -> PreTrainedMod
         where = location(config)
         hf = AutoConfig.from_pretrained(where, revision=config.revision)
         _set_dropout(hf, config.dropout)
-        return kind.from_pretrained(where, revision=config.revision, config=hf, dtype=torch.float32)
+        with torch.random.fork_rng():  # what the file lacks is drawn, more of it where the model is cut up over ranks
+            loaded: PreTrainedModel = kind.from_pretrained(
+                where, revision=config.revision, config=hf, dtype=torch.float32
+            )
+        return loaded
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"science.model.source={config.source!r}: cannot be loaded: {error}") from error
 

@@ -268,6 +268,11 @@ class DeepSpeedEngine:
         self.optimizer, self.schedule = _adamw(model, optimizing)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         exact = params.read(trained) if bf16 else {}
+        if bf16 and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            # Where some parameters are cut up already, DeepSpeed takes it that all have been lowered.
+            for parameter in model.parameters():
+                if not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.to(torch.bfloat16)
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": num_micro,
@@ -278,6 +283,7 @@ class DeepSpeedEngine:
                 "stage": config.zero_stage,
                 "stage3_param_persistence_threshold": config.persistence_threshold,
                 "contiguous_gradients": config.zero_stage > 1,
+                **_bounds(model),
             },
             "zero_allow_untested_optimizer": True,
         }
@@ -325,6 +331,23 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """See Engine."""
         self._engine.destroy()
+
+
+def _bounds(model: nn.Module) -> dict[str, int]:
+    """Return DeepSpeed's buffers in elements, its own defaults at most: these are made for models of billions.
+
+    With them ZeRO-3 would keep a model of fewer than 1e9 parameters whole on every rank once it has been gathered, and
+    every rank would hold a buffer of 5e8 gradients, however few are trained.
+    """
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    total, largest = sum(size for size, _ in sizes), max(size for size, _ in sizes)
+    share = max(largest, total // 8)
+    return {
+        "reduce_bucket_size": min(500_000_000, max(largest, sum(size for size, is_trained in sizes if is_trained))),
+        "stage3_prefetch_bucket_size": min(50_000_000, total // 16),
+        "stage3_max_live_parameters": min(1_000_000_000, share),
+        "stage3_max_reuse_distance": min(1_000_000_000, share),
+    }
 
 
 def _adamw(model: nn.Module, optimizing: Optimizing) -> tuple[HeldAdamW, Any]:

@@ -1,5 +1,6 @@
 """Every row of the table of architectures, tried on a tiny model of it."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,22 @@ def test_a_task_owns_every_norm_with_weights_in_the_layers(kind: str) -> None:
         for own, base in zip(norms.norms[0].parameters(), norms.base.parameters(), strict=True):
             torch.testing.assert_close(own, base, **EXACT)
             assert own is not base
+
+
+@each
+def test_what_is_saved_beside_the_backbone_is_every_parameter_that_it_lacks(kind: str, tmp_path: Path) -> None:
+    """Names would not tell: Llama has a `gate_proj`, Phi an `fc1`."""
+    model, plain = ctr(kind), tiny(kind)
+    before = {id(parameter) for parameter in plain.parameters()}
+    grown = CtrClassifier(plain, SHAPE)
+    grown.add_task(2)
+    added = {name for name, parameter in grown.named_parameters() if id(parameter) not in before}
+    assert grown.own_parameters().keys() == added
+    model.save_plugins(tmp_path / "plugins.safetensors")
+    grown.context.token_mask_BL = torch.ones_like(IDS, dtype=torch.bool)
+    grown.load_plugins(tmp_path / "plugins.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(hidden(grown.backbone), hidden(model.backbone), **EXACT)
 
 
 # --- attention, generation, biases, the rest
