@@ -186,11 +186,16 @@ class RationalLamol(Lamol):
 
     def facts(self) -> dict[str, Any]:
         """Return what was frozen, and its share of the model's parameters."""
-        total = sum(p.numel() for p in self.model.parameters())
-        frozen = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
+        import torch
+
+        from cl_dist.models.classifier import count_parameters
+
+        trained, total = count_parameters(self.model)
+        frozen = total - trained
         for name, scale in self.grad_scales().items():
             parameter = self.model.get_parameter(name)
-            frozen += int((scale.factor(parameter.detach()) == 0).sum()) if scale.decay else 0
+            whole = torch.empty(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 may hold a piece of it
+            frozen += int((scale.factor(whole) == 0).sum()) if scale.decay else 0
         return {"frozen_units": [list(pair) for pair in self._frozen], "freeze/params_frac": frozen / total}
 
 
