@@ -4,7 +4,9 @@ Letters of the formulas:
     P      elements of the model;  T of these are trained;  M of its largest module
     b      bytes of an element in the forward pass: 4, or 2 with bfloat16
     R      ranks;  t/R is rounded up
-    C      elements of the buffer that gradients are reduced through: min(500,000,000, T)
+    C      elements of the buffer that gradients are reduced through: min(500,000,000, max(T, M))
+    W      elements of weights that ZeRO-3 keeps gathered for reuse: min(1e9, max(M, P/8))
+    F      elements that it fetches ahead: min(5e7, P/16)
     A      bytes of activations at a moment of a micro-batch, G of the gradients that are finished by then
 What lives all the time is added up. Beside it there are moments of a step of which the highest one counts, since a
 gradient appears as the activations that it came from go. Which tensors there are under which stage was read in
@@ -15,12 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cl_dist.parallel.config import BUCKET
+from cl_dist.parallel.config import buffer_bounds
 
-REUSED = 1_000_000_000
-"""ZeRO-3 keeps a parameter whole that is used again within so many elements (stage3_max_reuse_distance)."""
-FETCHED = 50_000_000
-"""Most elements that ZeRO-3 fetches ahead (stage3_prefetch_bucket_size)."""
 GIB = 2**30
 TRACED = {
     "activations": "traced: what the loss keeps and makes, over rows * max_length tokens (cl_dist/stages/dry.py)",
@@ -153,7 +151,7 @@ def _resident(model: Model, gang: Gang, stage: int) -> list[Quantity]:
         found.append(Quantity("optimizer", 12 * divided, "12 T/R: float32 masters and two moments"))
     if stage == 3:
         found.append(Quantity("gradients", b * divided, "b T/R"))
-        found.append(Quantity("buckets", b * min(BUCKET, trained), "b C"))
+        found.append(Quantity("buckets", b * _bounds(model)["reduce_bucket_size"], "b C"))
     for name, size in model.beside.items():
         if not (gang.is_gpu and name == "penalties"):  # which stay with the host
             found.append(Quantity(name, size, "4 bytes an element, whole on every rank"))
@@ -166,7 +164,8 @@ def _moments(model: Model, step: Step, gang: Gang, stage: int) -> list[Quantity]
     Gradients are whole up to ZeRO-1; ZeRO-2 and 3 move each into a bucket as it appears. ZeRO-3 gathers weights: those
     that are used again soon stay whole, and what is fetched together exists twice until its last part is used.
     """
-    b, trained, bucket = model.item, model.trained, model.item * min(BUCKET, model.trained)
+    b, trained, bounds = model.item, model.trained, _bounds(model)
+    bucket = b * bounds["reduce_bucket_size"]
     sizes = [(sum(kinds.values()), b * elements) for kinds, elements in step.points]
     most = max(size for size, _ in sizes)
     if stage <= 1:
@@ -185,18 +184,23 @@ def _moments(model: Model, step: Step, gang: Gang, stage: int) -> list[Quantity]
             Quantity("reduction", 2 * bucket + own, "2 b C + b T/R (twice where micro-batches add up)"),
             Quantity("step", (b + 4) * share(trained, gang.ranks), "(b + 4) T/R: gradients and their float32 copy"),
         ]
-    whole = b * min(model.elements, REUSED // 2 + FETCHED + model.largest)
-    fetched = b * min(model.elements, FETCHED + model.largest)
+    ahead = bounds["stage3_prefetch_bucket_size"]
+    whole = b * min(model.elements, bounds["stage3_max_reuse_distance"] // 2 + ahead + model.largest)
+    fetched = b * min(model.elements, ahead + model.largest)
     return [
-        Quantity("micro-batch", most + whole, "max A + b min(P, 550,000,000 + M): gathered weights"),
+        Quantity("micro-batch", most + whole, "max A + b min(P, W/2 + F + M): gathered weights"),
         Quantity(
             "end of the forward pass",
             sum(size for kind, size in step.kept.items() if kind != "logits") + whole + fetched,
-            "A + b min(P, 550,000,000 + M) + b min(P, 50,000,000 + M): what was fetched last exists twice",
+            "A + b min(P, W/2 + F + M) + b min(P, F + M): what was fetched last exists twice",
         ),
         Quantity("reduction", copies * bucket + b * model.largest, f"{copies} b C + b M"),
         Quantity("step", 4 * share(trained, gang.ranks), "4 T/R"),
     ]
+
+
+def _bounds(model: Model) -> dict[str, int]:
+    return buffer_bounds(model.elements, model.trained, model.largest)
 
 
 @dataclass(frozen=True, slots=True)

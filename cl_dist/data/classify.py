@@ -1,4 +1,6 @@
-"""Rows as an encoder reads them: [CLS] text [SEP] text_pair [SEP] -> class of the task.
+"""Rows as a classifier reads them: [CLS] text [SEP] text_pair [SEP] -> class of the task.
+
+A tokenizer that knows no separator, as those of most decoders, puts a line break there.
 
 Axes: B rows, L tokens.
 """
@@ -19,6 +21,8 @@ class ClassifyRows(NumberedRows):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self._tokenizer, self._max_length = tokenizer, max_length
         self._pad: int = tokenizer.pad_token_id or 0
+        alone, both = (tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True))
+        self._separates = both > alone
         self._ids: list[list[int]] = []
         self._types: list[list[int]] = []
         self._labels: list[int] = []
@@ -29,6 +33,8 @@ class ClassifyRows(NumberedRows):
         if not rows:
             return
         pairs = [row.text_pair for row in rows] if rows[0].text_pair is not None else None
+        if pairs is not None and not self._separates:
+            pairs = [f"\n{pair}" for pair in pairs]
         encoded = self._tokenizer([row.text for row in rows], pairs, truncation=True, max_length=self._max_length)
         class_of = {label: number for number, label in enumerate(data.labels)}
         self._ids += encoded["input_ids"]

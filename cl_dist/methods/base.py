@@ -118,6 +118,9 @@ class Learner(ABC):
     answers: ClassVar[Literal["class", "text"]] = "class"
     """Whether it picks a class or writes an answer: decides how rows are encoded, which backbone is loaded and how the
     model is scored."""
+    takes_divided: ClassVar[bool] = False
+    """Whether it can build on a backbone that is cut up over the ranks already: it freezes the backbone, and reads none
+    of its weights before training but those that it copies."""
     end_rows: ClassVar[int] = 0
     """How many train rows end_task wants to see; above 0 it is given the finished model, whole on every rank."""
 
@@ -195,6 +198,18 @@ class Learner(ABC):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
+
+
+def idle_scales(backbone: PreTrainedModel) -> dict[str, GradScale]:
+    """Return gradient factors that keep the trained biases of a model's `backbone` which change nothing."""
+    from cl_dist.models.heads import idle_biases
+    from cl_dist.parallel.engine import GradScale
+
+    return {
+        f"backbone.{name}": GradScale(row=keep)
+        for name, keep in idle_biases(backbone).items()
+        if keep is not None and backbone.get_parameter(name).requires_grad
+    }
 
 
 def score_seen(task: int) -> Evaluate:

@@ -6,7 +6,7 @@ They give forgetting, transfer and intransigence a meaning: `sequential` goes on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from cl_dist.methods.base import (
@@ -17,6 +17,7 @@ from cl_dist.methods.base import (
     Progress,
     TaskSequence,
     evaluated,
+    idle_scales,
     plan_sequential,
     score_seen,
 )
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cl_dist.models.classifier import Batch, Classifier
+    from cl_dist.parallel.engine import GradScale
 
 
 class TunedConfig(MethodConfig):
@@ -77,21 +79,28 @@ class Finetune(Learner):
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
         """Train the heads of the tasks at hand, and what their logits depend on.
 
-        A pooler that is not used would be a parameter without a gradient. A bias on the keys of an attention shifts all
-        of its logits alike: the softmax takes it out, and what is left of its gradient is rounding noise, which AdamW
-        would scale up to whole steps, other ones on every number of workers.
+        A pooler that is not used would be a parameter without a gradient. Biases that change nothing stay as they are
+        (see models.heads.idle_biases).
         """
+        from cl_dist.models.architectures import embedding_names
+        from cl_dist.models.heads import idle_biases
+
         for number, head in enumerate(self.model.heads):
             head.requires_grad_(number in tasks)
         pooler = getattr(self.model.backbone, "pooler", None)
         if pooler is not None and self.pooling != "pooler":
             pooler.requires_grad_(False)
-        for name, parameter in self.model.backbone.named_parameters():
-            if name.endswith((".key.bias", ".k_lin.bias")):
-                parameter.requires_grad_(False)
-            if self.config.tune == "layers" and name.startswith("embeddings."):
-                parameter.requires_grad_(False)
+        for name, keep in idle_biases(self.model.backbone).items():
+            if keep is None:
+                self.model.backbone.get_parameter(name).requires_grad_(False)
+        if self.config.tune == "layers":
+            for name in embedding_names(self.model.backbone):
+                self.model.backbone.get_parameter(name).requires_grad_(False)
         self.mixed = len(tasks) > 1
+
+    def grad_scales(self) -> Mapping[str, GradScale]:
+        """Keep the biases that change nothing where others lie in the same vector."""
+        return idle_scales(self.model.backbone)
 
     def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:
         """Return the cross-entropy of each row."""

@@ -42,7 +42,7 @@ class LifelongEmbedding(Finetune):
         from cl_dist.models.adapters import ActiveTask, TaskEmbeddings
 
         base = backbone.get_input_embeddings()
-        assert isinstance(base, nn.Embedding)  # so it is in every architecture of PLACES
+        assert isinstance(base, nn.Embedding)  # so it is in every architecture of the table
         self._active = ActiveTask()
         self._tables = TaskEmbeddings(base, self._active)
         for _ in self.num_labels:

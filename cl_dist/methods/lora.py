@@ -43,15 +43,21 @@ class Lora(Learner):
             ConfigError: If no layer of the backbone has a name in target_modules.
         """
         from peft import LoraConfig, inject_adapter_in_model
+        from transformers.pytorch_utils import Conv1D
 
         from cl_dist.errors import ConfigError
-        from cl_dist.models.backbone import places
+        from cl_dist.models.architectures import architecture
         from cl_dist.models.classifier import Classifier
 
         self.model = Classifier(backbone, self.pooling)
-        targets = list(self.config.target_modules or places(backbone).query_value)
+        targets = list(self.config.target_modules or architecture(backbone).lora)
         for number, count in enumerate(self.num_labels):
-            settings = LoraConfig(r=self.config.r, lora_alpha=self.config.alpha, target_modules=targets)
+            settings = LoraConfig(
+                r=self.config.r,
+                lora_alpha=self.config.alpha,
+                target_modules=targets,
+                fan_in_fan_out=any(isinstance(module, Conv1D) for module in backbone.modules()),
+            )
             try:
                 inject_adapter_in_model(settings, backbone, adapter_name=_name(number))
             except ValueError as error:

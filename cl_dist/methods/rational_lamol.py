@@ -21,6 +21,8 @@ from cl_dist.methods.lamol import plan as plan_lamol
 from cl_dist.stage import Choose, Rationalise, Record, Ref, Stage, Train, Vote, VoteConfig, model_after, ref
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cl_dist.parallel.engine import GradScale
 
 
@@ -166,33 +168,49 @@ class RationalLamol(Lamol):
 
     def grad_scales(self) -> Mapping[str, GradScale]:
         """Keep what frozen heads and groups own; everything else moves and decays as it would."""
-        import torch
+        from dataclasses import replace
 
         from cl_dist.models.heads import kept
-        from cl_dist.parallel.engine import GradScale
 
         scales = dict(super().grad_scales())
         if self.config.level == "block":
             return {name: scale for name, scale in scales.items() if self.model.get_parameter(name).requires_grad}
         parts = kept(self.model.backbone, self._frozen, self.config.level, self.config.freeze_output)
-        for inner, (axis, keep) in parts.items():
+        for inner, scale in held(parts).items():
             name = f"backbone.{inner}"
-            if axis == "column":
-                scales[name] = GradScale(row=torch.zeros(1), column=keep, decay=True)
-                continue
             before = scales.get(name)
-            row = keep if before is None or before.row is None else keep * before.row
-            scales[name] = GradScale(row=row, decay=True)
-        return scales
+            if before is not None and before.row is not None and scale.row is not None:
+                scale = replace(scale, row=scale.row * before.row)
+            scales[name] = scale
+        return {name: scale for name, scale in scales.items() if self.model.get_parameter(name).requires_grad}
 
     def facts(self) -> dict[str, Any]:
         """Return what was frozen, and its share of the model's parameters."""
-        total = sum(p.numel() for p in self.model.parameters())
-        frozen = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
+        import torch
+
+        from cl_dist.models.classifier import count_parameters
+
+        trained, total = count_parameters(self.model)
+        frozen = total - trained
         for name, scale in self.grad_scales().items():
             parameter = self.model.get_parameter(name)
-            frozen += int((scale.factor(parameter.detach()) == 0).sum()) if scale.decay else 0
+            whole = torch.empty(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 may hold a piece of it
+            frozen += int((scale.factor(whole) == 0).sum()) if scale.decay else 0
         return {"frozen_units": [list(pair) for pair in self._frozen], "freeze/params_frac": frozen / total}
+
+
+def held(parts: Mapping[str, tuple[str, Tensor]]) -> dict[str, GradScale]:
+    """Return gradient factors that keep what `models.heads.kept` says, while everything else moves and decays."""
+    import torch
+
+    from cl_dist.parallel.engine import GradScale
+
+    return {
+        name: GradScale(row=keep, decay=True)
+        if axis == "row"
+        else GradScale(row=torch.zeros(1), column=keep, decay=True)
+        for name, (axis, keep) in parts.items()
+    }
 
 
 METHOD = Method(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from cl_dist.errors import ConfigError
-from cl_dist.methods.base import Learner, Loss, MethodConfig, Progress
+from cl_dist.methods.base import Learner, Loss, MethodConfig, Progress, idle_scales
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from cl_dist.models.causal import CausalModel
     from cl_dist.models.classifier import Batch
     from cl_dist.parallel.engine import GradScale
-
-EMBEDDINGS = ("wte.", "wpe.", "embed_tokens.", "lm_head.")
 
 
 class TextLearner(Learner):
@@ -49,31 +47,20 @@ class TextLearner(Learner):
         return stored
 
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
-        """Train the language model.
+        """Train the language model. Biases that change nothing stay as they are (see models.heads.idle_biases)."""
+        from cl_dist.models.architectures import embedding_names
+        from cl_dist.models.heads import idle_biases
 
-        A bias on the keys of an attention shifts all of its logits alike, so that its gradient is rounding noise, of
-        which AdamW would make whole steps: it is left as it is. GPT-2 has it in the middle of one vector, for which see
-        grad_scales.
-        """
-        tune = getattr(self.config, "tune", "all")
-        for name, parameter in self.model.named_parameters():
-            is_embedding = any(part in name for part in EMBEDDINGS)
-            keep = name.endswith("k_proj.bias") or (tune == "layers" and is_embedding) or tune == "head"
-            parameter.requires_grad_(not keep or (tune == "head" and is_embedding))
+        tune, backbone = getattr(self.config, "tune", "all"), self.model.backbone
+        embeddings = embedding_names(backbone)
+        idle = {name for name, keep in idle_biases(backbone).items() if keep is None}
+        for name, parameter in backbone.named_parameters():
+            is_trained = name in embeddings if tune == "head" else tune == "all" or name not in embeddings
+            parameter.requires_grad_(is_trained and name not in idle)
 
     def grad_scales(self) -> Mapping[str, GradScale]:
-        """Keep the key's third of GPT-2's fused attention biases."""
-        import torch
-
-        from cl_dist.parallel.engine import GradScale
-
-        scales = {}
-        for name, parameter in self.model.named_parameters():
-            if name.endswith("attn.c_attn.bias") and parameter.requires_grad:
-                third = getattr(parameter, "ds_numel", parameter.numel()) // 3
-                ones = torch.ones(third)
-                scales[name] = GradScale(row=torch.cat([ones, torch.zeros(third), ones]))
-        return scales
+        """Keep the biases that change nothing where others lie in the same vector, as in GPT-2."""
+        return idle_scales(self.model.backbone)
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, training: bool) -> LanguageRows:
         """See Learner: questions with their answers.

@@ -4,13 +4,16 @@ Axes: B rows, L tokens, H hidden units.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cl_dist.models.backbone import places, replace
+from cl_dist.models.architectures import architecture, layers_of
+from cl_dist.models.backbone import replace
 from cl_dist.models.classifier import Classifier, freeze
 
 
@@ -21,19 +24,29 @@ class ActiveTask:
     task: int = 0
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """Return a copy with whole weights, also of a module that ZeRO-3 has cut up; then a collective."""
+    copy = deepcopy(module)
+    for own, base in zip(copy.parameters(), module.parameters(), strict=True):
+        if hasattr(base, "ds_id"):
+            cut: Any = base
+            cut.all_gather()
+            own.data = cut.data.clone()
+            cut.partition()
+    return copy
+
+
 class TaskNorms(nn.Module):
     """A layer norm per task, each started as a copy of the backbone's."""
 
-    def __init__(self, base: nn.LayerNorm, active: ActiveTask) -> None:
+    def __init__(self, base: nn.Module, active: ActiveTask) -> None:
         super().__init__()
         self.base, self._active = base, active
         self.norms = nn.ModuleList()
 
     def add_task(self) -> None:
         """Append the norm of the next task."""
-        norm = nn.LayerNorm(self.base.normalized_shape, eps=self.base.eps)
-        norm.load_state_dict(self.base.state_dict())
-        self.norms.append(norm)
+        self.norms.append(copied(self.base))
 
     def forward(self, x_BLH: Tensor) -> Tensor:
         """Normalise with the active task's scale and shift: (B, L, H)."""
@@ -43,22 +56,21 @@ class TaskNorms(nn.Module):
 def insert(
     backbone: PreTrainedModel, active: ActiveTask, behind: Callable[[nn.Module], nn.Module]
 ) -> tuple[list[str], list[TaskNorms]]:
-    """Put a module behind every sub-block, made from what computes its output, and a norm per task after it.
+    """Put a module behind every sub-block, made from what computes its output, and a norm per task in its norm's place.
 
     Returns the sub-blocks' names ("<layer>.<sub-block>") and the norms, in order.
     """
-    where = places(backbone)
+    row = architecture(backbone)
     names: list[str] = []
     all_norms: list[TaskNorms] = []
-    for number, layer in enumerate(backbone.get_submodule(where.layers).children()):
-        for block in where.sub_blocks:
-            norm = layer.get_submodule(block.norm)
-            assert isinstance(norm, nn.LayerNorm)  # what PLACES promises of `norm`
-            norms = TaskNorms(norm, active)
+    for number, (_, layer) in enumerate(layers_of(backbone)):
+        for block in row.sub_blocks:
+            norm = None if block.norm is None else layer.get_submodule(block.norm)
+            if norm is not None and any(True for _ in norm.parameters()):  # one without weights is the same for all
+                all_norms.append(TaskNorms(norm, active))
+                replace(layer, block.norm or "", all_norms[-1])
             replace(layer, block.output, behind(layer.get_submodule(block.output)))
-            replace(layer, block.norm, norms)
             names.append(f"{number}.{block.name}")
-            all_norms.append(norms)
     return names, all_norms
 
 
@@ -90,7 +102,7 @@ class Adapters(nn.Module):
 class AdapterClassifier(Classifier):
     """A frozen backbone in which every task has bottlenecks, norms and a head of its own."""
 
-    def __init__(self, backbone: PreTrainedModel, size: int, pooling: str = "mean") -> None:
+    def __init__(self, backbone: PreTrainedModel, size: int, pooling: str | None = None) -> None:
         super().__init__(backbone, pooling)
         freeze(backbone)
         self.active = ActiveTask()
@@ -132,9 +144,7 @@ class TaskEmbeddings(nn.Module):
 
     def add_task(self) -> None:
         """Append the next task's table, as a copy of the backbone's."""
-        table = nn.Embedding(self.base.num_embeddings, self.base.embedding_dim, self.base.padding_idx)
-        table.load_state_dict(self.base.state_dict())
-        self.tables.append(table)
+        self.tables.append(copied(self.base))
 
     @torch.no_grad()
     def inherit(self, task: int) -> None:

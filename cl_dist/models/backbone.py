@@ -1,7 +1,5 @@
-"""Backbones: loading them from a folder, a package or the hub, and where an architecture has its sub-blocks."""
+"""Backbones: loading them from a folder, a package or the hub."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,77 +19,12 @@ from cl_dist.errors import ConfigError, DataError
 from cl_dist.models.config import ModelConfig
 from cl_dist.places import resolve
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class SubBlock:
-    """A sub-block of a transformer layer: what computes its output, and the norm after the residual sum."""
-
-    name: str
-    output: str
-    """Module whose output is about to be added to the residual stream; a plugin goes behind it."""
-    norm: str
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where the parts of an architecture are, as module paths."""
-
-    layers: str
-    sub_blocks: tuple[SubBlock, ...]
-    query_value: tuple[str, str]
-    """Names of the query and value projections of an attention: where LoRA sits unless it is told otherwise."""
-
-
-_BERT = Places(
-    layers="encoder.layer",
-    sub_blocks=(
-        SubBlock("attention", "attention.output.dropout", "attention.output.LayerNorm"),
-        SubBlock("ffn", "output.dropout", "output.LayerNorm"),
-    ),
-    query_value=("query", "value"),
-)
+M = TypeVar("M", bound=nn.Module)
 _DROPOUTS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
     *("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    *("hidden_dropout", "embedding_dropout", "mlp_dropout", "pooler_dropout"),
 )
-PLACES: dict[str, Places] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "distilbert": Places(
-        layers="transformer.layer",
-        sub_blocks=(
-            SubBlock("attention", "attention.out_lin", "sa_layer_norm"),
-            SubBlock("ffn", "ffn.dropout", "output_layer_norm"),
-        ),
-        query_value=("q_lin", "v_lin"),
-    ),
-}
-"""One row per `model_type` of transformers: to support an architecture, add its row here."""
-
-
-def places(backbone: PreTrainedModel) -> Places:
-    """Return the row of PLACES for a backbone.
-
-    Raises:
-        ConfigError: If the architecture has no row.
-    """
-    return row_for(backbone, PLACES, "cl_dist/models/backbone.py")
-
-
-def row_for(model: PreTrainedModel, table: Mapping[str, T], file: str) -> T:
-    """Return the row of a model's architecture in a table; file is where the table is.
-
-    Raises:
-        ConfigError: If the architecture has no row.
-    """
-    kind = model.config.model_type
-    if kind not in table:
-        raise ConfigError(
-            f"model_type={kind!r}: expected one of {', '.join(table)}; to support it, add a row to PLACES in {file}"
-        )
-    return table[kind]
 
 
 def location(config: ModelConfig) -> str:
@@ -134,7 +67,11 @@ def load_backbone(config: ModelConfig, *, causal: bool = False) -> PreTrainedMod
         where = location(config)
         hf = AutoConfig.from_pretrained(where, revision=config.revision)
         _set_dropout(hf, config.dropout)
-        return kind.from_pretrained(where, revision=config.revision, config=hf, dtype=torch.float32)
+        with torch.random.fork_rng():  # what the file lacks is drawn, more of it where the model is cut up over ranks
+            loaded: PreTrainedModel = kind.from_pretrained(
+                where, revision=config.revision, config=hf, dtype=torch.float32
+            )
+        return loaded
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"science.model.source={config.source!r}: cannot be loaded: {error}") from error
 
@@ -158,6 +95,17 @@ def _set_dropout(hf: PretrainedConfig, rate: float) -> None:
     for name in _DROPOUTS:
         if hasattr(hf, name):
             setattr(hf, name, rate)
+
+
+def lower(model: M) -> M:
+    """Bring a model's parameters to bfloat16, as the engine does in training; buffers stay as they are.
+
+    The frequencies of rotary positions are buffers: rounded to 8 bits, they would turn tokens a thousand places apart
+    by angles that are off by up to radians.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

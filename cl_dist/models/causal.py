@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from cl_dist.models.vocabulary import logits
+
 CHUNK = 2048
 """Labels whose logits exist at a time: with a vocabulary of 50,000 those of a batch would be most of the memory."""
 LOSS, RIGHT, DISTANCE = 0, 1, 2
@@ -41,16 +43,14 @@ class CausalModel(nn.Module):
         if teacher is not None:
             with torch.no_grad():
                 taught_NH = _hidden(teacher.to(batch["place"].device), batch)
-        backbone: Any = self.backbone  # the library's methods carry no types
-        head = backbone.get_output_embeddings()
         parts = []
         for first in range(0, len(hidden_NH), CHUNK):
             here = slice(first, first + CHUNK)
             known_CV = None
             if teacher is not None and taught_NH is not None:
                 with torch.no_grad():
-                    known_CV = teacher.get_output_embeddings()(taught_NH[here]).float().log_softmax(-1)
-            inputs = (head, hidden_NH[here], batch["target"][here], known_CV)
+                    known_CV = logits(teacher, taught_NH[here]).log_softmax(-1)
+            inputs = (self.backbone, hidden_NH[here], batch["target"][here], known_CV)
             if len(hidden_NH) > CHUNK and torch.is_grad_enabled():
                 parts.append(checkpoint(_compare, *inputs, use_reentrant=False))  # logits are made again for backward
             else:
@@ -65,8 +65,8 @@ def _hidden(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return chosen
 
 
-def _compare(head: nn.Module, hidden_CH: Tensor, target_C: Tensor, known_CV: Tensor | None) -> Tensor:
-    logits_CV = head(hidden_CH).float()
+def _compare(backbone: nn.Module, hidden_CH: Tensor, target_C: Tensor, known_CV: Tensor | None) -> Tensor:
+    logits_CV = logits(backbone, hidden_CH)
     log_CV = logits_CV.log_softmax(-1)
     loss_C = F.nll_loss(log_CV, target_C, reduction="none")
     right_C = (logits_CV.argmax(-1) == target_C).float()

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 
-from cl_dist.errors import ConfigError
+from cl_dist.models.architectures import architecture
 
 Bits = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -31,8 +32,8 @@ BLOCK = 64
 """Queries whose order statistic is searched together."""
 
 
-def highest(v_HST: NDArray[np.float32], first: int, beta: int) -> Bits:
-    """Return P of the rows of the queries from `first` on, which are 0 behind their own place.
+def highest(v_HST: NDArray[np.float32], seen: int, beta: int) -> Bits:
+    """Return P of some queries' rows; row k is 0 behind its first `seen` + k + 1 tokens.
 
     At most T - 1 - lo entries of a row are chosen. The zeros behind the last row of a block are the smallest entries of
     all its rows: they are left out, and the order statistic moves down by as many.
@@ -42,7 +43,7 @@ def highest(v_HST: NDArray[np.float32], first: int, beta: int) -> Bits:
     chosen = np.zeros(v_HST.shape, dtype=bool)
     for start in range(0, queries, BLOCK):
         stop = min(start + BLOCK, queries)
-        width = first + stop
+        width = min(seen + stop, length)
         part = v_HST[:, start:stop, :width]
         place = lo - (length - width)
         bound = np.partition(part, place, axis=-1)[..., place : place + 1] if place >= 0 else 0
@@ -61,8 +62,8 @@ def overlap(u_HST: Bits, v_HT: Bits) -> Floats:
 class Watcher(Protocol):
     """Sees the attention of one text, layer by layer, in chunks of queries."""
 
-    def see(self, layer: int, first: int, attention_HST: NDArray[np.float32]) -> None:
-        """Look at the rows of the queries from `first` on."""
+    def see(self, layer: int, seen: int, attention_HST: NDArray[np.float32]) -> None:
+        """Look at the rows of some queries, the first of which sees `seen` tokens before its own, the next one more."""
 
 
 class Recorder:
@@ -73,9 +74,9 @@ class Recorder:
         self._rationale_T, self._units, self._beta = rationale_T, units, beta
         self._best: dict[int, tuple[Floats, Bits]] = {}
 
-    def see(self, layer: int, first: int, attention_HST: NDArray[np.float32]) -> None:
+    def see(self, layer: int, seen: int, attention_HST: NDArray[np.float32]) -> None:
         """See Watcher."""
-        chosen_HST = highest(attention_HST, first, self._beta)
+        chosen_HST = highest(attention_HST, seen, self._beta)
         heads = len(chosen_HST)
         iou_HS = overlap(chosen_HST, np.broadcast_to(self._rationale_T, (heads, len(self._rationale_T))))
         at_H = iou_HS.argmax(1)
@@ -106,9 +107,9 @@ class Comparer:
         self._maps_LUT, self._beta = maps_LUT, beta
         self._best: dict[int, Floats] = {}
 
-    def see(self, layer: int, first: int, attention_HST: NDArray[np.float32]) -> None:
+    def see(self, layer: int, seen: int, attention_HST: NDArray[np.float32]) -> None:
         """See Watcher."""
-        chosen_HST = highest(attention_HST, first, self._beta)
+        chosen_HST = highest(attention_HST, seen, self._beta)
         per_unit = len(chosen_HST) // self._maps_LUT.shape[1]
         found_H = overlap(chosen_HST, self._maps_LUT[layer].repeat(per_unit, 0)).max(1)
         found_U = found_H.reshape(-1, per_unit).max(1)
@@ -119,7 +120,14 @@ class Comparer:
         return np.stack([self._best[layer] for layer in sorted(self._best)])
 
 
-_watchers: list[Watcher] = []
+class _Text:
+    """The text under way: who watches it, and how many layers have been seen."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self.watcher, self.layers = watcher, 0
+
+
+_texts: list[_Text] = []
 
 
 def _attention(
@@ -129,49 +137,83 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend as the model would, one text alone, and let the watcher see each row of it in float32."""
-    if module.training:
-        raise RuntimeError("attention is watched in evaluation mode only: dropout would be part of the maps")
-    if getattr(module, "sliding_window", None):
-        raise ConfigError("attention with a sliding window cannot vote: its rows do not cover the text")
     groups = query.shape[1] // key.shape[1]
     key_HTd, value_HTd = (x[0] if groups == 1 else x[0].repeat_interleave(groups, 0) for x in (key, value))
+    key_HTd = key_HTd.float()  # rounded scores would make ties and order of what is compared
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     length = query.shape[2]
     place_T = torch.arange(length, device=query.device)
     parts = []
     for first in range(0, length, CHUNK):
-        query_HSd = query[0, :, first : first + CHUNK]
-        score_HST = (query_HSd @ key_HTd.transpose(1, 2)).float().mul_(scale)
-        hidden_ST = place_T[None, :] > place_T[first : first + CHUNK, None]
+        query_HSd = query[0, :, first : first + CHUNK].float()
+        score_HST = (query_HSd @ key_HTd.transpose(1, 2)).mul_(scale)
+        if softcap is not None:
+            score_HST = torch.tanh(score_HST / softcap) * softcap
+        behind_ST = place_T[None, :] - place_T[first : first + CHUNK, None]
+        hidden_ST = behind_ST > 0 if module.is_causal else torch.zeros_like(behind_ST, dtype=torch.bool)
+        if sliding_window is not None:
+            hidden_ST |= behind_ST.abs() >= sliding_window
         attention_HST = score_HST.masked_fill_(hidden_ST, float("-inf")).softmax(-1)
-        for watcher in _watchers:
-            watcher.see(module.layer_idx, first, attention_HST.cpu().numpy())
+        _show(module, first if module.is_causal else length, attention_HST)
         parts.append(attention_HST.to(value.dtype) @ value_HTd)
+    for text in _texts:
+        text.layers += 1
     return torch.cat(parts, 1).transpose(0, 1)[None], None
+
+
+def _show(module: nn.Module, seen: int, attention_HST: Tensor) -> None:
+    if module.training:
+        raise RuntimeError("attention is watched in evaluation mode only: dropout would be part of the maps")
+    for text in _texts:
+        text.watcher.see(text.layers, seen, attention_HST.float().cpu().numpy())
 
 
 AttentionInterface.register(ATTENTION, _attention)
 
 
+def _ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args[:2], {**kwargs, "output_attentions": True}
+
+
+def _shown(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+    _show(module, output[1].shape[-1], output[1][0])
+    for text in _texts:
+        text.layers += 1
+    return output[0], None
+
+
 @contextmanager
 def watched(model: PreTrainedModel) -> Iterator[None]:
-    """Have a model attend through this module."""
+    """Have a model attend through this module. DeBERTa's attention cannot be replaced, and is asked for its maps."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
+    own = [module for module in model.modules() if isinstance(module, DisentangledSelfAttention)]
+    hooks = [module.register_forward_pre_hook(_ask, with_kwargs=True) for module in own]
+    hooks += [module.register_forward_hook(_shown) for module in own]
+    if not own:
+        model.set_attn_implementation(ATTENTION)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()
+        if not own:
+            model.set_attn_implementation(before)
 
 
 @torch.no_grad()
 def watch(model: PreTrainedModel, tokens: list[int], watcher: Watcher) -> None:
     """Let a watcher see all the attention of a text; inside `watched`. The language modelling head is not computed."""
-    _watchers.append(watcher)
+    device = next(model.parameters()).device
+    cache = {"use_cache": False} if architecture(model).is_causal else {}
+    text = _Text(watcher)
+    _texts.append(text)
     try:
-        model.base_model(torch.tensor([tokens], device=next(model.parameters()).device), use_cache=False)
+        model.base_model(torch.tensor([tokens], device=device), **cache)
     finally:
-        _watchers.clear()
+        _texts.clear()
+    assert text.layers == model.config.num_hidden_layers  # each layer attends once, in order

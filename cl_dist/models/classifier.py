@@ -1,12 +1,17 @@
-"""An encoder with one classification head per task.
+"""A transformer with one classification head per task.
 
 Axes: B rows, L tokens, H hidden units, K classes of the task.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from cl_dist.errors import ConfigError
+from cl_dist.models.architectures import architecture
 
 Batch = dict[str, Tensor]
 """input_ids, attention_mask and, where the tokenizer gives them, token_type_ids (B, L) int64; label, row, task
@@ -16,10 +21,21 @@ Batch = dict[str, Tensor]
 class Classifier(nn.Module):
     """Sentence vector of a backbone, then the head of the active task."""
 
-    def __init__(self, backbone: PreTrainedModel, pooling: str) -> None:
+    def __init__(self, backbone: PreTrainedModel, pooling: str | None) -> None:
+        """Take a backbone without a language modelling head; pooling is as in ModelConfig.
+
+        Raises:
+            ConfigError: If the architecture is unknown, or has no pooler where one is wanted.
+        """
         super().__init__()
         self.backbone = backbone
-        self.pooling = pooling
+        self._is_causal = architecture(backbone).is_causal
+        self.pooling = pooling or ("last" if self._is_causal else "mean")
+        if pooling == "pooler" and getattr(backbone, "pooler", None) is None:
+            raise ConfigError(
+                f"science.model.pooling='pooler': a {backbone.config.model_type} has no pooler; expected one of "
+                "mean, cls, last, or leave it out"
+            )
         self.heads = nn.ModuleList()
         self.task: int | None = 0
         """Task whose head answers; None answers each row with the head of its own task, batch["task"]."""
@@ -33,21 +49,34 @@ class Classifier(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (B, K) of the active task."""
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
-        output = self.backbone(**inputs)
-        if self.pooling == "pooler":
-            vector_BH = output.pooler_output
-        elif self.pooling == "cls":
-            vector_BH = output.last_hidden_state[:, 0]
-        else:
-            mask_BL1 = batch["attention_mask"][:, :, None].to(output.last_hidden_state.dtype)
-            vector_BH = (output.last_hidden_state * mask_BL1).sum(1) / mask_BL1.sum(1)
+        output = self.backbone(**self._inputs(batch))
+        vector_BH = output.pooler_output if self.pooling == "pooler" else self._pooled(output.last_hidden_state, batch)
         if self.task is not None:
             return self.heads[self.task](vector_BH)
         answers = [head(vector_BH) for head in self.heads]
         widest = max(logits_BK.shape[1] for logits_BK in answers)
         padded = [F.pad(logits_BK, (0, widest - logits_BK.shape[1]), value=-1e9) for logits_BK in answers]
         return torch.stack(padded, 1)[torch.arange(len(vector_BH), device=vector_BH.device), batch["task"]]
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return the backbone's arguments. A decoder counts places from a row's first token, wherever that stands."""
+        inputs: dict[str, Any] = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        if self._is_causal:
+            place_BL = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            return inputs | {"position_ids": place_BL, "use_cache": False}
+        return inputs | {key: batch[key] for key in ("token_type_ids",) if key in batch}
+
+    def _pooled(self, hidden_BLH: Tensor, batch: Batch) -> Tensor:
+        """Return the sentence vectors (B, H); padding may stand on either side."""
+        mask_BL = batch["attention_mask"]
+        if self.pooling == "mean":
+            mask_BL1 = mask_BL[:, :, None].to(hidden_BLH.dtype)
+            return (hidden_BLH * mask_BL1).sum(1) / mask_BL1.sum(1)
+        if self.pooling == "cls":
+            at_B = mask_BL.argmax(1)
+        else:
+            at_B = (mask_BL * torch.arange(mask_BL.shape[1], device=mask_BL.device)).argmax(1)
+        return hidden_BLH[torch.arange(len(at_B), device=at_B.device), at_B]
 
 
 def cross_entropy(logits_BK: Tensor, batch: Batch) -> Tensor:

@@ -19,8 +19,9 @@ class ModelConfig(Section):
     """Precision of the forward pass; bfloat16 keeps float32 masters in the optimizer (ZeRO stages 1-3)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Replaces every dropout rate of the backbone. Above 0, results depend on how rows meet ranks."""
-    pooling: Literal["mean", "cls", "pooler"] = "mean"
-    """Sentence vector: mean over tokens, the first token, or the pretrained tanh pooler of the first token."""
+    pooling: Literal["mean", "cls", "pooler", "last"] | None = None
+    """Sentence vector: mean over tokens, the first token, the pretrained tanh pooler of the first token, or the last
+    token. None takes the mean in an encoder and the last token in a decoder, which alone has read the whole row."""
     answers: Literal["class", "text"] | None = None
     """class: a head per task picks one of its labels; text: a causal language model writes the answer. None takes what
     the method was made for."""

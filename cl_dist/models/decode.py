@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from cl_dist.models.heads import shape_of
 from cl_dist.models.noise import uniform
+from cl_dist.models.vocabulary import logits
 
 SPAN = 16
 """Cache lengths are rounded up to a multiple of this, so that few shapes occur."""
@@ -95,8 +96,7 @@ class Writer:
             return self.step(ids_BL[:, 0], torch.zeros_like(length_B))
         hidden_BLH = self._model.base_model(ids_BL, past_key_values=self._cache, use_cache=True).last_hidden_state
         last_BH = hidden_BLH[torch.arange(len(prompts), device=self._device), length_B - 1]
-        logits_BV: Tensor = self._model.get_output_embeddings()(last_BH).float()
-        return logits_BV
+        return logits(self._model, last_BH)
 
     @torch.no_grad()
     def step(self, token_B: Tensor, at_B: Tensor) -> Tensor:
@@ -104,16 +104,36 @@ class Writer:
         places = self._places
         places.at_B = at_B.to(self._device)
         places.span = min(self._capacity, -(-(int(at_B.max()) + 1) // SPAN) * SPAN)
-        seen_BT = torch.arange(places.span, device=self._device)[None, :] <= places.at_B[:, None]
+        back_BT = places.at_B[:, None] - torch.arange(places.span, device=self._device)[None, :]
         output = self._model.base_model(
             token_B.to(self._device)[:, None],
             position_ids=places.at_B[:, None],
-            attention_mask=seen_BT[:, None, None, :],
+            attention_mask=self._mask(back_BT),
             past_key_values=self._cache,
             use_cache=True,
         )
-        logits_BV: Tensor = self._model.get_output_embeddings()(output.last_hidden_state[:, 0]).float()
-        return logits_BV
+        return logits(self._model, output.last_hidden_state[:, 0])
+
+    def _mask(self, back_BT: Tensor) -> Tensor | dict[str, Tensor]:
+        """Return which tokens each row looks at, given how far back they lie: (B, 1, 1, T).
+
+        Models some of whose layers have a sliding window take a mask for each kind of layer.
+        """
+        config = self._model.config
+        window = getattr(config, "sliding_window", None)
+        seen = self._as_taken(back_BT >= 0)
+        if window is None:
+            return seen
+        near = self._as_taken((back_BT >= 0) & (back_BT < window))
+        has_kinds = getattr(config, "layer_types", None) is not None
+        return {"full_attention": seen, "sliding_attention": near} if has_kinds else near
+
+    def _as_taken(self, seen_BT: Tensor) -> Tensor:
+        """Return a mask as the model's attention takes it: eager attention adds it to the scores."""
+        if self._model.config._attn_implementation != "eager":
+            return seen_BT[:, None, None, :]
+        added_BT = torch.zeros(seen_BT.shape, dtype=self._model.dtype, device=seen_BT.device)
+        return added_BT.masked_fill_(~seen_BT, torch.finfo(self._model.dtype).min)[:, None, None, :]
 
     def keep(self, rows: list[int]) -> None:
         """Go on with some of the rows, in this order."""

@@ -1,52 +1,18 @@
-"""What a head owns, by architecture: which columns or rows of which projections.
+"""What a head owns: which columns or rows of which projections, by the table in architectures.py.
 
 Axes: H query heads, G groups of heads that share keys and values, d size of a head.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from cl_dist.models.backbone import row_for
+from cl_dist.models.architectures import Attention, architecture, layers_of
 
 Level = Literal["block", "group", "head"]
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderPlaces:
-    """Where the attention of a decoder's layers is."""
-
-    layers: str
-    """Module path of the list of layers."""
-    fused: str | None = None
-    """A Conv1D for queries, keys and values: weight (in, 3 H d), their outputs one behind the other."""
-    separate: tuple[str, str, str] | None = None
-    """Linear layers for queries (H d, in), keys and values (G d, in)."""
-    output: str = ""
-    """The projection behind the heads."""
-
-
-PLACES: dict[str, DecoderPlaces] = {
-    "gpt2": DecoderPlaces(layers="transformer.h", fused="attn.c_attn", output="attn.c_proj"),
-    "llama": DecoderPlaces(
-        layers="model.layers",
-        separate=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        output="self_attn.o_proj",
-    ),
-}
-"""One row per `model_type` of transformers: to support an architecture, add its row here."""
-
-
-def places(model: PreTrainedModel) -> DecoderPlaces:
-    """Return the row of PLACES for a model.
-
-    Raises:
-        ConfigError: If the architecture has no row.
-    """
-    return row_for(model, PLACES, "cl_dist/models/heads.py")
 
 
 def shape_of(model: PreTrainedModel) -> tuple[int, int, int, int]:
@@ -61,16 +27,16 @@ def units_of(model: PreTrainedModel, level: Level) -> int:
     """Return how many units a layer has.
 
     Raises:
-        ConfigError: If the architecture has no row in PLACES.
+        ConfigError: If the architecture has no row in the table.
     """
-    places(model)
+    architecture(model)
     _, heads, groups, _ = shape_of(model)
     return {"block": 1, "group": groups, "head": heads}[level]
 
 
 def block_parameters(model: PreTrainedModel, layer: int) -> list[str]:
     """Return the names of a layer's parameters. By whole names: layer 1 is no part of layer 10."""
-    prefix = f"{places(model).layers}.{layer}."
+    prefix = f"{layers_of(model)[layer][0]}."
     return [name for name, _ in model.named_parameters() if name.startswith(prefix)]
 
 
@@ -82,35 +48,97 @@ def kept(
     axis is "row" or "column" of a weight, "row" of a bias. A frozen head keeps its queries; keys and values are frozen
     with a whole group only, since a head alone does not own them. With output, the part of the projection behind the
     heads that reads a frozen head is frozen too.
+
+    Where queries or keys are normalised by weights that all heads share, these stay as they are with the first frozen
+    head. OLMo 2 divides by the size of all heads together: its frozen queries keep their direction, not their length.
     """
-    where = places(model)
+    attention = architecture(model).attention
     _, heads, groups, size = shape_of(model)
-    per_group = heads // groups
-    named = {name for name, _ in model.named_parameters()}
     found: dict[str, tuple[str, Tensor]] = {}
-    for layer in sorted({layer for layer, _ in units}):
-        mine = [unit for at, unit in units if at == layer]
-        query_H, shared_G = torch.ones(heads), torch.ones(groups)
-        if level == "group":
-            shared_G[mine] = 0
-            query_H = shared_G.repeat_interleave(per_group)
-        else:
-            query_H[mine] = 0
-            if per_group == 1:
-                shared_G = query_H
+    layers = layers_of(model)
+    for number in sorted({layer for layer, _ in units}):
+        path, layer = layers[number]
+        query_H, shared_G = _whole_units([unit for at, unit in units if at == number], level, heads, groups)
         query, shared = query_H.repeat_interleave(size), shared_G.repeat_interleave(size)
-        prefix = f"{where.layers}.{layer}."
-        if where.fused is not None:
-            entries = [(where.fused, "column", torch.cat([query, shared, shared]))]
-            behind = "row"
-        else:
-            assert where.separate is not None
-            entries = [(name, "row", keep) for name, keep in zip(where.separate, (query, shared, shared), strict=True)]
-            behind = "column"
-        for name, axis, keep in entries:
-            found[f"{prefix}{name}.weight"] = (axis, keep)
-            if f"{prefix}{name}.bias" in named:
-                found[f"{prefix}{name}.bias"] = ("row", keep)
+        for name, keep in _projected(attention, query, shared, shared, size):
+            module = layer.get_submodule(name)
+            found[f"{path}.{name}.weight"] = ("column" if isinstance(module, Conv1D) else "row", keep)
+            if getattr(module, "bias", None) is not None:
+                found[f"{path}.{name}.bias"] = ("row", keep)
+        for name, keep in zip(attention.norms, (query, shared), strict=False):
+            for inner, parameter in _parameters_at(layer, name):
+                known = getattr(parameter, "ds_numel", parameter.numel())
+                shared_by_all = torch.ones(size) * keep.min()
+                found[f"{path}.{name}.{inner}"] = ("row", keep if known == len(keep) else shared_by_all)
         if output:
-            found[f"{prefix}{where.output}.weight"] = (behind, query)
+            behind = "row" if isinstance(layer.get_submodule(attention.output), Conv1D) else "column"
+            found[f"{path}.{attention.output}.weight"] = (behind, query)
     return found
+
+
+def _whole_units(mine: list[int], level: Level, heads: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Return 0 for each head (H,) whose queries, and each group (G,) whose keys and values, the units own."""
+    query_H, shared_G = torch.ones(heads), torch.ones(groups)
+    if level == "group":
+        shared_G[mine] = 0
+        query_H = shared_G.repeat_interleave(heads // groups)
+    else:
+        query_H[mine] = 0
+        if heads == groups:
+            shared_G = query_H
+    return query_H, shared_G
+
+
+def _projected(attention: Attention, query: Tensor, key: Tensor, value: Tensor, size: int) -> list[tuple[str, Tensor]]:
+    """Return each projection with what is said of queries (H d), keys and values (G d), in the order of its outputs."""
+    parts = (query, key, value)
+    if attention.layout == "separate":
+        return list(zip(attention.projections, parts, strict=True))
+    if attention.layout == "joined":
+        return [(attention.projections[0], torch.cat(parts))]
+    by_head = torch.stack([part.unflatten(0, (-1, size)) for part in parts], 1)
+    return [(attention.projections[0], by_head.flatten())]
+
+
+def _parameters_at(layer: nn.Module, path: str) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters of a module that the configuration may have left out."""
+    parent, _, name = path.rpartition(".")
+    module = getattr(layer.get_submodule(parent), name, None)
+    return [] if module is None else list(module.named_parameters())
+
+
+KEYS = 1
+"""Place of the keys among separate projections."""
+
+
+def idle_biases(model: PreTrainedModel) -> dict[str, Tensor | None]:
+    """Return the biases of keys that change nothing: name -> 1 where an entry counts, 0 where not; None: none counts.
+
+    What shifts all scores of a query alike, the softmax takes out: a bias on keys that are not turned by their place.
+    The gradient that is left is rounding noise, of which AdamW would make whole steps, other ones on every number of
+    workers.
+    """
+    row = architecture(model)
+    if row.attention.positions == "relative":
+        return {}
+    _, heads, groups, size = shape_of(model)
+    turned = _turned(model, size) if row.attention.positions == "rotary" else 0
+    if turned >= size:
+        return {}
+    counts = (torch.arange(size) < turned).float().repeat(groups)
+    query, value = torch.ones(heads * size), torch.ones(groups * size)
+    found: dict[str, Tensor | None] = {}
+    for path, layer in layers_of(model):
+        if any(_parameters_at(layer, name) for name in row.attention.norms):
+            continue
+        is_alone = row.attention.layout == "separate"
+        for number, (name, keep) in enumerate(_projected(row.attention, query, counts, value, size)):
+            if getattr(layer.get_submodule(name), "bias", None) is not None and (number == KEYS or not is_alone):
+                found[f"{path}.{name}.bias"] = None if is_alone and not turned else keep
+    return found
+
+
+def _turned(model: PreTrainedModel, size: int) -> int:
+    """Return how many of a head's dimensions, the first ones, rotary positions turn."""
+    known: Any = getattr(model.config, "rope_parameters", None) or {}
+    return int(size * known.get("partial_rotary_factor", 1.0))

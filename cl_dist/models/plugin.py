@@ -116,7 +116,7 @@ class CtrClassifier(Classifier):
         model.finish_task(); model.save_plugins("plugins.safetensors")
     """
 
-    def __init__(self, backbone: PreTrainedModel, shape: MaskShape, pooling: str = "mean") -> None:
+    def __init__(self, backbone: PreTrainedModel, shape: MaskShape, pooling: str | None = None) -> None:
         super().__init__(backbone, pooling)
         freeze(backbone)
         self.shape, self.context = shape, Context()
@@ -219,7 +219,7 @@ class CtrClassifier(Classifier):
 
     def save_plugins(self, path: Path | str) -> None:
         """Write plugins, norms, heads and masks, without the backbone, as safetensors."""
-        owned = {name: p.detach().contiguous() for name, p in self.named_parameters() if self._is_ours(name)}
+        owned = {name: parameter.detach().contiguous() for name, parameter in self.own_parameters().items()}
         save_file({**owned, **{f"masks.{k}": v for k, v in self.masks().items()}}, str(path))
 
     def load_plugins(self, path: Path | str) -> None:
@@ -228,17 +228,17 @@ class CtrClassifier(Classifier):
         self.load_masks({k.removeprefix("masks."): v for k, v in state.items() if k.startswith("masks.")})
         rest = {k: v for k, v in state.items() if not k.startswith("masks.")}
         _, unexpected = self.load_state_dict(rest, strict=False)
-        missing = [name for name, _ in self.named_parameters() if self._is_ours(name) and name not in rest]
+        missing = [name for name in self.own_parameters() if name not in rest]
         if unexpected or missing:
             raise ValueError(
                 f"{path}: made for another model or task count: missing {missing[:3]}, extra {unexpected[:3]}"
             )
 
-    @staticmethod
-    def _is_ours(name: str) -> bool:
-        return name.startswith("heads.") or any(
-            part in name for part in (".sharing.", ".fc1.", ".fc2.", ".gate", ".norms.")
-        )
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Return by name what is not the backbone's: plugins, norms of tasks, heads."""
+        own = {id(p) for plugin in self.plugins for n, p in plugin.named_parameters() if not n.startswith("inner.")}
+        own |= {id(p) for part in (*(norms.norms for norms in self.norms), self.heads) for p in part.parameters()}
+        return {name: parameter for name, parameter in self.named_parameters() if id(parameter) in own}
 
 
 def pack(mask_TU: Tensor) -> Tensor:

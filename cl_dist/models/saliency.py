@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from cl_dist.models.vocabulary import logits
+
 
 def salient(
     model: PreTrainedModel, context: int, prefix: list[int], ans: int, answer: list[int], share: float
@@ -25,7 +27,7 @@ def salient(
     with torch.enable_grad():
         input_LH = untyped.get_input_embeddings()(tokens).detach().requires_grad_(True)
         hidden_LH = untyped.base_model(inputs_embeds=input_LH, use_cache=False).last_hidden_state[0, len(prefix) : -1]
-        logits_AV = untyped.get_output_embeddings()(hidden_LH).float()
+        logits_AV = logits(untyped, hidden_LH)
         loss = F.cross_entropy(logits_AV, tokens[0, len(prefix) + 1 :], reduction="sum")
         (gradient_LH,) = torch.autograd.grad(loss, input_LH)
     weight_T = (gradient_LH * input_LH.detach())[0, :context].float().sum(-1).abs().cpu().numpy()

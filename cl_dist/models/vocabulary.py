@@ -1,8 +1,9 @@
-"""Rows for special tokens in a language model's vocabulary."""
+"""A language model's vocabulary: rows for special tokens, and logits."""
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 
@@ -22,3 +23,10 @@ def extend(model: PreTrainedModel, size: int, known: int, seed: int) -> None:
         for number in range(known, weight.shape[0]):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + number) & (2**63 - 1))
             weight[number] = mean_H + torch.randn(mean_H.shape, generator=generator) * 0.02
+
+
+def logits(model: Any, hidden_XH: Tensor) -> Tensor:
+    """Return the logits behind last hidden states, in float32: (X, V). Gemma 2 bends them: cap * tanh(x / cap)."""
+    found_XV: Tensor = model.get_output_embeddings()(hidden_XH).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return found_XV if cap is None else torch.tanh(found_XV / cap) * cap

@@ -1,5 +1,6 @@
 """How a Train stage is spread over workers: the settings of the engine; torch-free."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -37,12 +38,42 @@ class EngineConfig(Section):
     does."""
 
 
+def buffer_bounds(total: int, trained: int, largest: int) -> dict[str, int]:
+    """Return DeepSpeed's buffers in elements for a model of so many, its own defaults at most.
+
+    Those are made for models of billions: ZeRO-3 would keep any smaller model whole on every rank once it has been
+    gathered, and every rank would hold a buffer of 5e8 gradients, however few are trained.
+
+    Args:
+        total: Elements of the model.
+        trained: Those that are trained.
+        largest: Elements of its largest parameter.
+    """
+    share = max(largest, total // 8)
+    return {
+        "reduce_bucket_size": min(BUCKET, max(largest, trained)),
+        "stage3_prefetch_bucket_size": min(50_000_000, total // 16),
+        "stage3_max_live_parameters": min(1_000_000_000, share),
+        "stage3_max_reuse_distance": min(1_000_000_000, share),
+    }
+
+
+LARGE = 10**12
+"""A model for which DeepSpeed's defaults are made."""
+
+
 def deepspeed_settings(
-    config: EngineConfig, *, num_micro: int, micro_batch: int, clip: float, bf16: bool, trained: int = BUCKET
+    config: EngineConfig,
+    *,
+    num_micro: int,
+    micro_batch: int,
+    clip: float,
+    bf16: bool,
+    bounds: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return the configuration that DeepSpeed is given.
 
-    clip is the bound of the gradient norm, 0 for none; trained is how many elements the model trains.
+    clip is the bound of the gradient norm, 0 for none; bounds are those of a large model unless they are given.
     """
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -54,7 +85,7 @@ def deepspeed_settings(
             "stage": config.zero_stage,
             "stage3_param_persistence_threshold": config.persistence_threshold,
             "contiguous_gradients": config.zero_stage > 1,
-            "reduce_bucket_size": min(BUCKET, trained),  # allocated whole, however small the model
+            **(buffer_bounds(LARGE, LARGE, LARGE // 100) if bounds is None else bounds),
         },
         "zero_allow_untested_optimizer": True,  # torch's AdamW
     }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cl_dist.errors import ConfigError
 from cl_dist.parallel import params
-from cl_dist.parallel.config import EngineConfig, deepspeed_settings
+from cl_dist.parallel.config import EngineConfig, buffer_bounds, deepspeed_settings
 from cl_dist.parallel.world import World
 
 
@@ -268,9 +268,16 @@ class DeepSpeedEngine:
         self.optimizer, self.schedule = _adamw(model, optimizing)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         exact = params.read(trained) if bf16 else {}
-        elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained.values())
+        if bf16 and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            # Where some parameters are cut up already, DeepSpeed takes it that all have been lowered.
+            for parameter in model.parameters():
+                if not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        elements = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()]
+        held = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained.values()]
+        bounds = buffer_bounds(sum(elements), sum(held), max(elements))
         settings = deepspeed_settings(
-            config, num_micro=num_micro, micro_batch=micro_batch, clip=optimizing.clip, bf16=bf16, trained=elements
+            config, num_micro=num_micro, micro_batch=micro_batch, clip=optimizing.clip, bf16=bf16, bounds=bounds
         )
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, lr_scheduler=self.schedule, config=settings, dist_init_required=False

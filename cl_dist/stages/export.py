@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from cl_dist.errors import CheckpointError, ConfigError
 from cl_dist.ledger import write_json
 from cl_dist.methods import METHODS
 from cl_dist.methods.base import Learner
-from cl_dist.models.backbone import load_backbone, load_tokenizer
+from cl_dist.models.backbone import load_backbone, load_tokenizer, lower
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.seeds import seeded
@@ -60,7 +59,7 @@ class Card(Section):
     """In learned order."""
     method: dict[str, Any]
     answers: Literal["class", "text"] = "class"
-    pooling: Literal["mean", "cls", "pooler"]
+    pooling: Literal["mean", "cls", "pooler", "last"] | None
     dtype: Literal["float32", "bfloat16"]
     """Precision of the forward pass; the files hold float32."""
     dropout: float
@@ -174,7 +173,7 @@ def load_exported(folder: Path | str, task: str | None = None) -> tuple[nn.Modul
         learner.load_state_dict(state)
     model = model.eval()
     if card.dtype == "bfloat16":
-        model = model.to(torch.bfloat16)
+        lower(model)
     learner.activate(number)
     tokenizer = load_tokenizer(config)
     tokenizer.model_max_length = card.tasks[number].max_length

@@ -1,13 +1,13 @@
 """What a worker is given: a stage and the settings it uses, and how it builds the model that the stage starts from."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-import torch
 from safetensors.torch import load_file
 
 from cl_dist.data.load import load_task
@@ -19,15 +19,15 @@ from cl_dist.methods.base import Learner, MethodConfig
 from cl_dist.models.backbone import load_backbone
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.config import EngineConfig
+from cl_dist.parallel.divided import dividing
 from cl_dist.parallel.seeds import seeded
+from cl_dist.parallel.world import World
 from cl_dist.stage import EvaluateConfig, Generate, GenerateConfig, Rationalise, Ref, Stage, Train, TrainConfig
 from cl_dist.stages.weights import StoredWeights
 
 LEARNER = "learner.safetensors"
 Due = Literal["", "save", "stop"]
 """What a Train stage is asked to do between two steps: save, or save and stop."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""By science.model.dtype. A model goes to its device in it: there may be no room for float32 on the way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +102,12 @@ def new_learner(
     return kind(method, num_labels, model, seed)
 
 
-def build_learner(job: Job, up_to: int | None = None) -> Learner:
+def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False) -> Learner:
     """Return the stage's learner with its model: backbone, parts of all tasks so far, stored weights.
 
     New parts are drawn from a seed of (run seed, task id), so every rank and every restart draws the same. With up_to,
     parts of later tasks are neither made nor read: what scores an early task needs no capsules of later ones.
+    divided cuts the backbone up over the ranks as it is loaded, where the learner can cope with that; all ranks call.
 
     Raises:
         CheckpointError: If a stored file is missing or does not fit the model.
@@ -117,8 +118,12 @@ def build_learner(job: Job, up_to: int | None = None) -> Learner:
     last = job.stage.task if up_to is None else up_to
     num_labels = tuple(len(task_data(job, task).labels) for task in range(last + 1))
     learner = new_learner(job.method, job.model, num_labels, job.seed, name)
+    divided = divided and learner.takes_divided and job.model.config is None
+    cut = dividing(World.current(), bf16=job.model.dtype == "bfloat16") if divided else nullcontext()
     with seeded(job.seed, "build", job.tasks[last].id, *number):
-        model = learner.build(load_backbone(job.model, causal=learner.answers == "text"), last)
+        with cut:
+            backbone = load_backbone(job.model, causal=learner.answers == "text")
+        model = learner.build(backbone, last)
     own = model.state_dict()
     latest: dict[str, StoredWeights] = {}
     for folder in job.chain:

@@ -22,6 +22,7 @@ from cl_dist.errors import StoppedError, TrainingError
 from cl_dist.methods.base import Learner, Rows
 from cl_dist.models.backbone import load_tokenizer, recompute_activations
 from cl_dist.models.classifier import count_parameters
+from cl_dist.parallel.divided import is_divided
 from cl_dist.parallel.engine import Engine, GradScale, Optimizing, Pull, build_engine
 from cl_dist.parallel.guard import Guard
 from cl_dist.parallel.seeds import seeded
@@ -58,7 +59,7 @@ def run(
     stage, world = job.stage, World.current()
     assert isinstance(stage, Train)
     began = entered = time.monotonic()
-    learner = build_learner(job)
+    learner = build_learner(job, divided=is_divided(job.engine, world))
     start(job, learner)
     if job.engine.activation_checkpointing:
         recompute_activations(learner.model)

@@ -44,8 +44,8 @@ def test_gradients_of_earlier_micro_batches_lie_beside_the_most_activations() ->
             3,
             {"weights": 4 * 300, "parts of tasks": 4 * 34, "optimizer": 12 * 200, "gradients": 800, "buckets": 2400},
             {
-                "micro-batch": 1000 + 4000,
-                "end of the forward pass": 900 + 4000 + 4000,
+                "micro-batch": 1000 + 4 * (300 // 2 + 62 + 300),  # W is M here, F is 1000 // 16
+                "end of the forward pass": 900 + 4 * (300 // 2 + 62 + 300) + 4 * (62 + 300),
                 "reduction": 2 * 2400 + 1200,
                 "step": 800,
             },

@@ -4,13 +4,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2Model, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError, DataError
-from cl_dist.models.backbone import PLACES, load_backbone, load_tokenizer, places, replace
-from cl_dist.models.config import ModelConfig, PluginShape
-from cl_dist.models.plugin import CtrClassifier
+from cl_dist.models.backbone import load_backbone, load_tokenizer, replace
+from cl_dist.models.config import ModelConfig
 from tests.encoders import KINDS, batch_of, encoder
 
 
@@ -65,24 +64,6 @@ def test_without_dropout_training_is_deterministic(folder: Path) -> None:
     with torch.no_grad():
         first, second = (model(batch["input_ids"], batch["attention_mask"])[0] for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("kind", PLACES)
-def test_every_architecture_of_the_table_has_its_sub_blocks_where_the_table_says(kind: str) -> None:
-    model = encoder(kind)
-    where = places(model)
-    layers = list(model.get_submodule(where.layers).children())
-    assert len(layers) == 2
-    for layer in layers:
-        for block in where.sub_blocks:
-            layer.get_submodule(block.output)
-            assert isinstance(layer.get_submodule(block.norm), nn.LayerNorm)
-
-
-def test_an_unknown_architecture_is_told_which_are_known_and_where_to_add_one() -> None:
-    model = GPT2Model(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8))
-    with pytest.raises(ConfigError, match=r"model_type='gpt2': expected one of bert, roberta, distilbert; .*PLACES"):
-        CtrClassifier(model, PluginShape())
 
 
 def test_a_name_that_the_hub_does_not_give_is_an_error_of_the_setting() -> None:

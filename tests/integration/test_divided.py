@@ -1,0 +1,222 @@
+"""CTR on a backbone that is cut up while it is loaded: ZeRO-3 on two gloo ranks, none of which ever holds all of it.
+
+What is alive is counted: bytes of the storages of tensors, each once, from their making to their end. Files that are
+mapped into memory do not count, since their pages are the operating system's to keep or drop.
+"""
+
+import weakref
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoConfig, AutoModel
+
+from cl_dist.config import parse
+from cl_dist.jobs import Workbook
+from cl_dist.models.architectures import layers_of
+from cl_dist.models.plugin import CtrClassifier
+from cl_dist.parallel.config import EngineConfig
+from cl_dist.run_config import RunConfig
+from cl_dist.stage import Ref
+from cl_dist.stages import train
+from cl_dist.stages.job import Job, build_learner
+from cl_dist.stages.weights import StoredWeights
+from tests import parity, tiny
+from tests.architectures import TINY
+from tests.parity import Trained
+from tests.pool import Ranks
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of torch, about names that DeepSpeed uses
+    pytest.mark.timeout(300),
+]
+LAYERS = 6
+TRAIN = {"epochs": 1, "global_batch": 4, "min_round_steps": 1, "select": "last"}
+DEEP = {"num_hidden_layers": LAYERS, "hidden_size": 128, "intermediate_size": 2048, "initializer_range": 0.1}
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor) and value.device.type != "meta":
+                storage = value.untyped_storage()
+                if storage._cdata not in given:  # not a view, nor a file in a tensor's clothes
+                    self._add(storage)
+        return result
+
+    def _add(self, storage: Any) -> None:
+        place = storage._cdata
+        if place in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(place)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, place, size)
+
+    def _drop(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rank saw while it trained a stage."""
+
+    peak: int
+    """Bytes alive at most, from building the model to the saved weights."""
+    whole: int
+    """Most bytes of the backbone's parameters that were whole at a time when a layer began or ended."""
+
+
+def observe(rank: int, world: int, job: Job, out: str) -> Seen:
+    whole: list[int] = []
+
+    def look(model: Any) -> None:
+        whole.append(sum(p.untyped_storage().nbytes() for p in backbone_of(model)))
+
+    module: Any = train
+    build = module.build_learner
+
+    def built(*args: Any, **kwargs: Any) -> Any:
+        learner = build(*args, **kwargs)
+        look(learner.model)
+        for _, layer in layers_of(learner.model.backbone):
+            layer.register_forward_pre_hook(lambda *_: look(learner.model))
+            layer.register_full_backward_pre_hook(lambda *_: look(learner.model))
+        return learner
+
+    module.build_learner = built
+    try:
+        with Alive() as alive:
+            train.run(job, Path(out), lambda event: None)
+    finally:
+        module.build_learner = build
+    return Seen(alive.peak, max(whole))
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+    """A run on a deep backbone in a folder, whose first task is trained."""
+    folder = tmp_path_factory.mktemp("divided")
+    sizes = {**TINY["llama"], **DEEP, "vocab_size": len(tiny.SPOKEN), "pad_token_id": 0}
+    maker: Any = AutoModel
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = maker.from_config(AutoConfig.for_model("llama", **sizes))
+        model.to(torch.bfloat16).save_pretrained(folder / "deep")  # as published ones are: loaded, it is made anew
+    tiny.save_tokenizer(folder / "deep", tiny.SPOKEN)
+    method = {**tiny.CTR, "tsm_size": 8, "capsule_mid": 4, "filters": 3}
+    science = {"method": method, "seed": parity.SEED, "model": {"source": str(folder / "deep")}, "train": dict(TRAIN)}
+    tree = tiny.tree(folder, {"science": science}, tasks=("food", "film"), train=8)
+    made = Workbook(parse(RunConfig, tree))
+    first = Ref(task=0, stage="train")
+    parity.train_here(made.job(made.stage(first)), made.ledger.path(first))
+    return made
+
+
+def second(book: Workbook, **engine: Any) -> Job:
+    engine = {"zero_stage": 3, "micro_batch": 1, **engine}
+    return replace(book.job(book.stage(parity.SECOND)), engine=EngineConfig(**engine))
+
+
+def backbone_bytes(job: Job) -> int:
+    model = build_learner(job).model
+    assert isinstance(model, CtrClassifier)
+    return sum(parameter.numel() * 4 for parameter in backbone_of(model))
+
+
+def backbone_of(model: CtrClassifier) -> list[torch.nn.Parameter]:
+    own = model.own_parameters()
+    return [parameter for name, parameter in model.named_parameters() if name not in own]
+
+
+def test_no_rank_holds_the_whole_model_from_building_to_saving(ranks: Ranks, book: Workbook, tmp_path: Path) -> None:
+    """Otherwise loaded it would, so that the count can fail; what is trained is the same to the bit.
+
+    The most that is alive, 0.92 of the backbone here, is half of it, what is gathered, plugins, moments, activations.
+    """
+    job = second(book)
+    whole = backbone_bytes(job)
+    trained = []
+    for function, name in ((observe, "divided"), (_observe_whole, "whole")):
+        (tmp_path / name).mkdir()
+        seen = ranks.run(function, job, str(tmp_path / name), timeout_s=250.0)
+        if name == "divided":
+            assert max(each.whole for each in seen) < whole / 4  # what is gathered for a layer or two
+            assert max(each.peak for each in seen) < whole
+        else:
+            assert min(each.whole for each in seen) >= whole
+        trained.append(Trained.read(tmp_path / name))
+    assert trained[0].difference(trained[1]) == {"weights": 0, "metrics": 0, "mask_bits": 0}
+
+
+def _observe_whole(rank: int, world: int, job: Job, out: str) -> Seen:
+    return _undivided(observe, rank, world, job, out)
+
+
+def _undivided(function: Any, *args: Any) -> Any:
+    module: Any = train
+    before = module.is_divided
+    module.is_divided = lambda config, world: False
+    try:
+        return function(*args)
+    finally:
+        module.is_divided = before
+
+
+def test_plugins_alone_are_saved_by_the_ranks_that_own_them_and_loaded_on_any_number(
+    ranks: Ranks, book: Workbook, tmp_path: Path
+) -> None:
+    job = second(book)
+    (tmp_path / "out").mkdir()
+    ranks.run(_train, job, str(tmp_path / "out"), timeout_s=250.0)
+    stored = StoredWeights(tmp_path / "out")
+    model = _started(job)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert set(stored) == names
+    assert names < model.own_parameters().keys()
+    files = sorted((tmp_path / "out").glob("trainable-*.safetensors"))
+    assert len(files) == 2
+    total = sum(stored[name].numel() for name in names) * 4
+    for path in files:
+        assert path.stat().st_size < total / 2 * 1.3 + 64 * 1024  # headers name every piece
+
+
+def _started(job: Job) -> CtrClassifier:
+    learner = build_learner(job)
+    train.start(job, learner)
+    assert isinstance(learner.model, CtrClassifier)
+    return learner.model
+
+
+def _train(rank: int, world: int, job: Job, out: str) -> None:
+    train.run(job, Path(out), lambda event: None)
+
+
+def test_in_bfloat16_a_divided_backbone_is_rounded_as_a_whole_one(ranks: Ranks, book: Workbook, tmp_path: Path) -> None:
+    job = second(book)
+    job = replace(job, model=job.model.model_copy(update={"dtype": "bfloat16"}))
+    found = []
+    for name, function in (("divided", _train), ("whole", _train_whole)):
+        (tmp_path / name).mkdir()
+        ranks.run(function, job, str(tmp_path / name), timeout_s=250.0)
+        found.append(Trained.read(tmp_path / name))
+    assert found[0].difference(found[1]) == {"weights": 0, "metrics": 0, "mask_bits": 0}
+
+
+def _train_whole(rank: int, world: int, job: Job, out: str) -> None:
+    _undivided(_train, rank, world, job, out)
