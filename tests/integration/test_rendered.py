@@ -24,7 +24,7 @@ import yaml
 from cl_dist.config import Tree
 from launcher.render import RUN_FILE, SHARED
 from tests.integration import ray_runs
-from tests.integration.ray_runs import ROOT, START_S, wait_for
+from tests.integration.ray_runs import ROOT, START_S, events, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 CL_DIST = f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom launcher.cli import main\nmain()\n"
@@ -215,8 +215,7 @@ def test_a_slurm_job_is_queued_again_and_ends_like_a_plain_train(
     log = script.parent / "slurm.log"
     first = Process(["bash", str(script)], script.parent, env, log)
     try:
-        gang = run / "logs" / "ray"
-        wait_for(lambda: any(gang.glob("gang-*")) or first.process.poll() is not None, START_S, "the gang starts")
+        wait_for(lambda: bool(events(run)) or first.process.poll() is not None, START_S, "the run begins")
         first.process.send_signal(signal.SIGTERM)  # to the script alone, as --signal=B: has it
         assert first.process.wait(START_S) == 75, first.output
     finally:

@@ -68,6 +68,7 @@ def test_manifests_carry_the_run_file_that_was_rendered(cli: Cli, tree: Any, tmp
         ({"workers": 4, "min_workers": 2, "gpus_per_worker": 1, "cpus_per_worker": 3}, 1, 4, 2, "3", "1"),
         ({"workers": 8, "min_workers": 3, "gpus_per_worker": 1, "cpus_per_worker": 2.5}, 4, 2, 1, "10", "4"),
         ({"workers": 3, "gpus_per_worker": 0.5}, 2, 2, 2, "2", "1"),
+        ({"workers": 3, "gpus_per_worker": 0.5}, 3, 1, 1, "3", "2"),
         ({"workers": 2, "gpus_per_worker": 1}, 8, 1, 1, "2", "2"),
     ],
 )
