@@ -112,4 +112,4 @@ def test_bytes_on_disk() -> None:
 def test_every_number_comes_with_its_formula() -> None:
     found: Any = memory.training(MODEL, ONE, Gang(3, 3)).plain()
     assert all(each["formula"] for key in ("resident", "moments", "activations") for each in found[key])
-    assert found["highest_moment"] == "end of the forward pass"
+    assert found["highest_moment"] == "reduction"
