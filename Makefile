@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo
 
-.PHONY: help setup demo test test-ray test-gpu check fmt bench parity chaos fuzz tables clean
+.PHONY: help setup demo test test-ray test-gpu check fmt bench parity chaos memory scaling fuzz tables clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,7 +24,7 @@ $(DEMO): $(STAMP) launcher/recipes/ctr-demo.requirements.txt
 	@touch $@
 
 test: $(STAMP)  ## all tests that run on CPU, with Ray; CI=true also fails on a skip not in tests/allowed_skips.txt
-	$(BIN)/python -m pytest tests -rs -m 'not gpu and not bench'
+	$(BIN)/python -X faulthandler -m pytest tests -rs -m 'not gpu and not bench'
 
 test-ray: $(STAMP)  ## the tests that start Ray
 	$(BIN)/python -m pytest tests -rs -m ray
@@ -52,6 +52,14 @@ parity: $(STAMP)  ## every method, ZeRO stage, gang of 1-3 and accumulation agai
 
 chaos: $(STAMP)  ## kill runs at drawn points and resume them, into README.md
 	$(BIN)/python -m tests.chaos tests/results/chaos.json
+	$(BIN)/python -m launcher.tables write
+
+memory: $(STAMP)  ## the plan's memory against live tensors on one rank and two, into README.md
+	$(BIN)/python -m tests.memory tests/results/memory.json
+	$(BIN)/python -m launcher.tables write
+
+scaling: $(STAMP)  ## training with 1, 2 and 4 workers of this machine, and many GPUs on paper, into cluster_configs/SCALING.md
+	$(BIN)/python -m tests.scaling tests/results/scaling.json
 	$(BIN)/python -m launcher.tables write
 
 fuzz: $(STAMP)  ## hostile run files, rows, manifests and checkpoints, some 40,000 of them

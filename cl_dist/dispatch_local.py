@@ -27,7 +27,7 @@ class LocalDispatcher:
         if job.stage.kind == "train":
             with _signals_noted() as noted:
                 try:
-                    train.run(job, Path(out), tracker.event, lambda: bool(noted))
+                    train.run(job, Path(out), tracker.event, lambda: "stop" if noted else "")
                     self._stop = noted[0] if noted else None
                     return
                 except StoppedError as stopped:

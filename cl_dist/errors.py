@@ -85,6 +85,12 @@ class StoppedError(ClDistError):
     exit_code = 75
 
 
+class JobError(ClDistError):
+    """A cluster's job server cannot be reached, or a job is not there."""
+
+    exit_code = 7
+
+
 class QualityError(ClDistError):
     """A run is finished, but misses a bound that `--fail-if` sets."""
 

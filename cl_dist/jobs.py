@@ -41,6 +41,7 @@ class Workbook:
         self.config = config
         self.tasks = config.science.sequence()
         self.ledger = Ledger(config.folder, [task.id for task in self.tasks.tasks], self.facts)
+        self._plans: dict[int, list[Stage]] = {}
         self._facts: dict[tuple[int, str], dict[str, Any]] = {}
 
     @property
@@ -50,8 +51,10 @@ class Workbook:
 
     def plan(self, task: int) -> list[Stage]:
         """Return the stages of a task."""
-        method = self.config.science.method
-        return METHODS[method.name].plan(method, self.tasks, task)
+        if task not in self._plans:
+            method = self.config.science.method
+            self._plans[task] = METHODS[method.name].plan(method, self.tasks, task)
+        return self._plans[task]
 
     def stage(self, ref: Ref) -> Stage:
         """Return the planned stage of a name."""

@@ -107,7 +107,7 @@ class Ledger:
             "facts": facts,
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - clock, 3),
-            "files": {name: _synced(path) for name, path in files.items() if name.split("/")[0] not in UNFINISHED},
+            "files": {name: synced(path) for name, path in files.items() if name.split("/")[0] not in UNFINISHED},
         }
         write_json(partial / MANIFEST, manifest)
         self._move(partial, final)
@@ -217,7 +217,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _synced(path: Path) -> str:
+def synced(path: Path) -> str:
     """Make a file durable, and return its digest."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -15,6 +15,7 @@ from cl_dist.methods.base import MethodConfig, TaskSequence
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.stage import EvaluateConfig, GenerateConfig, TrainConfig
+from cl_dist.trackers import Name
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 
@@ -25,6 +26,9 @@ class RunSection(Section):
     name: Annotated[str, Field(pattern=NAME)]
     dir: str = "runs"
     """Folder that holds run folders; on a cluster, one that every node sees."""
+    trackers: list[Name] = []
+    """Also send numbers to tensorboard, mlflow or wandb; the run folder holds all of them without. Needs
+    `pip install 'cl-dist[tracking]'`."""
 
 
 class Science(Section):
@@ -172,7 +176,7 @@ class RunConfig(Section):
         science = merged(tree["science"], over)
         if "method" in over:
             science["method"] = over["method"]  # another method has other settings: replaced, not merged
-        run = {"name": name, "dir": str(self.folder / "baselines")}
+        run = {**tree["run"], "name": name, "dir": str(self.folder / "baselines")}
         parts = {"run": run, "science": science, "cluster": tree.get("cluster", {})}
         return parse(RunConfig, parts, f"baselines.{name}.")
 

@@ -46,7 +46,7 @@ class Tracker:
             "run": self._book.config.run.name,
             "status": "running",
             "command": state.get("command") or self._command,
-            "versions": {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+            "versions": versions(),
             "git": _git(),
             "attempts": [*state.get("attempts", []), attempt],
         }
@@ -78,27 +78,31 @@ class Tracker:
         self._watch(line)
 
     def stage_done(self, stage: Stage) -> None:
-        """Bring the matrix and the summary up to date once a stage's result is in place."""
-        self.write_summary()
-        event: dict[str, Any] = {"event": "stage_done"}
+        """Note that a stage's result is in place; with new scores, bring the matrix and the summary up to date."""
+        event: dict[str, Any] = {"event": "stage_done", "metrics": stage_metrics(self._book, stage)}
         if isinstance(stage, Evaluate):
-            row = matrix(self._book, "score")[stage.task]
+            found = self.write_summary()
+            row = found["matrix"]["accuracy"][stage.task]
             event |= {"accuracy": {self._book.tasks.tasks[u].id: row[u] for u in range(stage.task + 1)}}
+            event["metrics"] |= {f"acc/R/{t}": value for t, value in event["accuracy"].items() if value is not None}
         self.event(event)
         self._stage = None
 
-    def write_summary(self) -> None:
-        """Write R.csv and summary.json."""
-        write_matrix(self._folder / "metrics" / "R.csv", self._book, matrix(self._book, "score"))
-        write_json(self._folder / "metrics" / "summary.json", summary(self._book))
+    def write_summary(self) -> dict[str, Any]:
+        """Write R.csv and summary.json, and return the summary."""
+        found = summary(self._book)
+        write_matrix(self._folder / "metrics" / "R.csv", self._book, found["matrix"]["accuracy"])
+        write_json(self._folder / "metrics" / "summary.json", found)
+        return found
 
     def finish(self, status: str = "finished") -> None:
         """Note how the attempt ended."""
         self._state |= {"status": status, "attempts": self._state["attempts"]}
         self._state["attempts"][-1] |= {"ended": _now(), "seconds": round(time.monotonic() - self._began, 3)}
         write_json(self._folder / "run.json", self._state)
-        self.write_summary()
-        self.event({"event": status})
+        metrics = {name: found["value"] for name, found in self.write_summary()["metrics"].items()}
+        numbers = {name: value for name, value in metrics.items() if value is not None}
+        self.event({"event": status, "tasks": len(self._book.tasks), "metrics": numbers})
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -195,11 +199,6 @@ def _stage_facts(book: Workbook) -> list[dict[str, Any]]:
     for stage in (stage for t in range(len(book.tasks)) for stage in book.plan(t)):
         manifest = book.ledger.manifest(ref(stage))
         if manifest is not None:
-            metrics = book.ledger.read(ref(stage), "train.json")["metrics"] if isinstance(stage, Train) else {}
-            if isinstance(stage, Generate):
-                written = book.ledger.read(ref(stage), "replay.json")["tasks"].values()
-                names = ("requested", "generated", "malformed", "duplicate", "kept")
-                metrics = {f"replay/{name}": sum(numbers[name] for numbers in written) for name in names}
             facts.append(
                 {
                     "key": book.ledger.key(ref(stage)),
@@ -208,10 +207,27 @@ def _stage_facts(book: Workbook) -> list[dict[str, Any]]:
                     "seconds": manifest["seconds"],
                     "started": manifest["started"],
                     "workers": book.config.cluster.workers,
-                    "metrics": metrics,
+                    "metrics": stage_metrics(book, stage),
                 }
             )
     return facts
+
+
+def stage_metrics(book: Workbook, stage: Stage) -> dict[str, float]:
+    """Return the numbers that a finished Train, Generate or Vote stage tells."""
+    match stage:
+        case Train():
+            return dict(book.ledger.read(ref(stage), "train.json")["metrics"])
+        case Generate():
+            written = book.ledger.read(ref(stage), "replay.json")["tasks"].values()
+            names = ("requested", "generated", "malformed", "duplicate", "kept")
+            return {f"replay/{name}": sum(numbers[name] for numbers in written) for name in names}
+        case Vote():
+            found = book.ledger.read(ref(stage), "critical.json")
+            skipped = sum(found["skipped"].values())
+            return {"vote/samples": found["used"], "vote/skipped": skipped, "vote/margin": found["margin"]}
+        case _:
+            return {}
 
 
 def _plugin_facts(book: Workbook) -> dict[str, Any]:
@@ -278,6 +294,11 @@ def _row(cells: Sequence[float | None] | None) -> list[float] | None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of what a result depends on; None for what is not installed."""
+    return {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()}
 
 
 def _version(name: str) -> str | None:

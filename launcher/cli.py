@@ -1,8 +1,8 @@
 """The command line: `cl-dist VERB [CONFIG] [dotted.key=value ...] [--json] [-v]`, one function per verb.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 ok, 1 internal, 2 usage or settings, 3 data, 4 cluster,
-5 training failed, 6 stored results, 8 quality gate, 75 stopped early but resumable, 130 interrupted. What is done with
-a finished run's model is in `verbs`.
+5 training failed, 6 stored results, 7 job or cluster not reachable, 8 quality gate, 75 stopped early but resumable,
+130 interrupted. What is done with a finished run's model is in `verbs`, with jobs in `job_verbs`.
 """
 
 import json
@@ -19,17 +19,19 @@ import typer
 from rich.table import Table
 
 from cl_dist.errors import ConfigError, QualityError, StoppedError
-from launcher import console, runs, sizes, verbs
-from launcher.options import AddTasks, AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
+from launcher import console, job_verbs, planning, preflight, render, runs, verbs
+from launcher.options import Address, AddTasks, AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
 from launcher.quality import FailIf as Gate
 from launcher.quality import parse_gates
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Continual learning of transformers, distributed.")
 data_app = typer.Typer(no_args_is_help=True, help="Look at the data of a run file.")
 app.add_typer(data_app, name="data")
+app.add_typer(render.app, name="render")
 
 app.command("eval")(verbs.eval_)
-for verb in (verbs.predict, verbs.inspect, verbs.export):
+JOBS = (job_verbs.submit, job_verbs.jobs, job_verbs.logs, job_verbs.stop)
+for verb in (planning.plan, preflight.check, verbs.predict, verbs.inspect, verbs.export, *JOBS):
     app.command()(verb)
 
 
@@ -62,12 +64,19 @@ def resume(
     add_tasks: AddTasks = None,
     baselines: Baselines = True,
     fail_if: FailIf = None,
+    address: Address = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Go on with a run that was stopped or killed; the number of workers may differ (cluster.workers=4)."""
+    """Go on with a run that was stopped or killed; the number of workers may differ (cluster.workers=4).
+
+    With --address, RUN is the id of a job that has ended: it goes on as a job of that cluster.
+    """
     console.start_logging(verbose)
     gates, settings = parse_gates(fail_if or []), overrides or []
+    if address is not None:
+        job_verbs.resume(run, settings, address, has_more=add_tasks is not None or bool(gates) or not baselines)
+        return
     if run is not None and "=" in str(run) and not run.exists():  # `cl-dist resume cluster.workers=4`
         run, settings = None, [str(run), *settings]
     folder = runs.latest(Path("runs")) if run is None else run
@@ -96,48 +105,15 @@ def _conclude(run: Any, summaries: list[dict[str, Any]], gates: list[Gate], as_j
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Print the stages of a run, what each needs, and which are done; starts nothing."""
-    from cl_dist.jobs import Workbook
-    from cl_dist.run_config import load_run
-    from cl_dist.stage import ref
-
-    book = Workbook(load_run(runs.run_file(config), overrides or []))
-    book.check_data()
-    stages = [
-        {
-            "stage": book.ledger.key(ref(stage)),
-            "kind": stage.kind,
-            "rows": book.num_rows(stage),
-            "inputs": [book.ledger.key(r) for r in stage.inputs],
-            "fingerprint": book.ledger.fingerprint(stage)[:12],
-            "done": book.ledger.is_done(stage),
-        }
-        for t in range(len(book.tasks))
-        for stage in book.plan(t)
-    ]
-    plugins = sizes.plugins(book.config)
-    if as_json:
-        console.out.print_json(json.dumps({"run": book.config.run.name, "stages": stages, "plugins": plugins}))
-        return
-    table = Table("stage", "kind", "rows", "after", "fingerprint", "state", title=f"plan of {book.config.run.name}")
-    for line in stages:
-        state = "done" if line["done"] else "to do"
-        inputs = ", ".join(line["inputs"]) or "backbone"  # type: ignore[arg-type]
-        table.add_row(line["stage"], line["kind"], str(line["rows"]), inputs, line["fingerprint"], state)  # type: ignore[arg-type]
-    console.out.print(table)
-    if plugins is not None:
-        console.out.print(sizes.sentence(plugins))
-    for name in book.config.baselines:
-        console.out.print(f"then baseline {name}: {book.config.baseline(name).science.method.name} on the same tasks")
-
-
-@app.command()
 def status(
     run: RunOrLast = None,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell how far a run is."""
+    """Tell how far a run is; with --address, RUN is the id of a job."""
+    if address is not None:
+        job_verbs.status(run, address, as_json)
+        return
     from cl_dist.jobs import Workbook
     from cl_dist.stage import ref
     from cl_dist.tracking import read_state

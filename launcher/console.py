@@ -108,7 +108,7 @@ class Watch:
 
     def _plain(self, event: Mapping[str, Any]) -> None:
         """Write one line: to the log file always, to stderr where no bar is shown."""
-        skipped = {"ts", "event", "stage", "task", "kind"}
+        skipped = {"ts", "event", "stage", "task", "kind", "metrics", "tasks"}
         words = [f"{key}={_short(value)}" for key, value in event.items() if key not in skipped]
         line = " ".join([event["event"], *([f"stage={event['stage']}"] if "stage" in event else []), *words])
         self._log.info(line)

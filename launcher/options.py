@@ -11,6 +11,11 @@ Run = Annotated[Path, typer.Argument(help="a run folder")]
 RunOrLast = Annotated[Path | None, typer.Argument(help="a run folder; the one worked on last if left out")]
 Task = Annotated[str, typer.Option(help="id of the task")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="job server of a Ray head, http://HOST:8265; RAY_ADDRESS, or one on this machine"),
+]
+JobId = Annotated[str, typer.Argument(help="id of a job, as `submit` prints it")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="the log on stderr, tracebacks with errors")]
 Baselines = Annotated[bool, typer.Option(help="also run the baselines that the run file names")]
 FailIf = Annotated[

@@ -16,8 +16,10 @@ from cl_dist.errors import ConfigError, DataError, StoppedError
 from cl_dist.jobs import Workbook
 from cl_dist.ledger import write_json, write_text
 from cl_dist.run_config import RunConfig
+from cl_dist.stage import flat
 from cl_dist.storage import only_driver, told_when_full
-from cl_dist.tracking import Tracker, read_state, summary
+from cl_dist.trackers import Trackers
+from cl_dist.tracking import Tracker, Watcher, read_state, summary
 from launcher import console
 from launcher.report import write_report
 
@@ -63,7 +65,7 @@ def reopen(folder: Path, overrides: list[str], added: Path | None = None) -> Run
             f"RUN={str(folder)!r}: expected a run folder, with config.yaml in it; `cl-dist train` makes one"
         )
     tree = plain_yaml(path)
-    tree["run"] = {"name": folder.resolve().name, "dir": str(folder.parent)}
+    tree["run"] = {**tree.get("run", {}), "name": folder.resolve().name, "dir": str(folder.parent)}
     if added is not None:
         tree = _with_tasks(tree, added)
     return parse(RunConfig, apply_overrides(tree, overrides))
@@ -140,7 +142,7 @@ def execute(
                 if any(missing):
                     dispatcher = _dispatcher(config)
                 for book, needed in zip(books, missing, strict=True):
-                    tracker = Tracker(book, command, watch)
+                    tracker = Tracker(book, command, _watched(book.config, watch))
                     if needed:
                         _run(book, dispatcher, tracker)
                     elif read_state(book.config.folder).get("status") != "finished":
@@ -153,13 +155,29 @@ def execute(
     return conclude(config)
 
 
+def _watched(config: RunConfig, watch: Watcher) -> Watcher:
+    """Return what sees the events of a run: the terminal, and the trackers that the run file names."""
+    if not config.run.trackers:
+        return watch
+    trackers = Trackers(config.run.trackers, config.folder, config.run.name, flat(config.tree()["science"]))
+
+    def both(event: Mapping[str, Any]) -> None:
+        watch(event)
+        trackers(event)
+
+    return both
+
+
 def _run(book: Workbook, dispatcher: Any, tracker: Tracker) -> None:
     try:
         sequence.run(book, dispatcher, tracker)
     except (KeyboardInterrupt, StoppedError) as error:
         tracker.finish("stopped" if isinstance(error, StoppedError) else "interrupted")
         raise
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error.__cause__, StoppedError):  # told in the middle of Ray's compiled code, which wraps it
+            tracker.finish("stopped")
+            raise error.__cause__ from None
         with suppress(OSError):  # a full disk is what ended the run, and stays the error that is told
             tracker.finish("failed")
         raise

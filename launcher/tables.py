@@ -1,7 +1,7 @@
 """README tables, written from the summaries of runs: no figure in it is typed in.
 
 python -m launcher.tables keep NAME RUN...   store the summaries of runs under tests/results/NAME.json
-python -m launcher.tables write              fill the marked blocks of README.md from tests/results/*.json
+python -m launcher.tables write              fill the marked blocks of the pages from tests/results/*.json
 """
 
 import json
@@ -13,6 +13,8 @@ from statistics import mean
 from typing import Any
 
 RESULTS, README = Path("tests/results"), Path("README.md")
+PAGES = (README, Path("cluster_configs/SCALING.md"))
+"""Where marked blocks may be."""
 BLOCK = r"(<!-- table: {name} -->\n).*?(<!-- end -->)"
 COLUMNS = {
     "cl/avg_acc": "accuracy",
@@ -123,11 +125,56 @@ def chaos(data: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def memory(data: Mapping[str, Any]) -> str:
+    """Return the Markdown table of `tests.memory`: a row per stage and gang, a column per micro-batch."""
+    head = "| stage | workers | engine | whole share at once | one row at once |"
+    lines = [head, "| --- " * 5 + "|"]
+    cells: dict[tuple[str, int, int | None], dict[str, str]] = {}
+    for line in data["lines"]:
+        sizes = [line[key] / 2**20 for key in ("told", "measured")]
+        text = f"{sizes[0]:.1f} / {sizes[1]:.1f} ({sizes[0] / sizes[1]:.3f})"
+        cells.setdefault((line["what"], line["workers"], line["zero_stage"]), {})[str(line["micro_batch"])] = text
+    for (what, workers, stage), found in cells.items():
+        engine = "torch" if stage is None else f"ZeRO-{stage}"
+        whole = found.get("auto") or found.get("None", "-")
+        lines.append(f"| {what} | {workers} | {engine} | {whole} | {found.get('1', '-')} |")
+    lines.append("")
+    lines.append(
+        "MiB that the plan tells / most MiB of live tensors that were measured on a rank (their ratio), on CPUs. Rows "
+        f"of {data['length']} tokens, {data['global_batch']} a step, 4 layers of width 192, float32, torch "
+        f"{data['torch']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def scaling(data: Mapping[str, Any]) -> str:
+    """Return the Markdown tables of `tests.scaling`: what was measured, then what is on paper."""
+    lines = ["| scaling | workers | global batch | s a step | tokens/s | times one worker |", "| --- " * 6 + "|"]
+    first: dict[str, float] = {}
+    for row in data["measured"]:
+        times = row["tokens_per_s"] / first.setdefault(row["how"], row["tokens_per_s"])
+        numbers = f"{row['step_s']:.3f} | {row['tokens_per_s']:.0f} | {times:.2f}"
+        lines.append(f"| {row['how']} | {row['workers']} | {row['global_batch']} | {numbers} |")
+    lines += ["", f"{data['cores']} cores, one thread a worker, ZeRO-2, torch {data['torch']}.", ""]
+    lines += ["| on paper | GPUs | rows a rank | computing s | links s | tokens/s | |", "| --- " * 7 + "|"]
+    for each in data["paper"]:
+        for step in each["steps"]:
+            numbers = f"{step['compute_s']:.3g} | {step['link_s']:.3g} | {step['tokens_per_s']:,.0f}"
+            lines.append(f"| {each['what']} | {step['ranks']} | {step['rows']} | {numbers} | {step['note']} |")
+    rows = data["rows"]
+    lines += [
+        "",
+        f"{data['machine']}; {rows['global_batch']} rows of {rows['tokens']} tokens a step, micro_batch: "
+        f"{rows['micro_batch']}, activations computed again.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def filled(readme: str) -> str:
-    """Return the README with every marked block written from its results file."""
+    """Return a page with every marked block written from its results file."""
     for path in sorted(RESULTS.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf8"))
-        block = {"parity": parity, "chaos": chaos}.get(path.stem, table)(data)
+        block = {"parity": parity, "chaos": chaos, "memory": memory, "scaling": scaling}.get(path.stem, table)(data)
 
         def put(match: re.Match[str], block: str = block) -> str:
             return match[1] + block + match[2]
@@ -142,7 +189,8 @@ def main() -> None:
         case ["keep", name, *folders] if folders:
             keep(name, [Path(folder) for folder in folders])
         case ["write"]:
-            README.write_text(filled(README.read_text(encoding="utf8")), encoding="utf8")
+            for page in PAGES:
+                page.write_text(filled(page.read_text(encoding="utf8")), encoding="utf8")
         case _:
             sys.exit(__doc__)
 

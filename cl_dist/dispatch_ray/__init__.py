@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 
 from cl_dist.dispatch_ray.cluster import check_fits, connect, last_lines
 from cl_dist.dispatch_ray.gang import Gang
+from cl_dist.dispatch_ray.nodes import check_storage
 from cl_dist.dispatch_ray.pool import Pool
 from cl_dist.errors import ClusterError
 from cl_dist.run_config import ClusterConfig
@@ -28,7 +29,7 @@ class RayDispatcher:
         """Join or start the cluster.
 
         Raises:
-            ClusterError: If it cannot be reached, or can never hold the gang.
+            ClusterError: If it cannot be reached, can never hold the gang, or has nodes that do not see the run folder.
         """
         self._cluster, self._folder = cluster, folder
         self._gang: Gang | None = None
@@ -36,6 +37,7 @@ class RayDispatcher:
         connect(cluster)
         try:
             check_fits(cluster)
+            check_storage(folder)
         except ClusterError:
             ray.shutdown()
             raise

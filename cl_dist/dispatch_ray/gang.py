@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray._private.state import state
 from ray.exceptions import RayError, RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -22,7 +23,7 @@ from cl_dist.errors import ClDistError, ClusterError, StoppedError, TrainingErro
 from cl_dist.parallel.world import World
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stages import train
-from cl_dist.stages.job import Job
+from cl_dist.stages.job import Due, Job
 from cl_dist.storage import told_when_full
 from cl_dist.tracking import Tracker
 
@@ -52,7 +53,7 @@ class Mailbox:
         self._events: list[dict[str, Any]] = []
         self._places: dict[int, Place] = {}
         self._starts = 0
-        self._stop = False
+        self._asked: Due = ""
         self._saved = -1
 
     async def hello(self, place: Place, size: int) -> None:
@@ -73,15 +74,22 @@ class Mailbox:
 
     async def post(self, parcel: Parcel) -> None:
         """Hand a stage to the gang."""
-        self._parcel, self._error, self._stop = parcel, None, False
+        self._parcel, self._error, self._asked = parcel, None, ""
 
-    async def stop(self) -> None:
-        """Ask the gang to save the stage it is at and to leave it."""
-        self._stop = True
+    async def working(self, number: int) -> None:
+        """Last as long as a stage does: under the stage's name, for Ray's dashboard."""
+        while self._done < number != self._saved and self._error is None and not self._closed:
+            await asyncio.sleep(10 * POLL_S)
 
-    async def wants_stop(self) -> bool:
-        """Return whether it was asked to."""
-        return self._stop
+    async def ask(self, due: Due) -> None:
+        """Ask the gang to save the stage it is at, or to save and leave it."""
+        self._asked = due
+
+    async def asks(self) -> Due:
+        """Return what it is asked for; to save only once."""
+        asked = self._asked
+        self._asked = "stop" if asked == "stop" else ""
+        return asked
 
     async def saved(self, number: int) -> None:
         """Take note that a stage was left, saved, because it was asked for; nobody shall go on with it."""
@@ -151,8 +159,9 @@ def gang_worker(config: Mapping[str, Any]) -> None:
         gc.collect()  # engines hold themselves in cycles, and the next stage builds another
 
 
-def _asks(mailbox: Any) -> bool:
-    return bool(ray.get(mailbox.wants_stop.remote(), timeout=ACTOR_TIMEOUT_S))
+def _asks(mailbox: Any) -> Due:
+    asked: Due = ray.get(mailbox.asks.remote(), timeout=ACTOR_TIMEOUT_S)
+    return asked
 
 
 class _Throttled:
@@ -212,15 +221,15 @@ class _Fits:
         self._cluster, self._looked = cluster, time.monotonic()
         self._missing_since: float | None = None
 
-    def look(self) -> None:
-        """Look every few seconds.
+    def look(self) -> bool:
+        """Look every few seconds; return whether it was time to.
 
         Raises:
             ClusterError: If nodes have been missing for longer than lost_node_timeout_s.
         """
         now = time.monotonic()
         if now - self._looked < FITS_S:
-            return
+            return False
         self._looked = now
         try:
             check_fits(self._cluster)
@@ -236,6 +245,7 @@ class _Fits:
                     f"{patience:g}: {error}\nFinished stages and the last checkpoint are kept: `cl-dist resume` goes "
                     "on from here, also with fewer workers (cluster.workers=...)."
                 ) from error
+        return True
 
 
 class Gang:
@@ -263,6 +273,7 @@ class Gang:
         parcel = Parcel(number, job, out, str(Path(out).parents[2] / "logs"), self._cluster.step_timeout_s)
         self._busy = True
         ray.get(self._mailbox.post.remote(parcel), timeout=ACTOR_TIMEOUT_S)
+        self._mailbox.working.options(name=job.key).remote(number)
         try:
             self._watch(parcel, tracker)
         except (KeyboardInterrupt, StoppedError) as stop:
@@ -276,7 +287,7 @@ class Gang:
             "stopping: the stage is saved first, for up to cluster.stop_timeout_s=%g", self._cluster.stop_timeout_s
         )
         deadline = time.monotonic() + self._cluster.stop_timeout_s
-        ray.get(self._mailbox.stop.remote(), timeout=ACTOR_TIMEOUT_S)
+        ray.get(self._mailbox.ask.remote("stop"), timeout=ACTOR_TIMEOUT_S)
         while time.monotonic() < deadline and not self._ended():
             news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)
             for event in news["events"]:
@@ -304,7 +315,7 @@ class Gang:
             TrainingError: If it failed more often than allowed.
         """
         deadline = time.monotonic() + self._cluster.start_timeout_s
-        fits = _Fits(self._cluster)
+        fits, drained = _Fits(self._cluster), set[str]()
         while True:
             news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)
             for event in news["events"]:
@@ -329,8 +340,21 @@ class Gang:
                     f"the gang of {self._cluster.workers} workers did not start within cluster.start_timeout_s="
                     f"{self._cluster.start_timeout_s:g}; free now: {ray.available_resources()}"
                 )
-            fits.look()
+            if fits.look() and (leaving := self._leaving(news["places"]) - drained):
+                drained |= leaving
+                ranks = [place.rank for place in news["places"] if place.node in leaving]
+                tracker.event({"event": "notice", "ranks": ranks})
+                log.warning("nodes drained under ranks=%s: the stage is saved", ranks)
+                ray.get(self._mailbox.ask.remote("save"), timeout=ACTOR_TIMEOUT_S)
             time.sleep(POLL_S)
+
+    @staticmethod
+    def _leaving(places: list[Place]) -> set[str]:
+        """Return the nodes of ranks that Ray has been told will be taken away."""
+        draining: dict[str, int] = (
+            state.get_draining_nodes()
+        )  # what Ray Train and Serve ask too; there is no public way
+        return draining.keys() & {place.node for place in places}
 
     def _ended(self) -> BaseException | None:
         """Return why the gang has ended, None while it lives."""

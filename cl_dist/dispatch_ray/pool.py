@@ -88,7 +88,8 @@ class Pool:
             while any(blocks) and idle:
                 number = idle.pop()
                 shard = blocks[number].pop() if blocks[number] else max(blocks, key=len).popleft()
-                running[self._actors[number].run.remote(stage, shared, shard)] = (number, shard)
+                call = self._actors[number].run.options(name=job.key)  # what Ray's dashboard shows
+                running[call.remote(stage, shared, shard)] = (number, shard)
             ended, _ = ray.wait(list(running), timeout=5.0)
             for future in ended:
                 number, shard = running.pop(future)

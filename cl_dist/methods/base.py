@@ -84,6 +84,9 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
+    def length(self, number: int) -> int:
+        """Return the tokens of a row."""
+
     def by_length(self, indices: Iterable[int] | None = None) -> list[int]:
         """Return row numbers from long to short."""
 

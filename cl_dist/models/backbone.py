@@ -1,7 +1,7 @@
 """Backbones: loading them from a folder, a package or the hub."""
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -74,6 +74,21 @@ def load_backbone(config: ModelConfig, *, causal: bool = False) -> PreTrainedMod
         return loaded
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"science.model.source={config.source!r}: cannot be loaded: {error}") from error
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Have the backbone inside a model compute its layers' activations again in the backward pass.
+
+    Raises:
+        ConfigError: If its architecture cannot.
+    """
+    backbone = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+    if not backbone.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"cluster.activation_checkpointing: model_type={backbone.config.model_type!r} does not know it"
+        )
+    enable: Any = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _set_dropout(hf: PretrainedConfig, rate: float) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cl_dist.errors import ConfigError
 from cl_dist.parallel import params
-from cl_dist.parallel.config import EngineConfig
+from cl_dist.parallel.config import EngineConfig, deepspeed_settings
 from cl_dist.parallel.world import World
 
 
@@ -268,25 +268,17 @@ class DeepSpeedEngine:
         self.optimizer, self.schedule = _adamw(model, optimizing)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         exact = params.read(trained) if bf16 else {}
-        if bf16 and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            # Where some parameters are cut up already, DeepSpeed takes it that all have been lowered.
+        divided = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+        if bf16 and divided:  # then DeepSpeed takes it that all parameters have been lowered
             for parameter in model.parameters():
                 if not hasattr(parameter, "ds_id"):
                     parameter.data = parameter.data.to(torch.bfloat16)
-        settings = {
-            "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": num_micro,
-            "gradient_clipping": optimizing.clip,  # DeepSpeed's default is 1.0, not off
-            "steps_per_print": 10**9,
-            "bf16": {"enabled": bf16},
-            "zero_optimization": {
-                "stage": config.zero_stage,
-                "stage3_param_persistence_threshold": config.persistence_threshold,
-                "contiguous_gradients": config.zero_stage > 1,
-                **_bounds(model),
-            },
-            "zero_allow_untested_optimizer": True,
-        }
+        elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained.values())
+        settings = deepspeed_settings(
+            config, num_micro=num_micro, micro_batch=micro_batch, clip=optimizing.clip, bf16=bf16, trained=elements
+        )
+        if divided:
+            settings["zero_optimization"] |= _let_go(model)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, lr_scheduler=self.schedule, config=settings, dist_init_required=False
         )
@@ -333,20 +325,17 @@ class DeepSpeedEngine:
         self._engine.destroy()
 
 
-def _bounds(model: nn.Module) -> dict[str, int]:
-    """Return DeepSpeed's buffers in elements, its own defaults at most: these are made for models of billions.
+def _let_go(model: nn.Module) -> dict[str, int]:
+    """Return settings with which ZeRO-3 keeps an eighth of a model gathered, or its largest parameter, and no more.
 
-    With them ZeRO-3 would keep a model of fewer than 1e9 parameters whole on every rank once it has been gathered, and
-    every rank would hold a buffer of 5e8 gradients, however few are trained.
+    DeepSpeed's own keep a model of fewer than 1e9 parameters whole on every rank once it has been gathered.
     """
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    total, largest = sum(size for size, _ in sizes), max(size for size, _ in sizes)
-    share = max(largest, total // 8)
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()]
+    share = min(1_000_000_000, max(*sizes, sum(sizes) // 8))
     return {
-        "reduce_bucket_size": min(500_000_000, max(largest, sum(size for size, is_trained in sizes if is_trained))),
-        "stage3_prefetch_bucket_size": min(50_000_000, total // 16),
-        "stage3_max_live_parameters": min(1_000_000_000, share),
-        "stage3_max_reuse_distance": min(1_000_000_000, share),
+        "stage3_prefetch_bucket_size": min(50_000_000, sum(sizes) // 16),
+        "stage3_max_live_parameters": share,
+        "stage3_max_reuse_distance": share,
     }
 
 

@@ -10,18 +10,21 @@ The folder appears under its name by one rename. The two newest are kept; a dama
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from cl_dist.ledger import UNFINISHED, sha256, sync_folder, write_json
+from cl_dist.errors import StorageError
+from cl_dist.ledger import UNFINISHED, sha256, sync_folder, synced, write_json
 from cl_dist.parallel import moments
 from cl_dist.parallel.engine import Engine
 from cl_dist.parallel.world import World
-from cl_dist.stages.weights import Pieces, StoredWeights
+from cl_dist.stages.weights import TRAINABLE, Pieces, StoredWeights
+from cl_dist.storage import told_when_full
 
 log = logging.getLogger(__name__)
 FOLDER, INDEX, BEST, KEPT = "checkpoints", "checkpoint.json", "best", 2
@@ -38,15 +41,12 @@ class Best:
         if isinstance(self._weights, Path):
             self._weights = folder
 
-    def save(self, folder: Path, world: World) -> None:
-        """Write them to a folder. A collective."""
+    def write(self, folder: Path, rank: int) -> list[Path]:
+        """Write what is this rank's to a folder, and return the files; rank 0 copies a checkpoint's. No collective."""
         if isinstance(self._weights, Pieces):
-            self._weights.save(folder)
-            return
-        if world.rank == 0:
-            for path in self._weights.iterdir():
-                shutil.copyfile(path, folder / path.name)
-        world.gather(None)
+            return self._weights.write(folder)
+        files = self._weights.iterdir() if rank == 0 else ()
+        return [Path(shutil.copyfile(path, folder / path.name)) for path in files]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,32 +72,87 @@ class Checkpoint:
         moments.restore(engine, self.step, {key: StoredWeights(self.folder, key) for key in moments.KEYS})
 
 
-def save(out: Path, engine: Engine, facts: Mapping[str, Any], best: Best | None) -> None:
-    """Write a checkpoint below out. A collective; facts are plain data, equal on all ranks, with the `step`."""
-    world, final = engine.world, out / FOLDER / f"step-{facts['step']:08d}"
-    partial = final.with_name(f"{final.name}.partial")
-    if world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / BEST).mkdir(parents=True)
-    world.gather(None)
-    Pieces(engine).save(partial)
-    for key in moments.KEYS:
-        Pieces(engine, key).save(partial, key)
-    if best is not None:
-        best.save(partial / BEST, world)
-    if world.rank == 0:
-        files = {str(p.relative_to(partial)): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
-        loss = None if best is None else best.loss
-        write_json(partial / INDEX, {**facts, "best_loss": loss, "files": files})
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        sync_folder(final.parent)
-    world.gather(None)
-    if best is not None:
-        best.lie_in(final / BEST)
-    if world.rank == 0:
-        for old in _found(out)[KEPT:]:
-            shutil.rmtree(old)
+class Writer:
+    """Writes checkpoints below a stage's folder, while training goes on: a copy is taken, each rank's thread writes it.
+
+    No thread calls a collective. What is written becomes a checkpoint by `commit`, which all ranks come to together.
+    """
+
+    def __init__(self, out: Path, engine: Engine) -> None:
+        self._folder, self._engine, self._world = out / FOLDER, engine, engine.world
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._written: Future[dict[str, str]] | None = None
+        self._facts: dict[str, Any] = {}
+        self._best: Best | None = None
+
+    def save(self, facts: Mapping[str, Any], best: Best | None, *, wait: bool) -> None:
+        """Begin to write a checkpoint, after the one before; with wait, end it too. A collective.
+
+        facts are plain data, equal on all ranks, with the `step`.
+        """
+        self.commit()
+        self._facts, self._best = {**facts, "best_loss": None if best is None else best.loss}, best
+        if self._world.rank == 0:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            (self._partial / BEST).mkdir(parents=True)
+        self._world.gather(None)
+        keys = {TRAINABLE: None, **{key: key for key in moments.KEYS}}
+        copies = ((stem, Pieces(self._engine, key)) for stem, key in keys.items())  # each taken when it is written,
+        taken = copies if wait else list(copies)  # but before the next step where that does not wait
+        self._written = self._thread.submit(_write, self._partial, taken, best, self._world.rank)
+        if wait:
+            self.commit()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether there are files of this rank that await a commit; false while they are being written."""
+        return self._written is not None and self._written.done()
+
+    def commit(self) -> None:
+        """Wait until what was begun is written, and make it a checkpoint. A collective.
+
+        Raises:
+            StorageError: On all ranks, if one of them could not write.
+        """
+        if self._written is None:
+            return
+        error = self._written.exception()
+        if error is not None and not isinstance(error, StorageError):
+            raise error
+        outcomes = self._world.gather(error or self._written.result())
+        self._written = None
+        if failed := [outcome for outcome in outcomes if isinstance(outcome, BaseException)]:
+            raise failed[0]
+        partial, final = self._partial, self._partial.with_suffix("")
+        if self._world.rank == 0:
+            files = {name: digest for share in outcomes if isinstance(share, dict) for name, digest in share.items()}
+            write_json(partial / INDEX, {**self._facts, "files": files})
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            sync_folder(final.parent)
+        self._world.gather(None)
+        if self._best is not None:
+            self._best.lie_in(final / BEST)
+        if self._world.rank == 0:
+            for old in _found(self._folder.parent)[KEPT:]:
+                shutil.rmtree(old)
+
+    def close(self) -> None:
+        """Wait for this rank's thread. No collective: what it wrote is no checkpoint yet."""
+        self._thread.shutdown()
+
+    @property
+    def _partial(self) -> Path:
+        return self._folder / f"step-{self._facts['step']:08d}.partial"
+
+
+def _write(folder: Path, copies: Iterable[tuple[str, Pieces]], best: Best | None, rank: int) -> dict[str, str]:
+    """Write a rank's files, and return their digests by name."""
+    with told_when_full(folder):
+        paths = [path for stem, pieces in copies for path in pieces.write(folder, stem)]
+        if best is not None:
+            paths += best.write(folder / BEST, rank)
+        return {str(path.relative_to(folder)): synced(path) for path in paths}
 
 
 def latest(out: Path, world: World) -> Checkpoint | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 from safetensors.torch import load_file
 
@@ -25,6 +26,9 @@ from cl_dist.stage import EvaluateConfig, Generate, GenerateConfig, Rationalise,
 from cl_dist.stages.weights import StoredWeights
 
 LEARNER = "learner.safetensors"
+Due = Literal["", "save", "stop"]
+"""What a Train stage is asked to do between two steps: save, or save and stop."""
+"""By science.model.dtype. A model goes to its device in it: there may be no room for float32 on the way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,11 @@ class Job:
     seed: int
     chain: tuple[str, ...]
     """Folders of the Train stages whose weights make up the model, oldest first."""
+
+    @property
+    def key(self) -> str:
+        """Name of the stage as people see it, such as '02-laptop/train'."""
+        return f"{self.stage.task:02d}-{self.tasks[self.stage.task].id}/{self.stage.name}"
 
     def folder(self, ref: Ref) -> Path:
         """Return where an input of the stage lies."""

@@ -2,31 +2,36 @@
 
 import time
 from collections.abc import Callable
-from typing import Literal
 
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.world import World
+from cl_dist.stages.checkpoint import Writer
+from cl_dist.stages.job import Due
 
 ASK_S = 1.0
-Due = Literal["", "save", "stop"]
 
 
 class Pace:
     """Says after each step whether to save, and whether to stop. A collective at some steps, the same on all ranks."""
 
-    def __init__(self, config: EngineConfig, world: World, wants_stop: Callable[[], bool], first: int) -> None:
-        """Take how often, and the step that the stage goes on from."""
-        self._world, self._wants_stop = world, wants_stop
+    def __init__(
+        self, config: EngineConfig, world: World, asked: Callable[[], Due], first: int, writer: Writer
+    ) -> None:
+        """Take how often, who else may ask, the step that the stage goes on from, and what is still being written."""
+        self._world, self._others_want, self._writer = world, asked, writer
         self._every, self._minutes = config.checkpoint_steps, config.checkpoint_minutes
         self._saved = self._asked = time.monotonic()
         self._ask_at, self._asked_at = first + 1, first
 
     def due(self, done: int) -> Due:
-        """Return what is due after `done` steps of the stage."""
+        """Return what is due after `done` steps of the stage; what has been written by then becomes a checkpoint."""
         due: Due = "save" if self._every and done % self._every == 0 else ""
         if done >= self._ask_at:
-            wanted, self._ask_at = self._world.gather(self._wanted(done))[0]
-            due = wanted or due
+            answers = self._world.gather((*self._wanted(done), self._writer.is_written))
+            wanted, self._ask_at, _ = answers[0]
+            due = "stop" if wanted == "stop" else due or wanted
+            if all(is_written for _, _, is_written in answers):
+                self._writer.commit()
         if due:
             self._saved = time.monotonic()
         return due
@@ -39,7 +44,7 @@ class Pace:
         per_step = (now - self._asked) / max(done - self._asked_at, 1)
         self._asked, self._asked_at = now, done
         again = done + max(1, min(int(ASK_S / max(per_step, 1e-6)), 1000))
-        if self._wants_stop():
-            return "stop", again
+        if wanted := self._others_want():
+            return wanted, again
         is_late = self._minutes > 0 and now - self._saved > 60 * self._minutes
         return "save" if is_late else "", again

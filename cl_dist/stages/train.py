@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from cl_dist.data.samples import read_samples
 from cl_dist.data.votes import read_critical
 from cl_dist.errors import StoppedError, TrainingError
 from cl_dist.methods.base import Learner, Rows
-from cl_dist.models.backbone import load_tokenizer
+from cl_dist.models.backbone import load_tokenizer, recompute_activations
 from cl_dist.models.classifier import count_parameters
 from cl_dist.parallel.divided import is_divided
 from cl_dist.parallel.engine import Engine, GradScale, Optimizing, Pull, build_engine
@@ -28,7 +29,7 @@ from cl_dist.parallel.seeds import seeded
 from cl_dist.parallel.world import World
 from cl_dist.stage import Train
 from cl_dist.stages import checkpoint
-from cl_dist.stages.job import LEARNER, Job, build_learner, replayed_rows, task_data
+from cl_dist.stages.job import LEARNER, Due, Job, build_learner, replayed_rows, task_data
 from cl_dist.stages.pace import Pace
 from cl_dist.stages.schedule import Schedule
 from cl_dist.stages.weights import Pieces, StoredWeights
@@ -43,7 +44,7 @@ def run(
     job: Job,
     out: Path,
     report: Report,
-    wants_stop: Callable[[], bool] = lambda: False,
+    asked: Callable[[], Due] = lambda: "",
     alive: Callable[[int | None], None] = lambda step: None,
 ) -> None:
     """Train the stage's model and let rank 0 write its weights, learner state and facts to out.
@@ -53,13 +54,15 @@ def run(
     is gone on from, whatever its number of ranks and ZeRO stage.
 
     Raises:
-        StoppedError: If wants_stop, which rank 0 asks about once a second, says so; the stage is saved by then.
+        StoppedError: If asked, which rank 0 calls about once a second, says "stop"; the stage is saved by then.
     """
     stage, world = job.stage, World.current()
     assert isinstance(stage, Train)
-    began = time.monotonic()
+    began = entered = time.monotonic()
     learner = build_learner(job, divided=is_divided(job.engine, world))
     start(job, learner)
+    if job.engine.activation_checkpointing:
+        recompute_activations(learner.model)
     scales, pulls = learner.grad_scales(), learner.pulls()  # by the weights that the stage starts from
     saved = checkpoint.latest(out, world)
     if saved is not None:
@@ -76,41 +79,42 @@ def run(
     parameters = dict(zip(("trainable", "total"), count_parameters(engine.module), strict=True))
     log.info("train start task=%d rows=%d steps=%d %s", stage.task, len(rows), schedule.total_steps, parameters)
 
-    first = 0 if saved is None else saved.step
-    pace = Pace(job.engine, world, wants_stop, first)
     loop = _Loop(job, learner, engine, schedule, rows, dev, (micro, num_micro))
     loop.go_on_from(saved)
+    perf = {"perf/startup_s": time.monotonic() - entered}
     guard = Guard(engine, scales) if job.engine.verify_protection_every else None
-    for step in range(first, schedule.total_steps):
-        alive(step)
-        loop.step(step)
-        due = pace.due(step + 1) if step + 1 < schedule.total_steps else ""
-        if guard is not None and (due or (step + 1) % job.engine.verify_protection_every == 0):
-            guard.check(step + 1)  # also before what has moved would be saved
-        if world.rank == 0:
-            report({"event": "step", "step": step + 1, "total_steps": schedule.total_steps})
-        if schedule.ends_round(step):
-            means = loop.end_round(step)
+    with closing(checkpoint.Writer(out, engine)) as writer:
+        pace = Pace(job.engine, world, asked, loop.done, writer)
+        for step in range(loop.done, schedule.total_steps):
+            alive(step)
+            loop.step(step)
+            due = pace.due(step + 1) if step + 1 < schedule.total_steps else ""
+            if guard is not None and (due or (step + 1) % job.engine.verify_protection_every == 0):
+                guard.check(step + 1)  # also before what has moved would be saved
             if world.rank == 0:
-                report({"event": "round", "total_steps": schedule.total_steps, **means})
-        if due:
-            checkpoint.save(out, engine, loop.facts(step + 1, time.monotonic() - began), loop.best)
+                report({"event": "step", "step": step + 1, "total_steps": schedule.total_steps})
+            if schedule.ends_round(step):
+                means = loop.end_round(step)
+                if world.rank == 0:
+                    report({"event": "round", "total_steps": schedule.total_steps, **means})
+            if due:
+                facts = loop.facts(step + 1, time.monotonic() - began)
+                writer.save(facts, loop.best, wait=due == "stop" or not job.engine.checkpoint_async)
             if due == "stop":
                 alive(None)
                 raise StoppedError(f"stopped after step {step + 1} of {schedule.total_steps}, which is saved")
 
     alive(None)
-    if loop.best is None:
-        Pieces(engine).save(out)
-    else:
-        loop.best.save(out, world)
+    perf |= loop.speed()
+    (checkpoint.Best(0.0, Pieces(engine)) if loop.best is None else loop.best).write(out, world.rank)
+    world.gather(None)  # all have written what any of them reads now
     engine.close()
     learner = _ended(job, learner, rows, StoredWeights(out), world)
     if world.rank == 0:
         if state := learner.state_dict():
             save_file({name: value.cpu().contiguous() for name, value in state.items()}, out / LEARNER)
         facts = _facts(loop.rounds, learner) | {"parameters": parameters}
-        facts["metrics"]["perf/stage_s"] = time.monotonic() - began
+        facts["metrics"] |= perf | {"perf/stage_s": time.monotonic() - began}
         (out / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf8")
 
 
@@ -132,12 +136,16 @@ class _Loop:
         self._rows, self._dev, (self._micro, self._num_micro) = rows, dev, cut
         self.best: checkpoint.Best | None = None
         self.rounds: list[dict[str, float]] = []
+        self.done = 0
+        """Optimizer steps that an earlier attempt has done."""
         self._sums = _Sums()
+        self._tokens = 0
+        self._seconds: list[float] = []
 
     def go_on_from(self, saved: checkpoint.Checkpoint | None) -> None:
         """Take over what an earlier attempt has summed up."""
         if saved is not None:
-            self.best, self.rounds = saved.best, saved.rounds
+            self.best, self.rounds, self.done = saved.best, saved.rounds, saved.step
             self._sums.put(saved.sums, self._engine.world)
 
     def facts(self, done: int, seconds: float) -> dict[str, Any]:
@@ -148,6 +156,7 @@ class _Loop:
 
     def step(self, step: int) -> None:
         """Do one optimizer step."""
+        began = time.monotonic()
         job, world, rows, num_micro = self._job, self._engine.world, self._rows, self._num_micro
         progress = self._schedule.at(step)
         task_id, size = job.tasks[job.stage.task].id, job.train.global_batch
@@ -166,6 +175,13 @@ class _Loop:
                 self._engine.backward(_total(terms, world), _total(loss.own, world))
                 self._engine.step()
                 self._sums.add(terms, {name: term / num_micro for name, term in loss.own.items()})
+        self._tokens += sum(rows.length(int(number)) for number in indices)
+        self._seconds.append(time.monotonic() - began)
+
+    def speed(self) -> dict[str, float]:
+        """Return seconds per step of this attempt, and tokens a second of all ranks together, without padding."""
+        seconds = sum(self._seconds)
+        return {"perf/step_s": seconds / len(self._seconds), "perf/tokens_per_s": self._tokens / seconds}
 
     def end_round(self, step: int) -> dict[str, float]:
         """Return the round's means, and keep the weights if they are the best so far."""

@@ -44,18 +44,23 @@ class Pieces:
             self._tensors[name] = piece.to("cpu", torch.float32, copy=True)
             self._places[name] = shape, start
 
-    def save(self, folder: Path, stem: str = TRAINABLE) -> None:
-        """Write this rank's file; ranks with nothing of their own write none. Ends when all ranks have written."""
+    def save(self, folder: Path) -> None:
+        """Write this rank's file. Ends when all ranks have written: a collective."""
+        self.write(folder)
+        self._world.gather(None)
+
+    def write(self, folder: Path, stem: str = TRAINABLE) -> list[Path]:
+        """Write this rank's file, and return it; ranks with nothing of their own write none. No collective."""
         world = self._world
-        if not self._divided or world.size == 1:
-            if world.rank == 0:
-                save_file(
-                    {n: t.reshape(self._places[n][0]) for n, t in self._tensors.items()}, folder / f"{stem}.safetensors"
-                )
+        if self._divided and world.size > 1:
+            path = folder / f"{stem}-{world.rank:05d}-of-{world.size:05d}.safetensors"
+            save_file(self._tensors, path, metadata={"places": json.dumps(self._places)})
+        elif world.rank == 0:
+            path = folder / f"{stem}.safetensors"
+            save_file({n: t.reshape(self._places[n][0]) for n, t in self._tensors.items()}, path)
         else:
-            name = f"{stem}-{world.rank:05d}-of-{world.size:05d}.safetensors"
-            save_file(self._tensors, folder / name, metadata={"places": json.dumps(self._places)})
-        world.gather(None)
+            return []
+        return [path]
 
 
 class StoredWeights(Mapping[str, Tensor]):

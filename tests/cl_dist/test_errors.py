@@ -23,6 +23,7 @@ def test_exit_codes_are_those_of_the_command_line() -> None:
         "RunInUseError": 2,
         "StoppedError": 75,
         "StageConflictError": 6,
+        "JobError": 7,
         "QualityError": 8,
     }
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,15 @@ def environment() -> dict[str, str]:
 class Command:
     """`cl-dist` in a process and session of its own."""
 
-    def __init__(self, folder: Path, *args: str) -> None:
-        self._log = folder / f"{'-'.join(args).replace('/', '_')}-{time.monotonic_ns()}.log"
+    def __init__(
+        self, folder: Path, *args: str, env: Mapping[str, str] | None = None, inside: Sequence[str] = ()
+    ) -> None:
+        self._log = folder / f"{'-'.join(args).replace('/', '_')[:80]}-{time.monotonic_ns()}.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "launcher", *args],
+                [*inside, sys.executable, "-m", "launcher", *args],
                 cwd=folder,
-                env=environment(),
+                env=env or environment(),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -98,16 +100,21 @@ class Command:
 
     def family(self) -> dict[int, str]:
         """Return the processes below this one: (pid, what it runs)."""
-        parents: dict[int, int] = {}
-        for pid in _pids():
-            if (stat := _stat(pid)) is not None:
-                parents[pid] = int(stat[1])
-        found: dict[int, str] = {}
-        front = {self._process.pid}
-        while front:
-            front = {pid for pid, parent in parents.items() if parent in front}
-            found |= {pid: identity(pid) for pid in front}
-        return found
+        return family(self._process.pid)
+
+
+def family(ancestor: int) -> dict[int, str]:
+    """Return the processes below one: (pid, what it runs)."""
+    parents: dict[int, int] = {}
+    for pid in _pids():
+        if (stat := _stat(pid)) is not None:
+            parents[pid] = int(stat[1])
+    found: dict[int, str] = {}
+    front = {ancestor}
+    while front:
+        front = {pid for pid, parent in parents.items() if parent in front}
+        found |= {pid: identity(pid) for pid in front}
+    return found
 
 
 def identity(pid: int) -> str:

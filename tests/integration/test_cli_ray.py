@@ -1,6 +1,7 @@
-"""A run on Ray that is stopped at its start, killed in its third task and resumed twice, against an undisturbed one."""
+"""Runs on Ray that are stopped, killed and resumed, against an undisturbed one."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +138,27 @@ def test_every_attempt_is_written_down(story: Story) -> None:
     assert [attempt["stages_done"] for attempt in state["attempts"]] == [0, 0, 4]
     assert ["ended" in attempt for attempt in state["attempts"]] == [True, False, True]
     assert state["command"].startswith("cl-dist train")
+
+
+def test_killed_at_three_drawn_points_a_run_ends_byte_equal(undisturbed: Path) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    draw = random.Random(seed)
+    folder = undisturbed.parents[1]
+    ray_runs.save_run(folder, "drawn")
+    run, told = folder / "runs" / "drawn", len(events(undisturbed))
+    points = sorted(draw.sample(range(2, told), 3))
+    sys.stderr.write(f"seed {seed}: killed after {points} of {told} events\n")
+
+    def has_told(count: int) -> bool:
+        return len(events(run)) >= count or any(event["event"] == "finished" for event in events(run))
+
+    for number, (before, point) in enumerate(pairwise([0, *points])):
+        command = Command(folder, "resume" if number else "train", "runs/drawn" if number else "drawn.yaml")
+        command.wait_until(partial(has_told, len(events(run)) + point - before), f"event {point}")
+        command.signal(signal.SIGKILL)
+        command.end()
+    last = Command(folder, "resume", "runs/drawn")
+    assert last.end(2 * ray_runs.START_S) == 0, last.output
+    assert (run / "metrics/R.csv").read_bytes() == (undisturbed / "metrics/R.csv").read_bytes(), f"seed {seed}"
+    for weights in undisturbed.glob("stages/*/train/*.safetensors"):
+        assert (run / weights.relative_to(undisturbed)).read_bytes() == weights.read_bytes(), f"seed {seed}: {weights}"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from ray._private.worker import global_worker
 from ray.cluster_utils import Cluster
 
 from cl_dist.config import merged, parse
@@ -29,6 +30,8 @@ from tests.parity import train_here
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 LONG = {"epochs": 60, "lr": 1e-4, "select": "last"}
 """180 steps, some seconds: a task with a middle."""
+PREEMPTION = 2
+"""The reason that a node is drained for, in Ray's protocol."""
 TRAIN = Ref(task=0, stage="train")
 ALONE: Mapping[str, Any] = {"dispatcher": "local", "engine": "torch", "workers": 1}
 
@@ -142,6 +145,42 @@ def test_an_elastic_gang_shrinks_and_grows(cluster: Cluster, tmp_path: Path, mon
     assert changes == [2, 1, 2]
     assert len(continued) == 2
     assert continued == sorted(continued)
+    alone = Workbook(parse(RunConfig, settings(tmp_path, "alone", ALONE, train)))
+    whole = train_here(alone.job(alone.plan(0)[0]), tmp_path / "alone").weights
+    torch.testing.assert_close(dict(StoredWeights(book.ledger.path(TRAIN))), whole, rtol=0.0, atol=1e-5)
+
+
+def test_notice_of_a_drained_node_saves_the_stage(cluster: Cluster, tmp_path: Path, monkeypatch: Any) -> None:
+    """Nothing else would save it: the next node goes on where the notice came."""
+    nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gang, "FITS_S", 1.0)
+    asked = {"address": cluster.address, "checkpoint_minutes": 0, "max_failures": 5}
+    train = {**LONG, "epochs": 300, "lr": 5e-5}
+    book = Workbook(parse(RunConfig, settings(tmp_path, "drained", asked, train)))
+    dispatcher = RayDispatcher(book.config.cluster, book.config.folder)
+    seen: list[dict[str, Any]] = []
+
+    def watch(event: Mapping[str, Any]) -> None:
+        seen.append(dict(event))
+        kinds = [one["event"] for one in seen]
+        if kinds.count("round") == 5 and event["event"] == "round":
+            worker: Any = global_worker
+            accepted, why = worker.gcs_client.drain_node(nodes[1].node_id, PREEMPTION, "planted", 0)
+            assert accepted, why
+        if len(nodes) == 2 and list(book.config.folder.rglob("step-*[0-9]/checkpoint.json")):
+            cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+
+    try:
+        run(book, dispatcher, Tracker(book, watch=watch))
+    finally:
+        dispatcher.close()
+    (notice,) = [event for event in seen if event["event"] == "notice"]
+    assert notice["ranks"] in ([0], [1])
+    continued = [event["step"] for event in seen if event["event"] == "continued"]
+    assert continued
+    assert continued[0] > 15
     alone = Workbook(parse(RunConfig, settings(tmp_path, "alone", ALONE, train)))
     whole = train_here(alone.job(alone.plan(0)[0]), tmp_path / "alone").weights
     torch.testing.assert_close(dict(StoredWeights(book.ledger.path(TRAIN))), whole, rtol=0.0, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from cl_dist.parallel.world import World
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref, Train
 from cl_dist.stages import checkpoint, pace, train
-from cl_dist.stages.job import Job
+from cl_dist.stages.job import Due, Job
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny
 from tests.parity import train_here
@@ -220,6 +221,48 @@ def test_saved_after_every_step_a_resumed_stage_ends_as_undisturbed(
     assert all(torch.equal(after[name], whole[name]) for name in whole)
 
 
+def crash_in_step(rank: int, world: int, job: Job, out: str, step: int) -> None:
+    """Train up to a step that fails, while files are written slowly; run on every rank."""
+    write, alone = checkpoint._write, train._Loop.step
+
+    def slow(*args: Any) -> dict[str, str]:
+        time.sleep(0.2)
+        return write(*args)
+
+    def fails(self: train._Loop, number: int) -> None:
+        if number == step:
+            raise RuntimeError("planted")
+        alone(self, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_write", slow)
+        patch.setattr(train._Loop, "step", fails)
+        with pytest.raises(RuntimeError, match="planted"):
+            train.run(job, Path(out), lambda event: None)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_is_written_while_training_goes_on_is_of_its_step(
+    jobs: dict[str, Job], tmp_path: Path, ranks: Ranks, size: int
+) -> None:
+    whole = train_here(jobs["ctr"], tmp_path / "whole").weights
+    engine = {"checkpoint_steps": 3, "engine": "torch" if size == 1 else "deepspeed"}
+    job = replace(jobs["ctr"], engine=jobs["ctr"].engine.model_copy(update=engine))
+    out = tmp_path / "out"
+    out.mkdir()
+    if size == 1:
+        crash_in_step(0, 1, job, str(out), 8)
+    else:
+        ranks.run(crash_in_step, job, str(out), 8)
+    assert {path.name for path in checkpoint._found(out)} - {"step-00000006"} == {"step-00000003"}  # 6 may have ended
+    if size == 1:
+        train_until(0, 1, job, str(out), None)
+    else:
+        ranks.run(train_until, job, str(out), None)
+    after = dict(StoredWeights(out))
+    torch.testing.assert_close(after, whole, rtol=0.0, atol=0.0 if size == 1 else 1e-5)
+
+
 def test_damaged_newer_checkpoints_do_not_push_out_good_ones(jobs: dict[str, Job], tmp_path: Path) -> None:
     for steps in (5, 8):
         train_until(0, 1, jobs["ctr"], str(tmp_path), steps)
@@ -250,17 +293,24 @@ def test_a_diverged_stage_says_so(jobs: dict[str, Job], tmp_path: Path) -> None:
         train_until(0, 1, job, str(tmp_path), None)
 
 
+class NothingToWrite(checkpoint.Writer):
+    """Stands in for the writer."""
+
+    def __init__(self) -> None:
+        self._written = None
+
+
 def test_a_resumed_stage_is_asked_about_once_a_second_too(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     asked: list[float] = []
     stop = [False]
 
-    def wants_stop() -> bool:
+    def wanted() -> Due:
         asked.append(now[0])
-        return stop[0]
+        return "stop" if stop[0] else ""
 
-    watched = pace.Pace(EngineConfig(checkpoint_minutes=1.0), World.current(), wants_stop, 5000)
+    watched = pace.Pace(EngineConfig(checkpoint_minutes=1.0), World.current(), wanted, 5000, NothingToWrite())
     dues = []
     for done in range(5001, 5200):  # of half a second each
         now[0] += 0.5

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from launcher.tables import RESULTS, filled, kept, parity, table
+from launcher.tables import PAGES, RESULTS, filled, kept, memory, parity, table
 from tests.launcher.summaries import summaries
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_readme_shows_what_the_stored_summaries_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_show_what_the_stored_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    readme = Path("README.md").read_text(encoding="utf8")
+    pages = [page.read_text(encoding="utf8") for page in PAGES]
     assert list(RESULTS.glob("*.json"))
     for path in RESULTS.glob("*.json"):
-        assert f"<!-- table: {path.stem} -->" in readme
-    assert filled(readme) == readme, "run `make tables`"
+        assert sum(f"<!-- table: {path.stem} -->" in page for page in pages) == 1
+    assert [filled(page) for page in pages] == pages, "run `make tables`"
 
 
 def test_a_table_has_a_row_per_run_and_no_number_for_what_was_not_measured() -> None:
@@ -55,3 +55,12 @@ def test_the_table_of_parity_shows_the_worst_of_its_cells_and_why_one_is_refused
     cells[2:] = [{"method": "ctr", "workers": 2, "zero_stage": 1, "accumulation": 1, "refused": "no such stage"}]
     row = parity({"cells": cells, "steps": 20, "rows": 41, "global_batch": 32}).splitlines()[2]
     assert [value.strip() for value in row.split("|")[1:-1]] == ["ctr", "2", "3e-06", "no such stage", "0e+00", "2"]
+
+
+def test_the_table_of_memory_has_a_row_per_gang_and_a_column_per_micro_batch() -> None:
+    line = {"what": "ctr, train", "workers": 2, "zero_stage": 3, "told": 3 * 2**20, "measured": 2 * 2**20}
+    lines = [line | {"micro_batch": "auto"}, line | {"micro_batch": 1, "told": 2**20}]
+    lines.append(line | {"what": "lamol, generate", "workers": 1, "zero_stage": None, "micro_batch": None})
+    rows = memory({"lines": lines, "length": 8, "global_batch": 4, "torch": "2"}).splitlines()[2:4]
+    assert rows[0] == "| ctr, train | 2 | ZeRO-3 | 3.0 / 2.0 (1.500) | 1.0 / 2.0 (0.500) |"
+    assert rows[1] == "| lamol, generate | 1 | torch | 3.0 / 2.0 (1.500) | - |"

@@ -1,0 +1,153 @@
+"""What each node of the cluster sees: the run folder, its libraries, its room. One small task on every node."""
+
+import os
+import platform
+import resource
+import shutil
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cl_dist.dispatch_ray.cluster import enter
+from cl_dist.errors import ClusterError
+
+PROBE_S = 120.0
+"""How long a node may take to answer: its first process has to import Python and Ray."""
+SEEN_S = 20.0
+"""How long a network file system may take to show here what a node has written."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What a node said about itself; `error` if it could not."""
+
+    name: str
+    """Host name and address."""
+    resources: Mapping[str, float]
+    versions: Mapping[str, str | None]
+    reads: bool
+    """Whether it sees what the driver wrote to the run folder."""
+    writes: bool
+    """Whether the driver sees what it wrote there."""
+    free_gb: float
+    """Room where the run folder is."""
+    shm_gb: float
+    """Size of /dev/shm, where Ray keeps objects and processes share memory."""
+    open_files: int
+    """How many files a process may hold open."""
+    error: str = ""
+
+    @property
+    def sight(self) -> str:
+        """What it sees of the run folder, in words."""
+        if self.error:
+            return self.error
+        reads = "reads" if self.reads else "does not read"
+        return f"{reads} what the driver writes there, and {'is read' if self.writes else 'its files do not come back'}"
+
+
+def alive() -> list[dict[str, Any]]:
+    """Return Ray's records of the nodes that are alive."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def name_of(node: Mapping[str, Any]) -> str:
+    """Return how people know a node."""
+    host, address = node["NodeManagerHostname"], node["NodeManagerAddress"]
+    return str(host if host == address else f"{host} ({address})")
+
+
+def check_storage(folder: Path) -> None:
+    """Fail before any work where a node does not see the run folder. The driver's own node is not asked.
+
+    Raises:
+        ClusterError: With the names of those nodes.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in alive() if node["NodeID"] != here]
+    blind = [facts for facts in probe(folder, others, ()) if not (facts.reads and facts.writes)]
+    if blind:
+        told = "\n".join(f"  {facts.name}: {facts.sight}" for facts in blind)
+        raise ClusterError(
+            f"run.dir={str(folder.parent)!r}: expected a folder that every node of the cluster sees, such as a network "
+            f"file system; the driver is on {platform.node()}\n{told}"
+        )
+
+
+def probe(folder: Path, nodes: Sequence[Mapping[str, Any]], packages: Sequence[str]) -> list[NodeFacts]:
+    """Ask nodes about themselves: a file goes from here through the run folder to each, and one comes back."""
+    if not nodes:
+        return []
+    where = folder.absolute() / f".probe-{uuid.uuid4().hex}"
+    where.mkdir(parents=True)
+    try:
+        (where / "driver").write_text("driver", encoding="utf8")
+        asked = []
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(_look).options(num_cpus=0, max_retries=0, scheduling_strategy=there, name="probe")
+            asked.append(task.remote(os.getcwd(), str(where), node["NodeID"], list(packages)))
+        return [_facts(node, future, where) for node, future in zip(nodes, asked, strict=True)]
+    finally:
+        shutil.rmtree(where, ignore_errors=True)
+
+
+def _facts(node: Mapping[str, Any], future: Any, where: Path) -> NodeFacts:
+    try:
+        found = ray.get(future, timeout=PROBE_S)
+        error = ""
+    except (RayError, GetTimeoutError) as cause:
+        found, error = {}, f"does not answer: {type(cause).__name__}"
+    answer, deadline = where / node["NodeID"], time.monotonic() + (0.0 if error else SEEN_S)
+    while not answer.is_file() and found.get("writes") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return NodeFacts(
+        name=name_of(node),
+        resources=node["Resources"],
+        versions=found.get("versions", {}),
+        reads=found.get("reads", False),
+        writes=answer.is_file(),
+        free_gb=found.get("free_gb", 0.0),
+        shm_gb=found.get("shm_gb", 0.0),
+        open_files=found.get("open_files", 0),
+        error=error,
+    )
+
+
+def _look(cwd: str, where: str, node: str, packages: list[str]) -> dict[str, Any]:
+    """Run on a node: read what the driver wrote, write an answer, and tell what is there."""
+    enter(cwd)
+    folder = Path(where)
+    reads, writes = (folder / "driver").is_file(), False
+    if reads:
+        with suppress(OSError):
+            (folder / node).write_text(node, encoding="utf8")
+            writes = True
+    return {
+        "reads": reads,
+        "writes": writes,
+        "versions": {name: _version(name) for name in packages} | {"python": platform.python_version()},
+        "free_gb": shutil.disk_usage(_existing(folder)).free / 1e9,
+        "shm_gb": shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else 0.0,
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    }
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

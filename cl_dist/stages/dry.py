@@ -1,0 +1,302 @@
+"""What a Train stage would hold, found without its weights: the method's own model and loss, on tensors without data.
+
+Nothing is loaded or allocated: a model of 70 billion parameters is shaped from its config.json in seconds. The model,
+what of it is trained, the gradient factors and the loss are the learner's, so what is counted is what training does.
+Attention is the fused one, and nothing is made again for the backward pass but logits (models/causal.py).
+
+Checked by hand for plain models in float32 (tests/cl_dist/stages/test_dry.py). A layer keeps, in elements a token, with
+H hidden units, F in the feed-forward part, a heads, D of all heads, everything trained:
+    BERT   4 H + 4 D + 2 F + a + 4 + L    two sums and two norms, with mean and deviation; q, k, v, attended, and their
+                                          log-sums; before and behind the GELU; the mask as numbers
+    GPT-2  4 H + 4 D + 5 F + a + 4 + L    the same; its GELU is written out, and keeps what each step needs
+    Llama  6 H + 4 D + 4 F + a + 2 + L    two sums, normed, scaled; k and v for every head; gate, its SiLU, up, product
+Axes: B rows, L tokens, N labels.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cl_dist.methods.base import MethodConfig, Progress
+from cl_dist.methods.text import TextLearner
+from cl_dist.models.adapters import Adapters
+from cl_dist.models.backbone import load_backbone, recompute_activations
+from cl_dist.models.causal import CausalModel
+from cl_dist.models.config import ModelConfig
+from cl_dist.models.heads import block_parameters, shape_of
+from cl_dist.models.plugin import Plugin
+from cl_dist.parallel.engine import attach
+from cl_dist.stages.job import new_learner
+from cl_dist.stages.live import Live, held
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Elements of a model's parameters."""
+
+    elements: int
+    trained: int
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A moment of a micro-batch that may be the highest."""
+
+    activations: Mapping[str, int]
+    """Bytes by kind: activations, plugins (of them, inside), logits."""
+    gradients: int
+    """Elements of the gradients that are finished by then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Micro:
+    """One micro-batch, forward and backward."""
+
+    kept: Mapping[str, int]
+    """Bytes that wait for the backward pass, by kind."""
+    points: tuple[Point, ...]
+    """In order of time, so with more and more gradients: moments after which there are never as many activations."""
+
+
+class Dry:
+    """A learner whose tensors have no data, at the start of a task."""
+
+    def __init__(
+        self,
+        method: MethodConfig,
+        model: ModelConfig,
+        num_labels: tuple[int, ...],
+        *,
+        vocabulary: int | None = None,
+        tasks: tuple[int, ...] | None = None,
+        recompute: bool = False,
+    ) -> None:
+        """Shape the model for the last of some tasks; model.config holds the sizes of the backbone.
+
+        Args:
+            method: Says what is trained.
+            model: The backbone; its source is not read.
+            num_labels: Classes of every task up to the one at hand.
+            vocabulary: Rows of a decoder's vocabulary, with those for special tokens; None takes its own.
+            tasks: Those whose rows are trained on, where they are more than the last one.
+            recompute: Whether activations are computed again in the backward pass.
+        """
+        self._task = len(num_labels) - 1
+        self._learner = new_learner(method, model, num_labels, 0)
+        is_text = isinstance(self._learner, TextLearner)
+        if is_text and vocabulary is not None and model.config is not None:
+            model = model.model_copy(update={"config": model.config | {"vocab_size": vocabulary}})
+        with torch.device("meta"):
+            backbone: Any = load_backbone(model, causal=is_text)
+            own = {id(parameter) for parameter in backbone.parameters()}
+            # `build` of a decoder would ask a tokenizer which rows are new: only their number counts here.
+            built = CausalModel(backbone) if is_text else self._learner.build(backbone, self._task)
+            teacher = load_backbone(model, causal=True) if getattr(method, "distill", 0) else None
+        self._config, is_own = backbone.config, [id(parameter) in own for parameter in built.parameters()]
+        self.decoder = (*shape_of(backbone), backbone.config.vocab_size) if is_text else None
+        """(layers, heads, groups of heads, size of a head, rows of the vocabulary)."""
+        named = dict(backbone.named_parameters())
+        self.block = sum(named[name].numel() for name in block_parameters(backbone, 0)) if is_text else 0
+        """Elements of a decoder's block: what a vote for blocks takes out of training."""
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._fake:
+            for module in (built, *([] if teacher is None else [teacher])):
+                _embody(module)
+            _copied_as(backbone, teacher)
+            self._learner.model = built
+            for earlier in range(self._task):
+                self._finish(earlier)
+            self._learner.start_task(self._task, tasks or (self._task,))
+            scales = self._learner.grad_scales()
+            self._count(is_own)
+            if model.dtype == "bfloat16":
+                _embody(built, torch.bfloat16)
+            attach(built, scales)
+            if recompute:
+                recompute_activations(built)
+
+    def _finish(self, task: int) -> None:
+        """Leave behind what the end of a task does: masks, importances."""
+        self._learner.start_task(task, (task,))
+        self._learner.end_task(dict(self._learner.model.named_parameters()), ())
+
+    def _count(self, is_own: list[bool]) -> None:
+        """Count the model while it is in float32; is_own: whether each parameter is the backbone's."""
+        model = self._learner.model
+        sizes = [
+            (mine, p.numel(), p.numel() * p.requires_grad) for mine, p in zip(is_own, model.parameters(), strict=True)
+        ]
+        self.backbone, self.parts = (
+            Count(sum(n for mine, n, _ in sizes if mine is which), sum(n for mine, _, n in sizes if mine is which))
+            for which in (True, False)
+        )
+        """The pretrained model's parameters, and those that belong to tasks."""
+        self.largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
+        """Elements of the module that holds most of them itself: what ZeRO-3 gathers at a time, at least."""
+        self.buffers = _bytes(model.buffers())
+        pulls = [t for pull in self._learner.pulls().values() for t in (pull.strength, pull.anchor)]
+        self._taught = [p for teacher in getattr(model, "_teacher", []) for p in held(teacher)]
+        self.beside = {"penalties": _bytes(t for t in pulls if isinstance(t, Tensor)), "teacher": _bytes(self._taught)}
+        """Bytes of what the method holds beside its model."""
+
+    def micro(self, rows: int, length: int, answer: int) -> Micro:
+        """Run a micro-batch of equally long rows, with so many labels in each answer, forward and backward."""
+        model = self._learner.model
+        with self._fake, _following(model.train(), self._config, self._taught) as trace:
+            batch = self._batch(rows, length, answer)
+            with trace.live:
+                loss = self._learner.loss(model, batch, Progress(0, 10, 0, 10))
+                terms = [(term * batch["weight"]).sum() for term in loss.rows.values()]
+                total = torch.stack([term.float() for term in (*terms, *loss.own.values())]).sum()
+                del loss, terms
+                kept = trace.activations()
+                total.backward()
+            for parameter in model.parameters():
+                parameter.grad = None
+            return Micro(kept, trace.points())
+
+    def scored(self, rows: int, length: int) -> int:
+        """Return the most bytes beside the weights in a forward pass without gradients, of a decoder without logits."""
+        model: Any = self._learner.model
+        with self._fake, torch.no_grad(), _following(model.eval(), self._config, []) as trace:
+            self._learner.activate(self._task)
+            batch = self._batch(rows, length, 1)
+            with trace.live:
+                if isinstance(model, CausalModel):
+                    untyped: Any = model.backbone
+                    untyped.base_model(batch["input_ids"][:rows], use_cache=False)
+                else:
+                    model(batch)
+            return trace.live.peak - trace.before
+
+    def ended(self) -> int:
+        """End the task and return the bytes that outlive it beside its weights: masks in bits, importances.
+
+        There is no micro-batch after this.
+        """
+        with self._fake:
+            self._finish(self._task)
+            state = self._learner.state_dict().values()
+        return sum(value.numel() * (4 if value.is_floating_point() else value.element_size()) for value in state)
+
+    def labels(self, rows: int, length: int, answer: int) -> dict[str, int]:
+        """Return the labels of a decoder's micro-batch by the loss that they are for: LAMOL reads every row twice."""
+        if not isinstance(self._learner, TextLearner):
+            return {}
+        has_samples = bool(self._learner.reading(training=True).get("samples"))
+        return {"qa": rows * answer} | ({"lm": rows * length} if has_samples else {})
+
+    def _batch(self, rows: int, length: int, answer: int) -> dict[str, Tensor]:
+        """Return a batch as this learner's rows give it, every row as long as any may be."""
+        batch = {name: torch.zeros(rows, dtype=torch.int64) for name in ("row", "task")} | {"weight": torch.ones(rows)}
+        if not isinstance(self._learner, TextLearner):
+            names = ["input_ids", "attention_mask"]
+            if getattr(self._config, "type_vocab_size", 0) > 1:
+                names.append("token_type_ids")
+            batch |= {name: torch.ones(rows, length, dtype=torch.int64) for name in names}
+            return batch | {"label": torch.zeros(rows, dtype=torch.int64)}
+        parts = self.labels(rows, length, answer)
+        labels = sum(parts.values())
+        batch["input_ids"] = torch.zeros(rows * len(parts), length, dtype=torch.int64)
+        batch |= {name: torch.zeros(labels, dtype=torch.int64) for name in ("place", "target", "owner", "part")}
+        return batch | {"unit": torch.ones(labels), "replayed": torch.zeros(rows)}
+
+
+class _Trace:
+    """Follows a micro-batch: which kinds of activations live, and which gradients are finished."""
+
+    def __init__(self, there: list[Tensor], vocabulary: int) -> None:
+        self._vocabulary, self._inside = vocabulary, ["activations"]
+        self._finished, self._points = 0, list[tuple[int, Point]]()
+        self.live = Live(self._kind)
+        self.live.show(there, "held")
+        self.before = self.live.live
+        self.live.watch = self._note
+
+    def _kind(self, tensor: Tensor) -> str:
+        return "logits" if tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary else self._inside[-1]
+
+    def enter(self, kind: str) -> None:
+        """Call what is made from now on by a kind."""
+        self._inside.append(kind)
+
+    def leave(self) -> None:
+        """Undo the last `enter`."""
+        self._inside.pop()
+
+    def finish(self, parameter: Tensor) -> None:
+        """Note that a gradient is whole."""
+        assert parameter.grad is not None
+        self.live.show([parameter.grad], "gradients")
+        self._finished += parameter.numel()
+        self._note()
+
+    def activations(self) -> dict[str, int]:
+        """Return the bytes that live now, by kind, without weights and finished gradients."""
+        return {kind: size for kind, size in self.live.kinds.items() if kind not in ("held", "gradients") and size}
+
+    def _note(self) -> None:
+        kinds = self.live.kinds
+        size = self.live.live - kinds["held"] - kinds["gradients"]
+        while self._points and self._points[-1][0] <= size:
+            self._points.pop()
+        self._points.append((size, Point(self.activations(), self._finished)))
+
+    def points(self) -> tuple[Point, ...]:
+        """Return the moments that may be the highest."""
+        return tuple(point for _, point in self._points)
+
+
+@contextmanager
+def _following(model: nn.Module, config: Any, beside: list[Tensor]) -> Iterator[_Trace]:
+    """Follow what a model computes; beside: other tensors that are there already."""
+    trace, hooks = _Trace([*held(model), *beside], getattr(config, "vocab_size", 0)), []
+    for module in model.modules():
+        if isinstance(module, Plugin | Adapters):
+            for part, kind in ((module, "plugins"), (module.inner, "activations")):
+                hooks.append(part.register_forward_pre_hook(lambda *_, kind=kind: trace.enter(kind)))
+                hooks.append(part.register_forward_hook(lambda *_: trace.leave()))
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    hooks += [parameter.register_post_accumulate_grad_hook(trace.finish) for parameter in trained]
+    try:
+        yield trace
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _copied_as(backbone: Any, teacher: Any) -> None:
+    """Let what copies a model get another one, that stays in place: without data it can be neither copied nor moved."""
+    if teacher is not None:
+        backbone.__deepcopy__ = lambda memo: teacher
+        teacher.to = lambda *args: teacher
+
+
+def _embody(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Put a model, now on the meta device, on the CPU without data, or bring it to another precision.
+
+    On the meta device attention would not be the fused one. `nn.Module.to` cannot do either.
+    """
+    placed: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in placed:
+                body = torch.empty_like(parameter, dtype=dtype, device="cpu")
+                placed[id(parameter)] = nn.Parameter(body, parameter.requires_grad)
+            setattr(module, name, placed[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            lowered = dtype if buffer.is_floating_point() else None
+            setattr(module, name, torch.empty_like(buffer, dtype=lowered, device="cpu"))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _decoder(model: Any) -> tuple[int, int, int, int, int]:
+    return *shape_of(model), model.config.vocab_size

@@ -1,0 +1,183 @@
+"""What a run tells, sent on to TensorBoard, MLflow or Weights & Biases as well; the driver's side, without torch.
+
+Numbers of training lie at the optimizer step, counted over all tasks; numbers of a finished stage at its task. What a
+tracker needs to go on as the same run lies in the run folder: a run of many attempts is one run there.
+"""
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from cl_dist.errors import ConfigError
+from cl_dist.ledger import write_json
+
+Name = Literal["tensorboard", "mlflow", "wandb"]
+STATE, EVENTS = "metrics/trackers.json", "metrics/events.jsonl"
+ENDINGS = {"finished": "FINISHED", "failed": "FAILED"}
+"""MLflow's words; a run that was stopped or interrupted is KILLED there until it goes on."""
+
+
+class Sink(Protocol):
+    """One tracker."""
+
+    def log(self, numbers: Mapping[str, float], step: int, axis: str) -> None:
+        """Take numbers at a step; axis says what it counts: "step" (of the optimizer) or "task"."""
+
+    def close(self, status: str) -> None:
+        """Take note of how this attempt at the run has ended."""
+
+
+class Trackers:
+    """A watcher of a run's events that sends their numbers to sinks."""
+
+    def __init__(self, names: Sequence[Name], folder: Path, run: str, settings: Mapping[str, Any]) -> None:
+        """Open the sinks; settings are the run file's, for those that show them.
+
+        Raises:
+            ConfigError: If the package of one is not installed.
+        """
+        self._totals = _totals(folder / EVENTS)
+        self._sinks = [_opened(name)(folder, run, settings) for name in names]
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Send on what an event says."""
+        kind = event["event"]
+        if kind == "round":
+            self._totals[event["stage"]] = event["total_steps"]
+            stages = list(self._totals)
+            before = sum(self._totals[stage] for stage in stages[: stages.index(event["stage"])])
+            self._log({name: value for name, value in event.items() if "/" in name}, before + event["step"], "step")
+        elif kind == "stage_done":
+            told = ("train/", "dev/")  # round by round
+            self._log(
+                {n: value for n, value in event["metrics"].items() if not n.startswith(told)}, event["task"], "task"
+            )
+        elif kind in ("finished", "stopped", "interrupted", "failed"):
+            self._log(event.get("metrics", {}), event.get("tasks", 1) - 1, "task")
+            for sink in self._sinks:
+                sink.close(kind)
+
+    def _log(self, numbers: Mapping[str, float], step: int, axis: str) -> None:
+        if numbers:
+            for sink in self._sinks:
+                sink.log(numbers, step, axis)
+
+
+def _totals(path: Path) -> dict[str, int]:
+    """Return the optimizer steps of each stage that earlier attempts have told of, in their order."""
+    totals: dict[str, int] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf8").splitlines():
+            if '"round"' in line:
+                event = json.loads(line)
+                totals[event["stage"]] = event["total_steps"]
+    return totals
+
+
+def _opened(name: Name) -> Callable[[Path, str, Mapping[str, Any]], Sink]:
+    try:
+        import_module(name)
+    except ImportError:
+        raise ConfigError(f"run.trackers: {name!r} is not installed; try pip install 'cl-dist[tracking]'") from None
+    match name:
+        case "tensorboard":
+            return TensorBoard
+        case "mlflow":
+            return Mlflow
+        case "wandb":
+            return Wandb
+
+
+def _kept(folder: Path, name: str, make: Callable[[], str]) -> str:
+    """Return a tracker's id of this run: that of the first attempt."""
+    path = folder / STATE
+    known: dict[str, str] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    if name not in known:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known[name] = make()
+        write_json(path, known)
+    return known[name]
+
+
+class TensorBoard:
+    """Event files in <run folder>/tensorboard; `tensorboard --logdir runs` shows all runs."""
+
+    def __init__(self, folder: Path, run: str, settings: Mapping[str, Any]) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer: Any = EventFileWriter(str(folder / "tensorboard"))
+
+    def log(self, numbers: Mapping[str, float], step: int, axis: str) -> None:
+        """See Sink."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._writer.flush()
+
+    def close(self, status: str) -> None:
+        """See Sink."""
+        self._writer.close()
+
+
+class Mlflow:
+    """A run of the experiment `cl-dist` at MLFLOW_TRACKING_URI, or in the files of <run folder>/mlflow."""
+
+    def __init__(self, folder: Path, run: str, settings: Mapping[str, Any]) -> None:
+        from mlflow.tracking import MlflowClient
+
+        store = os.environ.get("MLFLOW_TRACKING_URI")
+        if not store:
+            store = (folder.absolute() / "mlflow").as_uri()
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # the client alone has no driver of a database
+        self._client: Any = MlflowClient(store)
+        self._run = _kept(folder, "mlflow", lambda: self._new(run, settings))
+        self._client.update_run(self._run, "RUNNING")
+
+    def _new(self, run: str, settings: Mapping[str, Any]) -> str:
+        known = self._client.get_experiment_by_name("cl-dist")
+        experiment = known.experiment_id if known is not None else self._client.create_experiment("cl-dist")
+        made: str = self._client.create_run(experiment, run_name=run).info.run_id
+        for name, value in settings.items():
+            self._client.log_param(made, name, str(value)[:500])
+        return made
+
+    def log(self, numbers: Mapping[str, float], step: int, axis: str) -> None:
+        """See Sink."""
+        for name, value in numbers.items():
+            self._client.log_metric(self._run, name, value, step=step)
+
+    def close(self, status: str) -> None:
+        """See Sink."""
+        self._client.set_terminated(self._run, ENDINGS.get(status, "KILLED"))
+
+
+class Wandb:
+    """A run of the project `cl-dist`: offline, in <run folder>/wandb, unless WANDB_MODE says otherwise."""
+
+    def __init__(self, folder: Path, run: str, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        made = _kept(folder, "wandb", lambda: uuid.uuid4().hex[:12])
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
+        self._run: Any = wandb.init(
+            project="cl-dist", id=made, name=run, resume="allow", mode=mode, dir=folder, config=dict(settings)
+        )
+        for axis in ("step", "task"):
+            self._run.define_metric(axis)
+
+    def log(self, numbers: Mapping[str, float], step: int, axis: str) -> None:
+        """See Sink."""
+        for name in numbers:
+            self._run.define_metric(name, step_metric=axis)
+        self._run.log({**numbers, axis: step})
+
+    def close(self, status: str) -> None:
+        """See Sink."""
+        self._run.finish(exit_code=0 if status == "finished" else 1)

@@ -1,0 +1,175 @@
+"""What a plan can know of a run without starting it: its data, the backbone's sizes, and the model that they make.
+
+What cannot be told is said: a name on the hub is never downloaded for a plan.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cl_dist.errors import ConfigError, DataError
+from cl_dist.jobs import Workbook
+from cl_dist.models.config import ModelConfig
+from cl_dist.places import resolve
+from cl_dist.stage import Train, TrainConfig
+from launcher.memory import Model, Step
+
+if TYPE_CHECKING:
+    from cl_dist.stages.dry import Dry
+
+LABELS, ANSWER = 2, 8
+"""Taken where data or tokenizer are absent: labels of a task; tokens of an answer, with its end."""
+
+
+@dataclass
+class Known:
+    """What of a run is there."""
+
+    book: Workbook
+    missing: dict[int, str] = field(default_factory=dict)
+    """Tasks whose files are not there, and which."""
+    untold: list[str] = field(default_factory=list)
+    """What could not be told, and why."""
+
+    @classmethod
+    def of(cls, book: Workbook) -> Known:
+        """Read the data that is there.
+
+        Raises:
+            DataError: With the faults of all files that are there.
+        """
+        known, faults = cls(book), []
+        for number, task in enumerate(book.tasks.tasks):
+            is_local = task.source.kind not in ("planted", "datasets")
+            paths = [*task.source.paths.values(), task.source.path] if is_local else []
+            absent = [path for path in paths if path and not resolve(path).exists()]
+            if absent:
+                known.missing[number] = absent[0]
+                continue
+            try:
+                book.data(number)
+            except DataError as error:
+                faults.append(str(error))
+        if faults:
+            raise DataError("\n".join(faults))
+        if known.missing:
+            names = ", ".join(f"{book.tasks.tasks[t].id} ({path})" for t, path in known.missing.items())
+            known.untold.append(
+                f"rows and fingerprints of stages: no data of {names}; {LABELS} labels a task are assumed"
+            )
+        return known
+
+    def labels(self) -> tuple[int, ...]:
+        """Return the number of labels of every task."""
+        count = len(self.book.tasks)
+        return tuple(LABELS if t in self.missing else len(self.book.data(t).labels) for t in range(count))
+
+    def model(self) -> ModelConfig | None:
+        """Return the backbone with its sizes filled in from config.json, or None where that is not at hand."""
+        model = self.book.config.science.model
+        if model.config is not None:
+            return model
+        if (reason := _not_local(model.source)) is not None:
+            self.untold.append(f"memory: science.model.source={model.source!r} {reason}")
+            return None
+        path = resolve(model.source) / "config.json"
+        try:
+            return model.model_copy(update={"config": json.loads(path.read_text(encoding="utf8"))})
+        except (OSError, ValueError) as error:
+            where = f"science.model.source={model.source!r}"
+            raise ConfigError(f"{where}: expected a folder with config.json: {error}") from error
+
+    def vocabulary(self, model: ModelConfig) -> tuple[int, int]:
+        """Return a decoder's vocabulary, rows for special tokens included, and the labels of its longest answer."""
+        from cl_dist.data.language import Special, Speller
+
+        rows = int((model.config or {}).get("vocab_size", 0))
+        tokens, answer = rows, ANSWER
+        if _not_local(model.source) is None and any(resolve(model.source).glob("token*")):
+            from cl_dist.models.backbone import load_tokenizer
+
+            tokenizer = load_tokenizer(model)
+            speller, tokens = Speller(tokenizer), len(tokenizer)
+            names = {
+                row.label
+                for t in range(len(self.book.tasks))
+                if t not in self.missing
+                for row in self.book.data(t).train
+            }
+            answer = 1 + max((len(speller.encode(name)) for name in names), default=ANSWER - 1)
+        else:
+            self.untold.append(
+                f"tokens: no tokenizer at hand; the vocabulary of the model's config, and answers of {ANSWER} tokens, "
+                "are assumed"
+            )
+        size = Special(tokens, 0).size(len(self.book.tasks), model.spare_task_tokens)
+        return max(rows, size), answer
+
+
+def _not_local(source: str) -> str | None:
+    """Return why a source's files are not at hand without a download, or None."""
+    if source.endswith(".gguf"):
+        return "is a gguf file, which is unpacked at its first use; name the folder of its config.json for a plan"
+    if source.startswith(("package:", ".", "/", "~")) or Path(source).is_dir():
+        return None
+    return (
+        "is a name on the hub, and nothing is downloaded for a plan; give science.model.config, or a folder with "
+        "config.json"
+    )
+
+
+@dataclass
+class Shape:
+    """The model of a run's last task, which has most parts, on its longest rows."""
+
+    dry: Dry
+    item: int
+    train: TrainConfig
+    """Settings of the task with the longest rows."""
+    answer: int
+    per_task: int
+    """Elements that the last task has added."""
+    is_text: bool
+
+    @classmethod
+    def of(cls, known: Known) -> Shape | None:
+        """Shape the model, or return None where its sizes are not at hand."""
+        from cl_dist.stages.dry import Dry
+
+        model = known.model()
+        if model is None:
+            return None
+        book, is_text = known.book, known.book.answers == "text"
+        vocabulary, answer = known.vocabulary(model) if is_text else (None, 1)
+        labels, method = known.labels(), book.config.science.method
+        stages = [s for s in book.plan(len(labels) - 1) if isinstance(s, Train) and s.learner is None]
+        tasks = tuple({*stages[-1].data, *stages[-1].replay})
+        recompute = book.config.cluster.activation_checkpointing
+        dry = Dry(method, model, labels, vocabulary=vocabulary, tasks=tasks, recompute=recompute)
+        before = Dry(method, model, labels[:-1], vocabulary=vocabulary).parts.elements if len(labels) > 1 else 0
+        settings = [book.config.science.train_of(task) for task in book.tasks.tasks]
+        longest = max(settings, key=lambda train: train.max_length * train.global_batch)
+        item = 2 if model.dtype == "bfloat16" else 4
+        return cls(dry, item, longest, answer, dry.parts.elements - before, is_text)
+
+    @property
+    def model(self) -> Model:
+        """Counts of the model."""
+        dry = self.dry
+        return Model(
+            elements=dry.backbone.elements + dry.parts.elements,
+            trained=dry.backbone.trained + dry.parts.trained,
+            largest=dry.largest,
+            item=self.item,
+            task_elements=dry.parts.elements,
+            buffers=dry.buffers,
+            beside=dry.beside,
+        )
+
+    def step(self, rows: int, accumulates: bool) -> Step:
+        """Return the micro-batches of an optimizer step."""
+        micro = self.dry.micro(rows, self.train.max_length, self.answer)
+        return Step(micro.kept, [(point.activations, point.gradients) for point in micro.points], accumulates)

@@ -1,0 +1,297 @@
+"""Runs as jobs of a Ray cluster, over Ray's job API: submit, resume, jobs, status, logs, stop.
+
+What a run file names by a relative path travels with the job; the job lays it into `<run folder>/package` and works
+from there, so that every node sees it and a later job can go on with it. Whatever it names by an absolute path or a
+URL must be there for every node. A job is stopped by SIGTERM: the stage is saved, the driver exits with 75.
+"""
+
+import asyncio
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+import cl_dist
+from cl_dist.config import parse
+from cl_dist.errors import ConfigError, JobError
+from cl_dist.run_config import RunConfig
+from cl_dist.stage import digest_of
+
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+FOLDER, RUN, VERSION = "cl-dist-folder", "cl-dist-run", "cl-dist-version"
+PACKAGE, RUN_FILE = "package", "run.yaml"
+PATH_KEYS = ("path", "order_file", "source")
+"""Settings of the science half that may name a file or a folder; so may everything in `paths`."""
+MAX_BYTES = 400 * 2**20
+"""Ray refuses packages of 512 MiB."""
+GRACE_S = 30.0
+"""Time beyond cluster.stop_timeout_s that a driver is given to write its last lines before Ray kills it."""
+
+AGENTS_S = 60.0
+"""How long a cluster that has just started may take until it accepts jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """One job."""
+
+    id: str
+    status: str
+    """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+    message: str
+    run: str
+    folder: str
+    started: float | None
+    """Seconds since 1970."""
+    ended: float | None
+    exit_code: int | None
+    """Of the driver, where Ray has seen it end."""
+    stop_s: float
+    """How long a stop may take."""
+
+
+class Jobs:
+    """The jobs of a cluster."""
+
+    def __init__(self, address: str | None) -> None:
+        """Reach the job server: an address such as http://HOST:8265; None takes RAY_ADDRESS, or this machine's.
+
+        Raises:
+            JobError: If it cannot be reached, or asks for another token.
+        """
+        from ray.job_submission import JobSubmissionClient
+
+        self._address = address
+        with self._told():
+            self._client = JobSubmissionClient(address)
+
+    def submit(self, config: RunConfig, job_id: str | None = None) -> tuple[str, bool]:
+        """Submit a run and return its job's id, and whether it is new; the same run file twice is one job.
+
+        Raises:
+            ConfigError: If its run folder is relative, a file is missing, or a job of that id has ended.
+        """
+        folder = _absolute(config)
+        tree = config.tree()
+        tree.setdefault("cluster", {})["address"] = "auto"
+        job_id = job_id or f"{config.run.name}-{digest_of({'tree': tree, 'files': _sizes(tree)})[:8]}"
+        known = self.find(job_id)
+        if known is not None and known.status in ENDED:
+            raise ConfigError(
+                f"job {job_id} is {known.status}; `cl-dist resume {job_id} --address ...` goes on with it, and "
+                "`--id ANOTHER` submits it anew"
+            )
+        if known is not None:
+            return job_id, False
+        package = folder / PACKAGE
+        there, run = shlex.quote(str(package)), f"exec cl-dist train {RUN_FILE}"
+        with TemporaryDirectory(prefix="cl-dist-") as made, self._told():
+            _pack(tree, Path(made))
+            self._send(
+                entrypoint=f"mkdir -p {there} && cp -R . {there} && cd {there} && {run}",
+                submission_id=job_id,
+                runtime_env={"working_dir": made, **_environment(config)},
+                metadata={FOLDER: str(folder), RUN: config.run.name, VERSION: cl_dist.__version__},
+            )
+        return job_id, True
+
+    def resume(self, job_id: str, overrides: list[str]) -> None:
+        """Go on with a job that has ended, under its id; its run folder holds all that is needed.
+
+        Raises:
+            ConfigError: If it is still running.
+            JobError: If there is no such job.
+        """
+        known = self.get(job_id)
+        if known.status not in ENDED:
+            raise ConfigError(f"job {job_id} is {known.status}: `cl-dist stop {job_id}` stops it first")
+        words = ["cl-dist", "resume", known.folder, "cluster.address=auto", *overrides]
+        enter = f"cd {shlex.quote(str(Path(known.folder) / PACKAGE))}"
+        with self._told():
+            old = self._client.get_job_info(job_id)
+            env = {key: value for key, value in (old.runtime_env or {}).items() if key == "env_vars"}
+            self._client.delete_job(job_id)  # Ray takes an id once
+            self._send(
+                entrypoint=f"{enter} && exec {shlex.join(words)}",
+                submission_id=job_id,
+                runtime_env=env,
+                metadata=old.metadata,
+            )
+
+    def _send(self, **job: Any) -> None:
+        """Submit a job, also to a cluster whose agents are still starting."""
+        deadline = time.monotonic() + AGENTS_S
+        while True:
+            try:
+                self._client.submit_job(**job)
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
+            else:
+                return
+
+    def list(self) -> list[Info]:
+        """Return the jobs that are runs of ours, the latest first."""
+        with self._told():
+            found = [_info(job) for job in self._client.list_jobs() if FOLDER in (job.metadata or {})]
+        return sorted(found, key=lambda job: -(job.started or 0.0))
+
+    def find(self, job_id: str) -> Info | None:
+        """Return a job, or None where there is no such."""
+        return next((job for job in self.list() if job.id == job_id), None)
+
+    def get(self, job_id: str) -> Info:
+        """Return a job.
+
+        Raises:
+            JobError: If there is no such.
+        """
+        known = self.find(job_id)
+        if known is None:
+            raise JobError(f"no job {job_id!r} on this cluster; `cl-dist jobs` lists them")
+        return known
+
+    def logs(self, job_id: str) -> str:
+        """Return what the driver has written so far."""
+        self.get(job_id)
+        with self._told():
+            text: str = self._client.get_job_logs(job_id)
+            return text
+
+    def follow(self, job_id: str) -> Iterator[str]:
+        """Yield what the driver writes, until the job ends."""
+        self.get(job_id)
+        with self._told():
+            stream = aiter(self._client.tail_job_logs(job_id))
+            loop = asyncio.new_event_loop()
+            try:
+                while (part := loop.run_until_complete(anext(stream, None))) is not None:
+                    yield part
+            finally:
+                loop.close()
+
+    def stop(self, job_id: str) -> Info:
+        """Have a job save the stage it is at and end; return it when it has.
+
+        Raises:
+            JobError: If it has not ended in the time that its run file gives it.
+        """
+        known = self.get(job_id)
+        if known.status in ENDED:
+            return known
+        with self._told():
+            self._client.stop_job(job_id)
+        return self.wait(job_id, known.stop_s + GRACE_S)
+
+    def wait(self, job_id: str, timeout_s: float) -> Info:
+        """Return a job once it has ended.
+
+        Raises:
+            JobError: If it has not in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (known := self.get(job_id)).status not in ENDED:
+            if time.monotonic() > deadline:
+                raise JobError(f"job {job_id} is still {known.status} after {timeout_s:g} s; `cl-dist logs {job_id}`")
+            time.sleep(0.5)
+        return known
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn what Ray's client raises into an error that says what to do."""
+        from ray.exceptions import RayError
+
+        try:
+            yield
+        except (ConnectionError, OSError, RuntimeError, RayError) as error:
+            where = self._address or os.environ.get("RAY_ADDRESS") or "a Ray cluster on this machine"
+            raise JobError(
+                f"{where}: {str(error).strip()}\nExpected the job server of a Ray head, as --address http://HOST:8265 "
+                "or RAY_ADDRESS; where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as on the head."
+            ) from error
+
+
+def _info(job: Any) -> Info:
+    metadata, env = job.metadata or {}, (job.runtime_env or {}).get("env_vars", {})
+    return Info(
+        id=job.submission_id,
+        status=str(job.status.value if hasattr(job.status, "value") else job.status),
+        message=job.message or "",
+        run=metadata[RUN],
+        folder=metadata[FOLDER],
+        started=None if not job.start_time else job.start_time / 1000,
+        ended=None if not job.end_time else job.end_time / 1000,
+        exit_code=job.driver_exit_code,
+        stop_s=float(env.get("RAY_JOB_STOP_WAIT_TIME_S", "3")),
+    )
+
+
+def _environment(config: RunConfig) -> Mapping[str, Any]:
+    """Return the environment of the job's driver: Ray would kill one that takes 3 seconds to stop."""
+    return {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{config.cluster.stop_timeout_s + GRACE_S:g}"}}
+
+
+def _absolute(config: RunConfig) -> Path:
+    if not Path(config.run.dir).is_absolute():
+        raise ConfigError(
+            f"run.dir={config.run.dir!r}: a job needs an absolute folder that every node of the cluster sees: "
+            "run.dir=/shared/runs"
+        )
+    return config.folder
+
+
+def _paths(tree: Any, key: str = "") -> Iterator[str]:
+    """Yield the relative paths that a run file names, for files and folders that are here."""
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from _paths(value, "path" if key == "paths" else name)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _paths(value, key)
+    elif key in PATH_KEYS and isinstance(tree, str) and _is_local(tree):
+        yield tree
+
+
+def _is_local(path: str) -> bool:
+    return path != "" and not Path(path).expanduser().is_absolute() and Path(path).exists()
+
+
+def _sizes(tree: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return what tells one state of the files from another, without reading them."""
+    found = {path: Path(path).stat() for path in _paths(_science(tree))}
+    return {path: [facts.st_size, facts.st_mtime_ns] for path, facts in found.items()}
+
+
+def _science(tree: Mapping[str, Any]) -> list[Any]:
+    return [tree["science"], tree.get("baselines", {})]
+
+
+def _pack(tree: Mapping[str, Any], into: Path) -> None:
+    """Write a run file and what it names by relative paths to a folder.
+
+    Raises:
+        ConfigError: If a path leaves the working directory, or all is too large to travel.
+    """
+    parse(RunConfig, tree)
+    (into / RUN_FILE).write_text(yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True), encoding="utf8")
+    for path in sorted(set(_paths(_science(tree)))):
+        if not Path(path).resolve().is_relative_to(Path.cwd()):
+            raise ConfigError(f"{path}: leaves the working directory; make it absolute, in a folder every node sees")
+        target = into / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(path, target, dirs_exist_ok=True) if Path(path).is_dir() else shutil.copyfile(path, target)
+    size = sum(file.stat().st_size for file in into.rglob("*") if file.is_file())
+    if size > MAX_BYTES:
+        raise ConfigError(
+            f"the files of the run file's relative paths have {size / 2**20:.0f} MiB, and {MAX_BYTES / 2**20:.0f} MiB "
+            "can travel with a job; put them in a folder that every node sees, and name it absolutely"
+        )

@@ -1,0 +1,243 @@
+"""What can be known before a run holds any worker: settings, data, model, cluster, nodes, storage, time.
+
+Each check gives findings; each finding that is no `ok` has a remedy. A cluster that the run file names is asked; a run
+without `cluster.address` starts its own Ray, and only this machine is looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from cl_dist.errors import ClDistError, ClusterError
+from cl_dist.jobs import Workbook
+from cl_dist.run_config import RunConfig
+from cl_dist.tracking import LIBRARIES, versions
+from launcher import console, runs
+from launcher.options import AsJson, Config, Overrides
+from launcher.planning import planned
+
+if TYPE_CHECKING:
+    from cl_dist.dispatch_ray.nodes import NodeFacts
+
+PLAIN: Any = {"markup": False, "soft_wrap": True}
+State = Literal["ok", "warn", "fail"]
+SHM_GB, OPEN_FILES = 1.0, 4096
+"""Below this a node gets a warning: Ray's object store lies in /dev/shm, and every worker is many sockets."""
+SHORT_S = 600.0
+"""A job that a scheduler ends sooner gets a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    check: str
+    state: State
+    where: str
+    found: str
+    remedy: str = ""
+
+
+def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Look at data, model, nodes, storage and time before a run holds any worker; exit 4 if something fails."""
+    from cl_dist.run_config import load_run
+
+    findings = preflight(load_run(runs.run_file(config), overrides or []))
+    failed = [finding for finding in findings if finding.state == "fail"]
+    if as_json:
+        document = {"passed": not failed, "findings": [dataclasses.asdict(finding) for finding in findings]}
+        console.out.print_json(json.dumps(document))
+    else:
+        for finding in findings:
+            console.out.print(f"{finding.state:4}  {finding.check:9}  {finding.where}: {finding.found}", **PLAIN)
+            if finding.remedy:
+                console.out.print(f"      -> {finding.remedy}", **PLAIN)
+    if failed:
+        raise typer.Exit(ClusterError.exit_code)
+
+
+def preflight(config: RunConfig) -> list[Finding]:
+    """Look at everything."""
+    findings = [*_data(config), *_model(config), *_time(config)]
+    needed_gb = 0.0 if any(finding.state == "fail" for finding in findings) else _needed_gb(config)
+    if config.cluster.dispatcher == "ray" and config.cluster.address is not None:
+        return [*findings, *_cluster(config, needed_gb)]
+    return [*findings, *_machine(config, needed_gb)]
+
+
+def _data(config: RunConfig) -> Iterator[Finding]:
+    book = Workbook(config)
+    for task in range(len(book.tasks)):
+        name = f"task {book.tasks.tasks[task].id}"
+        try:
+            data = book.data(task)
+        except ClDistError as error:
+            yield Finding("data", "fail", name, str(error), "mend the rows; `cl-dist data check` shows all faults")
+            continue
+        rows = f"{len(data.train)} train, {len(data.dev)} dev, {len(data.test)} test rows"
+        if data.overlap:
+            found = f"{rows}; {data.overlap} texts are in more than one split"
+            yield Finding("data", "warn", name, found, "mend the splits, or set science.data.overlap")
+        else:
+            yield Finding("data", "ok", name, rows)
+
+
+def _model(config: RunConfig) -> Iterator[Finding]:
+    from transformers import AutoConfig
+
+    from cl_dist.models.backbone import load_tokenizer, location
+
+    model = config.science.model
+    try:
+        if model.config is None:
+            kind = AutoConfig.from_pretrained(location(model), revision=model.revision).model_type
+        else:
+            kind = str(model.config.get("model_type"))
+        load_tokenizer(model)
+    except (ClDistError, OSError, ValueError) as error:
+        remedy = "name a folder, package:NAME/path, or a hub name that is in the cache or can be reached"
+        yield Finding("model", "fail", model.source, str(error), remedy)
+        return
+    yield Finding("model", "ok", model.source, f"model_type {kind}, with its tokenizer")
+
+
+def _time(config: RunConfig) -> Iterator[Finding]:
+    cluster = config.cluster
+    if cluster.step_timeout_s == 0:
+        remedy = "set it above the longest step, with the scoring of dev rows"
+        yield Finding("time", "warn", "cluster.step_timeout_s", "0: a rank that hangs is waited for for ever", remedy)
+    if cluster.checkpoint_minutes == 0 and cluster.checkpoint_steps == 0:
+        found = "no checkpoints inside a task: a crash costs the whole stage"
+        yield Finding("time", "warn", "cluster.checkpoint_minutes", found, "set cluster.checkpoint_minutes: 10")
+    ends = os.environ.get("SLURM_JOB_END_TIME", "")
+    if ends.isdigit():
+        left = float(ends) - time.time()
+        state: State = "warn" if left < SHORT_S else "ok"
+        found = f"{left / 60:.0f} minutes left of the allocation"
+        yield Finding("time", state, "SLURM_JOB_END_TIME", found, "ask for more with --time" if state == "warn" else "")
+
+
+def _machine(config: RunConfig, needed_gb: float) -> Iterator[Finding]:
+    """Look at this machine alone."""
+    cores = os.cpu_count() or 1
+    wanted = config.cluster.workers * config.cluster.cpus_per_worker
+    crowded = wanted > cores
+    yield Finding(
+        "resources",
+        "warn" if crowded else "ok",
+        "this machine",
+        f"{config.cluster.workers} workers want {wanted:g} CPUs, it has {cores}",
+        "they share; lower cluster.workers for speed" if crowded else "",
+    )
+    gpus = _gpus()
+    if config.cluster.workers * config.cluster.gpus_per_worker > gpus:
+        asked = config.cluster.workers * config.cluster.gpus_per_worker
+        remedy = "lower cluster.workers or gpus_per_worker, or name a cluster as cluster.address"
+        yield Finding("resources", "fail", "this machine", f"{asked:g} GPUs are asked for, it has {gpus}", remedy)
+    folder = config.folder.absolute()
+    above = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    writable = os.access(above, os.W_OK)
+    if writable:
+        yield Finding("storage", "ok", str(folder), "can be written")
+    else:
+        yield Finding("storage", "fail", str(folder), "cannot be written", "name another run.dir")
+    yield _room(str(folder), shutil.disk_usage(above).free / 1e9, needed_gb)
+    yield from _limits("this machine", _shm_gb(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def _cluster(config: RunConfig, needed_gb: float) -> Iterator[Finding]:
+    """Join the cluster, look at every node, and leave it."""
+    import ray
+
+    from cl_dist.dispatch_ray.cluster import check_fits, connect
+    from cl_dist.dispatch_ray.nodes import alive, probe
+
+    address = str(config.cluster.address)
+    try:
+        connect(config.cluster)
+    except ClusterError as error:
+        yield Finding("cluster", "fail", address, str(error), "start it with `ray start`, or mend cluster.address")
+        return
+    try:
+        nodes = alive()
+        yield Finding("cluster", "ok", address, f"{len(nodes)} nodes alive")
+        try:
+            check_fits(config.cluster)
+            yield Finding("resources", "ok", address, f"{config.cluster.workers} workers fit")
+        except ClusterError as error:
+            remedy = "lower cluster.workers or what each asks for, or add nodes"
+            yield Finding("resources", "fail", address, str(error), remedy)
+        own = versions()
+        for facts in probe(config.folder, nodes, LIBRARIES):
+            yield from _node(facts, own, config, needed_gb)
+    except OSError as error:
+        yield Finding("storage", "fail", str(config.folder), str(error), "name another run.dir")
+    finally:
+        ray.shutdown()
+
+
+def _node(facts: NodeFacts, own: dict[str, str | None], config: RunConfig, needed_gb: float) -> Iterator[Finding]:
+    if facts.error:
+        remedy = "look at this node's Ray: `ray status`, and its log folder"
+        yield Finding("node", "fail", facts.name, facts.error, remedy)
+        return
+    other = {
+        name: (facts.versions.get(name), known) for name, known in own.items() if facts.versions.get(name) != known
+    }
+    if other:
+        found = ", ".join(f"{name} {there or 'missing'} (driver: {here})" for name, (there, here) in other.items())
+        yield Finding("versions", "fail", facts.name, found, "install the same constraints.txt, or the same image")
+    else:
+        yield Finding("versions", "ok", facts.name, "as the driver's")
+    if facts.reads and facts.writes:
+        yield Finding("storage", "ok", facts.name, f"{config.folder}: written and read back")
+        yield _room(facts.name, facts.free_gb, needed_gb)
+    else:
+        remedy = "mount one file system there on every node, or name another run.dir"
+        yield Finding("storage", "fail", facts.name, f"{config.folder}: {facts.sight}", remedy)
+    yield from _limits(facts.name, facts.shm_gb, facts.open_files)
+
+
+def _room(where: str, free_gb: float, needed_gb: float) -> Finding:
+    found = f"{free_gb:.1f} GB free, the run writes about {needed_gb:.1f} GB"
+    if free_gb < needed_gb:
+        return Finding("disk", "fail", where, found, "make room, name another run.dir")
+    return Finding("disk", "ok", where, found)
+
+
+def _limits(where: str, shm_gb: float, open_files: int) -> Iterator[Finding]:
+    if shm_gb < SHM_GB:
+        remedy = "docker: --shm-size 8g; Kubernetes: an emptyDir of medium Memory at /dev/shm"
+        yield Finding("limits", "warn", where, f"/dev/shm has {shm_gb:.2f} GB", remedy)
+    if open_files < OPEN_FILES:
+        yield Finding(
+            "limits", "warn", where, f"{open_files} open files a process", "ulimit -n 65536 before `ray start`"
+        )
+
+
+def _shm_gb() -> float:
+    return shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else 0.0
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _needed_gb(config: RunConfig) -> float:
+    """Return what the run and its baselines will write."""
+    books = [config, *(config.baseline(name) for name in config.baselines)]
+    files = [part["bytes"] for each in books for part in planned(each, ()).get("disk", [])]
+    return float(sum(files)) / 1e9
