@@ -208,7 +208,7 @@ def idle_scales(backbone: PreTrainedModel) -> dict[str, GradScale]:
     return {
         f"backbone.{name}": GradScale(row=keep)
         for name, keep in idle_biases(backbone).items()
-        if backbone.get_parameter(name).requires_grad
+        if keep is not None and backbone.get_parameter(name).requires_grad
     }
 
 

@@ -91,7 +91,7 @@ class Finetune(Learner):
         if pooler is not None and self.pooling != "pooler":
             pooler.requires_grad_(False)
         for name, keep in idle_biases(self.model.backbone).items():
-            if not keep.any():
+            if keep is None:
                 self.model.backbone.get_parameter(name).requires_grad_(False)
         if self.config.tune == "layers":
             for name in embedding_names(self.model.backbone):

@@ -53,7 +53,7 @@ class TextLearner(Learner):
 
         tune, backbone = getattr(self.config, "tune", "all"), self.model.backbone
         embeddings = embedding_names(backbone)
-        idle = {name for name, keep in idle_biases(backbone).items() if not keep.any()}
+        idle = {name for name, keep in idle_biases(backbone).items() if keep is None}
         for name, parameter in backbone.named_parameters():
             is_trained = name in embeddings if tune == "head" else tune == "all" or name not in embeddings
             parameter.requires_grad_(is_trained and name not in idle)

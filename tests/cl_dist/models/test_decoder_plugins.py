@@ -142,6 +142,7 @@ def test_an_unprotected_decoder_trains_what_tune_says_and_no_idle_bias(kind: str
         moved = parameter != start[name]
         may_move = torch.ones(()) * (tune == "all" or (tune == "layers" and name not in inside))
         if name in idle:
-            may_move = may_move * idle[name]
+            keep = idle[name]
+            may_move = may_move * (torch.zeros(len(parameter)) if keep is None else keep)
             assert torch.equal(moved, may_move > 0)
         assert bool(moved.any()) == bool((may_move > 0).any()), name
