@@ -107,12 +107,8 @@ def _parameters_at(layer: nn.Module, path: str) -> list[tuple[str, nn.Parameter]
     return [] if module is None else list(module.named_parameters())
 
 
-KEYS = 1
-"""Place of the keys among separate projections."""
-
-
 def idle_biases(model: PreTrainedModel) -> dict[str, Tensor | None]:
-    """Return the biases of keys that change nothing: name -> 1 where an entry counts, 0 where not; None: none counts.
+    """Return the biases of keys that change nothing: name -> 1 where an entry counts, else 0; None where none counts.
 
     What shifts all scores of a query alike, the softmax takes out: a bias on keys that are not turned by their place.
     The gradient that is left is rounding noise, of which AdamW would make whole steps, other ones on every number of
@@ -125,16 +121,16 @@ def idle_biases(model: PreTrainedModel) -> dict[str, Tensor | None]:
     turned = _turned(model, size) if row.attention.positions == "rotary" else 0
     if turned >= size:
         return {}
-    counts = (torch.arange(size) < turned).float().repeat(groups)
+    counts = torch.cat([torch.ones(turned), torch.zeros(size - turned)]).repeat(groups)
     query, value = torch.ones(heads * size), torch.ones(groups * size)
+    is_separate = row.attention.layout == "separate"
+    name, keep = _projected(row.attention, query, counts, value, size)[1 if is_separate else 0]
     found: dict[str, Tensor | None] = {}
     for path, layer in layers_of(model):
-        if any(_parameters_at(layer, name) for name in row.attention.norms):
+        if any(_parameters_at(layer, norm) for norm in row.attention.norms):
             continue
-        is_alone = row.attention.layout == "separate"
-        for number, (name, keep) in enumerate(_projected(row.attention, query, counts, value, size)):
-            if getattr(layer.get_submodule(name), "bias", None) is not None and (number == KEYS or not is_alone):
-                found[f"{path}.{name}.bias"] = None if is_alone and not turned else keep
+        if getattr(layer.get_submodule(name), "bias", None) is not None:
+            found[f"{path}.{name}.bias"] = None if is_separate and turned == 0 else keep
     return found
 
 

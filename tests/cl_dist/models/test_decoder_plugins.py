@@ -143,6 +143,6 @@ def test_an_unprotected_decoder_trains_what_tune_says_and_no_idle_bias(kind: str
         may_move = torch.ones(()) * (tune == "all" or (tune == "layers" and name not in inside))
         if name in idle:
             keep = idle[name]
-            may_move = may_move * (torch.zeros(()) if keep is None else keep)
+            may_move = may_move * (torch.zeros(len(parameter)) if keep is None else keep)
             assert torch.equal(moved, may_move > 0)
         assert bool(moved.any()) == bool((may_move > 0).any()), name
