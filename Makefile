@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo
 
-.PHONY: help setup demo test test-ray test-gpu check fmt bench parity chaos memory scaling fuzz tables clean
+.PHONY: help setup demo test test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ test-ray: $(STAMP)  ## the tests that start Ray
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest tests -rs -m gpu
+
+gpu-check: $(STAMP)  ## CTR at BERT-base's size and Rational LAMOL at a billion parameters, in bfloat16 on this machine's GPUs
+	DS_ACCELERATOR=cuda $(BIN)/python -m tests.gpu_check
 
 check: $(STAMP)  ## ruff, mypy, import contracts, spelling
 	$(BIN)/ruff check .
