@@ -276,9 +276,12 @@ class Gang:
         self._mailbox.working.options(name=job.key).remote(number)
         try:
             self._watch(parcel, tracker)
-        except (KeyboardInterrupt, StoppedError) as stop:
-            if not self._comes_to_its_end(number, tracker):
+        except (KeyboardInterrupt, StoppedError, SystemError) as told:
+            stop = told.__cause__ if isinstance(told, SystemError) else told  # Ray's compiled code wraps what comes
+            if not isinstance(stop, KeyboardInterrupt | StoppedError):
                 raise
+            if not self._comes_to_its_end(number, tracker):
+                raise stop from None
             self.stop = stop  # the stage was at its end: first it is published
 
     def _comes_to_its_end(self, number: int, tracker: Tracker) -> bool:
