@@ -213,8 +213,8 @@ def test_every_forward_pass_in_training_goes_through_the_engine(
         through_engine.append(1)
         return call(engine, batch)
 
-    def watched(asked: Job) -> Learner:
-        learners.append(build(asked))
+    def watched(asked: Job, **how: Any) -> Learner:
+        learners.append(build(asked, **how))
         if len(learners) == 1:  # a second one measures what was learned, and trains nothing
             learners[0].model.register_forward_hook(lambda *args: forwards.append(1))
         return learners[-1]
