@@ -26,6 +26,9 @@ class RunSection(Section):
     name: Annotated[str, Field(pattern=NAME)]
     dir: str = "runs"
     """Folder that holds run folders; on a cluster, one that every node sees."""
+    mirror: str | None = None
+    """Where finished stages are copied as well, to <mirror>/<name>: s3://bucket/runs, gs://..., file:///... A run whose
+    folder is not there starts from the copy. Needs the fsspec package of that store, such as s3fs."""
     trackers: list[Name] = []
     """Also send numbers to tensorboard, mlflow or wandb; the run folder holds all of them without. Needs
     `pip install 'cl-dist[tracking]'`."""
@@ -177,6 +180,8 @@ class RunConfig(Section):
         if "method" in over:
             science["method"] = over["method"]  # another method has other settings: replaced, not merged
         run = {**tree["run"], "name": name, "dir": str(self.folder / "baselines")}
+        if self.run.mirror is not None:
+            run["mirror"] = f"{self.run.mirror.rstrip('/')}/{self.run.name}/baselines"
         parts = {"run": run, "science": science, "cluster": tree.get("cluster", {})}
         return parse(RunConfig, parts, f"baselines.{name}.")
 

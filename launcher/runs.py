@@ -127,6 +127,7 @@ def execute(
     Nothing is started before every setting and every row has been checked, nor where nothing is missing.
     """
     configs = [config, *(config.baseline(name) for name in config.baselines if baselines)]
+    _brought_back(configs)
     books = [Workbook(each) for each in configs]
     books[0].check_data()
     for book in books:
@@ -156,16 +157,32 @@ def execute(
 
 
 def _watched(config: RunConfig, watch: Watcher) -> Watcher:
-    """Return what sees the events of a run: the terminal, and the trackers that the run file names."""
-    if not config.run.trackers:
-        return watch
-    trackers = Trackers(config.run.trackers, config.folder, config.run.name, flat(config.tree()["science"]))
+    """Return what sees the events of a run: the terminal, and the trackers and the mirror that the run file names."""
+    watchers = [watch]
+    if config.run.trackers:
+        settings = flat(config.tree()["science"])
+        watchers.append(Trackers(config.run.trackers, config.folder, config.run.name, settings))
+    if config.run.mirror is not None:
+        from launcher.mirror import Mirror, Mirroring
 
-    def both(event: Mapping[str, Any]) -> None:
-        watch(event)
-        trackers(event)
+        watchers.append(Mirroring(Mirror(config)))
 
-    return both
+    def all_of_them(event: Mapping[str, Any]) -> None:
+        for each in watchers:
+            each(event)
+
+    return all_of_them
+
+
+def _brought_back(configs: list[RunConfig]) -> None:
+    """Bring back what the mirrors of runs hold and their folders lack."""
+    mirrored = [config for config in configs if config.run.mirror is not None]
+    if mirrored:
+        from launcher.mirror import Mirror
+
+        with only_driver(configs[0].folder):
+            for config in mirrored:
+                Mirror(config).pull()
 
 
 def _run(book: Workbook, dispatcher: Any, tracker: Tracker) -> None:

@@ -27,7 +27,7 @@ LATER = ALL[2:]
 """The stages of the second task and of those after it."""
 
 # Another value for each field: a field that is added must be added here, and so is decided to be science or not.
-RUN: Tree = {"name": "other", "dir": "elsewhere", "trackers": ["mlflow"]}
+RUN: Tree = {"name": "other", "dir": "elsewhere", "trackers": ["mlflow"], "mirror": "memory://runs"}
 CLUSTER: Tree = {
     "dispatcher": "local",
     "engine": "torch",

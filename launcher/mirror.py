@@ -1,0 +1,144 @@
+"""A copy of a run's finished stages on another store: s3://, gs://, file://, whatever fsspec knows.
+
+The run folder stays what a run works in. Each finished stage is copied when it is published, its manifest last, so that
+a stage is in the copy whole or not at all; run.json, the run file and the metrics follow. A run that begins without a
+folder, on a machine that has never seen it, starts from the copy. Checkpoints inside a stage are not copied.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from cl_dist.errors import CheckpointError, ClDistError, ConfigError, StorageError
+from cl_dist.ledger import MANIFEST, sha256
+from cl_dist.run_config import RunConfig
+
+log = logging.getLogger(__name__)
+KEPT = ("config.yaml", "config.source.yaml", "run.json")
+METRICS = ("metrics/R.csv", "metrics/summary.json", "metrics/events.jsonl")
+
+
+class Mirror:
+    """The copy of one run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Open the store; nothing is read or written yet.
+
+        Raises:
+            ConfigError: If its kind is not known here.
+        """
+        assert config.run.mirror is not None
+        self._folder, self._url = config.folder, f"{config.run.mirror.rstrip('/')}/{config.run.name}"
+        try:
+            self._store, self._root = fsspec.core.url_to_fs(self._url)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"run.mirror={config.run.mirror!r}: {error}; s3:// needs pip install s3fs") from error
+
+    def push(self) -> None:
+        """Copy what is finished and not there yet.
+
+        Raises:
+            StorageError: If the store cannot be written.
+        """
+        with self._told("written"):
+            for manifest in sorted((self._folder / "stages").glob(f"*/*/{MANIFEST}")):
+                if not self._same(manifest):
+                    names = sorted(path for path in manifest.parent.rglob("*") if path.is_file() and path != manifest)
+                    for path in (*names, manifest):
+                        self._put(path)
+            for name in (*KEPT, *METRICS):
+                if (self._folder / name).exists():
+                    self._put(self._folder / name)
+
+    def pull(self) -> int:
+        """Bring back the stages that are not in the run folder, and return how many there were.
+
+        Raises:
+            StorageError: If the store cannot be read.
+            CheckpointError: If a file is not the one that its manifest names.
+        """
+        with self._told("read"):
+            return self._pull()
+
+    def _pull(self) -> int:
+        brought = 0
+        for there in sorted(self._store.glob(f"{self._root}/stages/*/*/{MANIFEST}")):
+            remote = there.rpartition("/")[0]
+            final = self._folder / "stages" / Path(*remote.split("/")[-2:])
+            if (final / MANIFEST).exists():
+                continue
+            partial = final.with_name(f"{final.name}.mirrored")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for path in self._store.find(remote):
+                local = partial / path.removeprefix(f"{remote}/")
+                local.parent.mkdir(parents=True, exist_ok=True)
+                self._store.get_file(path, str(local))
+            self._check(partial, remote)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            brought += 1
+        if brought:
+            log.info("mirror url=%s stages=%d brought back", self._url, brought)
+        return brought
+
+    @contextmanager
+    def _told(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except ClDistError:
+            raise
+        except Exception as error:  # every store has errors of its own kind
+            raise StorageError(f"run.mirror: {self._url}: cannot be {done}: {type(error).__name__}: {error}") from error
+
+    def _check(self, folder: Path, remote: str) -> None:
+        try:
+            files: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf8"))["files"]
+            wrong = [name for name, digest in files.items() if sha256(folder / name) != digest]
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            wrong = [f"{MANIFEST} ({error})"]
+        if wrong:
+            shutil.rmtree(folder)
+            raise CheckpointError(
+                f"run.mirror: {remote}: {', '.join(wrong)} missing or damaged; remove that folder there, and the stage "
+                "is computed again"
+            )
+
+    def _same(self, manifest: Path) -> bool:
+        there = self._remote(manifest)
+        return bool(self._store.exists(there)) and self._store.cat_file(there) == manifest.read_bytes()
+
+    def _put(self, path: Path) -> None:
+        there = self._remote(path)
+        self._store.makedirs(there.rpartition("/")[0], exist_ok=True)
+        self._store.put_file(str(path), there)
+
+    def _remote(self, path: Path) -> str:
+        return f"{self._root}/{path.relative_to(self._folder).as_posix()}"
+
+
+class Mirroring:
+    """A watcher of a run's events that keeps the copy up to date."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self._mirror = mirror
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Copy after each stage; a store that is away for a while is told, and caught up with later.
+
+        Raises:
+            StorageError: If it is still away when the run ends.
+        """
+        if event["event"] == "stage_done":
+            try:
+                self._mirror.push()
+            except StorageError as error:
+                log.warning("%s; the next stage tries again", error)
+        elif event["event"] in ("finished", "stopped", "interrupted", "failed"):
+            self._mirror.push()

@@ -1,0 +1,97 @@
+"""Finished stages are copied to another store, and a machine that has never seen the run starts from the copy."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from cl_dist.config import merged, parse
+from cl_dist.errors import CheckpointError, ConfigError, StorageError
+from cl_dist.run_config import RunConfig
+from launcher import runs
+from launcher.mirror import Mirror
+from tests import tiny
+
+FAST = {"train": {"epochs": 1, "min_round_steps": 1}, "method": {"name": "sequential"}}
+
+
+@pytest.fixture(params=["memory", "file"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Stores of two kinds; the one in memory has no folders and no rename, as buckets have none."""
+    yield f"memory://bucket{tmp_path.name}/runs" if request.param == "memory" else f"file://{tmp_path}/store/runs"
+    fsspec.filesystem("memory").store.clear()
+
+
+def config(folder: Path, url: str, **over: object) -> RunConfig:
+    tree = tiny.tree(folder, {"science": FAST, "run": {"mirror": url}}, tasks=("food", "film"))
+    tree["baselines"] = {"alone": {"method": {"name": "individual"}}}
+    return parse(RunConfig, merged(tree, over))
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("stages/**/*") if path.is_file()}
+
+
+def test_a_run_whose_folder_is_lost_comes_back_whole(tmp_path: Path, url: str) -> None:
+    run = config(tmp_path, url)
+    runs.execute(run, "cl-dist train")
+    before = bytes_of(run.folder)
+    assert any(name.startswith("baselines/alone/stages/") for name in before)
+    shutil.rmtree(run.folder)
+    summaries = runs.execute(run, "cl-dist train")
+    assert bytes_of(run.folder) == before  # manifests hold times: nothing was computed again
+    assert [summary["status"] for summary in summaries] == ["finished", "finished"]
+
+
+def test_what_is_missing_in_the_copy_is_computed(tmp_path: Path, url: str) -> None:
+    run = config(tmp_path, url)
+    runs.execute(run, "cl-dist train", baselines=False)
+    before = bytes_of(run.folder)
+    store, root = fsspec.core.url_to_fs(url)
+    store.rm(f"{root}/tiny/stages/01-film/evaluate/manifest.json")  # half copied
+    shutil.rmtree(run.folder)
+    runs.execute(run, "cl-dist train", baselines=False)
+    after = bytes_of(run.folder)
+    assert after.keys() == before.keys()
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"stages/01-film/evaluate/manifest.json"}
+    assert store.exists(f"{root}/tiny/stages/01-film/evaluate/manifest.json")
+
+
+def test_a_damaged_copy_is_refused_by_name(tmp_path: Path, url: str) -> None:
+    run = config(tmp_path, url)
+    runs.execute(run, "cl-dist train", baselines=False)
+    store, root = fsspec.core.url_to_fs(url)
+    store.pipe_file(f"{root}/tiny/stages/00-food/train/trainable.safetensors", b"other")
+    shutil.rmtree(run.folder)
+    with pytest.raises(CheckpointError, match=r"00-food/train: trainable\.safetensors missing or damaged; remove"):
+        runs.execute(run, "cl-dist train", baselines=False)
+    assert not list(run.folder.glob("stages/00-food/train*"))
+
+
+def test_a_store_that_is_away_for_a_while_is_caught_up_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(tmp_path, f"file://{tmp_path}/store/runs")
+    put, calls = Mirror._put, list[Path]()
+
+    def flaky(self: Mirror, path: Path) -> None:
+        calls.append(path)
+        if len(calls) < 3:
+            raise TimeoutError("away")
+        put(self, path)
+
+    monkeypatch.setattr(Mirror, "_put", flaky)
+    runs.execute(run, "cl-dist train", baselines=False)
+    assert bytes_of(tmp_path / "store/runs/tiny") == bytes_of(run.folder)
+
+
+def test_a_store_that_stays_away_is_told(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file where a folder should be")
+    with pytest.raises(StorageError, match=r"run\.mirror: file://.*cannot be written"):
+        runs.execute(config(tmp_path, f"file://{tmp_path}/store/runs"), "cl-dist train", baselines=False)
+
+
+def test_a_store_of_an_unknown_kind_is_a_wrong_setting(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.mirror='nowhere://bucket'.*nowhere"):
+        runs.execute(config(tmp_path, "nowhere://bucket"), "cl-dist train")
