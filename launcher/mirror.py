@@ -8,6 +8,7 @@ folder, on a machine that has never seen it, starts from the copy. Checkpoints i
 import json
 import logging
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,20 @@ class Mirror:
             self._store, self._root = fsspec.core.url_to_fs(self._url)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"run.mirror={config.run.mirror!r}: {error}; s3:// needs pip install s3fs") from error
+
+    def probe(self) -> None:
+        """Write something to the store, read it back and remove it.
+
+        Raises:
+            StorageError: If that does not work.
+        """
+        there = f"{self._root}/.probe-{uuid.uuid4().hex}"
+        with self._told("written and read"):
+            self._store.makedirs(self._root, exist_ok=True)
+            self._store.pipe_file(there, b"probe")
+            if self._store.cat_file(there) != b"probe":
+                raise OSError("what comes back is not what was written")
+            self._store.rm_file(there)
 
     def push(self) -> None:
         """Copy what is finished and not there yet.

@@ -69,7 +69,7 @@ def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
 
 def preflight(config: RunConfig) -> list[Finding]:
     """Look at everything."""
-    findings = [*_data(config), *_model(config), *_time(config)]
+    findings = [*_data(config), *_model(config), *_time(config), *_mirror(config)]
     needed_gb = 0.0 if any(finding.state == "fail" for finding in findings) else _needed_gb(config)
     if config.cluster.dispatcher == "ray" and config.cluster.address is not None:
         return [*findings, *_cluster(config, needed_gb)]
@@ -126,6 +126,19 @@ def _time(config: RunConfig) -> Iterator[Finding]:
         state: State = "warn" if left < SHORT_S else "ok"
         found = f"{left / 60:.0f} minutes left of the allocation"
         yield Finding("time", state, "SLURM_JOB_END_TIME", found, "ask for more with --time" if state == "warn" else "")
+
+
+def _mirror(config: RunConfig) -> Iterator[Finding]:
+    if config.run.mirror is None:
+        return
+    from launcher.mirror import Mirror
+
+    try:
+        Mirror(config).probe()
+        yield Finding("storage", "ok", config.run.mirror, "run.mirror: written and read back")
+    except ClDistError as error:
+        remedy = "install the store's fsspec package, give its credentials, or name another run.mirror"
+        yield Finding("storage", "fail", config.run.mirror, str(error), remedy)
 
 
 def _machine(config: RunConfig, needed_gb: float) -> Iterator[Finding]:

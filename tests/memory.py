@@ -48,7 +48,7 @@ CASES: dict[str, tuple[Tree, Tree]] = {
     "rational_lamol": ({"name": "rational_lamol", "gamma": 0.25, "level": "head"}, DECODER),
 }
 """Method and backbone."""
-GANGS = ((1, None), (2, 0), (2, 1), (2, 2), (2, 3))
+GANGS = ((1, None), (2, 0), (2, 1), (2, 2), (2, 3), (4, 3))
 """(workers, ZeRO stage); without a stage it is plain torch."""
 
 

@@ -77,6 +77,15 @@ def test_gpus_that_are_not_there_and_a_cluster_that_is_not_are_found(cli: Cli, r
     assert (code, [finding["check"] for finding in found["fail"]]) == (4, ["cluster"])
 
 
+def test_a_mirror_is_written_and_read_back(cli: Cli, run_file: Path, tmp_path: Path) -> None:
+    code, found = looked_at(cli, run_file, f"run.mirror=file://{tmp_path}/store")
+    assert (code, found["fail"]) == (0, [])
+    assert not [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
+    (tmp_path / "file").write_text("")
+    code, found = looked_at(cli, run_file, f"run.mirror=file://{tmp_path}/file/store")
+    assert (code, [finding["check"] for finding in found["fail"]]) == (4, ["storage"])
+
+
 def test_time_limits_are_looked_at(cli: Cli, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 120))
     code, found = looked_at(cli, run_file, "cluster.step_timeout_s=0", "cluster.checkpoint_minutes=0")
