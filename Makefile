@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo
 
-.PHONY: help setup demo test test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables clean
+.PHONY: help setup demo test test-long test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,8 +23,11 @@ $(DEMO): $(STAMP) launcher/recipes/ctr-demo.requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r launcher/recipes/ctr-demo.requirements.txt
 	@touch $@
 
-test: $(STAMP)  ## all tests that run on CPU, with Ray; CI=true also fails on a skip not in tests/allowed_skips.txt
-	$(BIN)/python -X faulthandler -m pytest tests -rs -m 'not gpu and not bench'
+test: $(STAMP)  ## tests that run on CPU, with Ray; CI=true also fails on a skip not in tests/allowed_skips.txt
+	$(BIN)/python -X faulthandler -m pytest tests -rs -m 'not gpu and not bench and not long'
+
+test-long: $(STAMP)  ## jobs, manifests, several hosts, lost and drained nodes: Ray clusters of their own, minutes each
+	$(BIN)/python -X faulthandler -m pytest tests -rs -m long
 
 test-ray: $(STAMP)  ## the tests that start Ray
 	$(BIN)/python -m pytest tests -rs -m ray

@@ -11,7 +11,7 @@ from tests.integration import ray_runs
 from tests.integration.hosts import PORT, Hosts, why_not
 from tests.integration.ray_runs import Command, events
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(1500)]
 CLUSTER = {
     "address": f"{Hosts.address(0)}:{PORT}",
     "checkpoint_steps": 20,

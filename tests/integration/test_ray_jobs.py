@@ -19,7 +19,7 @@ from tests.integration import ray_runs
 from tests.integration.ray_nodes import Nodes
 from tests.integration.ray_runs import Command, events, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(1200)]
 
 
 @dataclass

@@ -82,6 +82,7 @@ def cluster() -> Iterator[Cluster]:
         found.shutdown()
 
 
+@pytest.mark.long
 def test_a_gang_outlives_a_rank_and_a_lost_node_is_told(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_gang_outlives_a_rank_and_a_lost_node_is_told(
     assert continued[0] > 0
 
 
+@pytest.mark.long
 def test_an_elastic_gang_shrinks_and_grows(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers, then one, then two, in the middle of one task."""
     nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]
@@ -150,6 +152,7 @@ def test_an_elastic_gang_shrinks_and_grows(cluster: Cluster, tmp_path: Path, mon
     torch.testing.assert_close(dict(StoredWeights(book.ledger.path(TRAIN))), whole, rtol=0.0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_notice_of_a_drained_node_saves_the_stage(cluster: Cluster, tmp_path: Path, monkeypatch: Any) -> None:
     """Nothing else would save it: the next node goes on where the notice came."""
     nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]

@@ -26,7 +26,7 @@ from launcher.render import RUN_FILE, SHARED
 from tests.integration import ray_runs
 from tests.integration.ray_runs import ROOT, START_S, events, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
 CL_DIST = f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom launcher.cli import main\nmain()\n"
 SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys, time
