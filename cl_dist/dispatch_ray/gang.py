@@ -76,6 +76,7 @@ class Mailbox:
         """Hand a stage to the gang."""
         self._parcel, self._error, self._asked = parcel, None, ""
 
+    @ray.method(enable_task_events=True)
     async def working(self, number: int) -> None:
         """Last as long as a stage does: under the stage's name, for Ray's dashboard."""
         while self._done < number != self._saved and self._error is None and not self._closed:
@@ -257,8 +258,9 @@ class Gang:
         self.stop: BaseException | None = None
         """What has asked to stop while a stage came to its end; to be raised before the next one."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        kind = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)
-        self._mailbox: Any = kind.remote()  # beside the driver, so that no other node can take it along
+        # Beside the driver, so that no other node can take it along; its calls are no news for Ray's dashboard.
+        place: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here, "enable_task_events": False}
+        self._mailbox: Any = ray.remote(Mailbox).options(max_concurrency=1000, **place).remote()
         fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
         self._fit = fit.remote(cluster, str((folder / "logs" / "ray").absolute()), self._mailbox, os.getcwd())
 

@@ -81,6 +81,7 @@ def test_a_job_is_submitted_watched_stopped_and_resumed(place: Place, undisturbe
     assert (listed["id"], listed["status"], listed["folder"]) == (job, "RUNNING", str(run))
     names = {task["name"] for task in dashboard(place, "/api/v0/tasks?limit=1000")["data"]["result"]["result"]}
     assert "00-food/train" in names
+    assert not [name for name in names if name.startswith("Mailbox.") and "working" not in name and "init" not in name]
     told = place.ask("status", job, "--address", place.nodes.url)
     assert "RUNNING" in told.stdout
     assert "round stage=0" in told.stdout
