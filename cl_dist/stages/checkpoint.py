@@ -104,6 +104,11 @@ class Writer:
             self.commit()
 
     @property
+    def is_pending(self) -> bool:
+        """Whether files of this rank await a commit, written or not."""
+        return self._written is not None
+
+    @property
     def is_written(self) -> bool:
         """Whether there are files of this rank that await a commit; false while they are being written."""
         return self._written is not None and self._written.done()

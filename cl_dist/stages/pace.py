@@ -8,7 +8,8 @@ from cl_dist.parallel.world import World
 from cl_dist.stages.checkpoint import Writer
 from cl_dist.stages.job import Due
 
-ASK_S = 1.0
+ASK_S, WRITING_S = 1.0, 0.1
+"""How often ranks agree, and how often while a checkpoint is being written."""
 
 
 class Pace:
@@ -33,7 +34,7 @@ class Pace:
             if all(is_written for _, _, is_written in answers):
                 self._writer.commit()
         if due:
-            self._saved = time.monotonic()
+            self._saved, self._ask_at = time.monotonic(), done + 1  # the sooner files become a checkpoint, the better
         return due
 
     def _wanted(self, done: int) -> tuple[Due, int]:
@@ -43,7 +44,8 @@ class Pace:
         now = time.monotonic()
         per_step = (now - self._asked) / max(done - self._asked_at, 1)
         self._asked, self._asked_at = now, done
-        again = done + max(1, min(int(ASK_S / max(per_step, 1e-6)), 1000))
+        wait_s = WRITING_S if self._writer.is_pending else ASK_S
+        again = done + max(1, min(int(wait_s / max(per_step, 1e-6)), 1000))
         if wanted := self._others_want():
             return wanted, again
         is_late = self._minutes > 0 and now - self._saved > 60 * self._minutes

@@ -63,19 +63,22 @@ def dashboard(place: Place, path: str) -> Any:
         return json.load(answer)
 
 
-def test_a_job_is_submitted_watched_stopped_and_resumed(place: Place, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_job_is_submitted_watched_stopped_and_resumed(place: Place, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     run = shared / "job"
+    long = "science.train.epochs=60"  # so that it is at work when it is told to stop
     place.run_file("job", shared, cpus_per_worker=0.5)
+    plain = place.run_file("plain", tmp_path, address=place.nodes.address, cpus_per_worker=0.5)
+    place.ask("train", str(plain), long)
 
-    submitted = place.ask("submit", "job.yaml", "cluster.checkpoint_minutes=0")
+    submitted = place.ask("submit", "job.yaml", long, "cluster.checkpoint_minutes=0")
     job = submitted.stdout.strip()
     assert job.startswith("job-")
     assert "\n" not in job
-    again = place.ask("submit", "job.yaml", "cluster.checkpoint_minutes=0")
+    again = place.ask("submit", "job.yaml", long, "cluster.checkpoint_minutes=0")
     assert again.stdout == submitted.stdout
     assert "is there already" in again.stderr
-    wait_for(lambda: any(event["event"] == "round" for event in events(run)), ray_runs.START_S, "a round")
+    wait_for(lambda: any(event["event"] == "stage_start" for event in events(run)), ray_runs.START_S, "a stage")
 
     (listed,) = json.loads(place.ask("jobs", "--json").stdout)
     assert (listed["id"], listed["status"], listed["folder"]) == (job, "RUNNING", str(run))
@@ -84,14 +87,15 @@ def test_a_job_is_submitted_watched_stopped_and_resumed(place: Place, undisturbe
     assert not [name for name in names if name.startswith("Mailbox.") and "working" not in name and "init" not in name]
     told = place.ask("status", job, "--address", place.nodes.url)
     assert "RUNNING" in told.stdout
-    assert "round stage=0" in told.stdout
+    assert "stage_start stage=00-food/train" in place.ask("logs", job).stdout
     assert place.ask("resume", job, "--address", place.nodes.url, code=2).stderr.count("RUNNING") == 1
 
+    wait_for(lambda: any(event["event"] == "round" for event in events(run)), ray_runs.START_S, "a round")
     stopped = place.ask("stop", job)
     assert "STOPPED" in stopped.stdout
     assert "StoppedError" in stopped.stdout  # as at exit 75
     assert any(event["event"] == "saved" for event in events(run)), place.ask("logs", job).stdout
-    assert "goes on with it" in place.ask("submit", "job.yaml", "cluster.checkpoint_minutes=0", code=2).stderr
+    assert "goes on with it" in place.ask("submit", "job.yaml", long, "cluster.checkpoint_minutes=0", code=2).stderr
 
     for name in ("food", "film", "topic"):  # the run folder has them
         (place.folder / f"{name}.jsonl").rename(place.folder / f"{name}.away")
@@ -103,7 +107,7 @@ def test_a_job_is_submitted_watched_stopped_and_resumed(place: Place, undisturbe
             (place.folder / f"{name}.away").rename(place.folder / f"{name}.jsonl")
     assert resumed.stdout.strip() == job
     assert "continued stage=" in followed.stderr + followed.stdout
-    assert (run / "metrics" / "R.csv").read_bytes() == (undisturbed / "metrics" / "R.csv").read_bytes()
+    assert (run / "metrics/R.csv").read_bytes() == (tmp_path / "plain/metrics/R.csv").read_bytes()
     assert "SUCCEEDED" in place.ask("status", job, "--address", place.nodes.url).stdout
 
 
