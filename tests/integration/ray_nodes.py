@@ -82,7 +82,8 @@ class Nodes:
             "--node-ip-address=127.0.0.1",
             *args,
         ]
-        with (self._folder / f"node-{number}.log").open("wb") as log:
+        path = self._folder / f"node-{number}.log"
+        with path.open("wb") as log:
             self._started.append(
                 subprocess.Popen(
                     [
@@ -98,6 +99,8 @@ class Nodes:
                     start_new_session=True,
                 )
             )
+
+        wait_for(lambda: b"Ray runtime started" in path.read_bytes(), START_S, f"node {number}: {path}")
 
     def kill(self, number: int) -> None:
         """Kill a node with all its processes, at once; 0 is the head."""

@@ -97,8 +97,8 @@ PLANTED = [
 
 
 def test_every_file_has_a_check_and_a_line_in_the_readme() -> None:
-    files = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_file()}
-    assert files - {"README.md"} == set(CHECKS)
+    files = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_file() and path.suffix != ".md"}
+    assert files == set(CHECKS)
     readme = (CONFIGS / "README.md").read_text(encoding="utf8")
     assert [name for name in CHECKS if f"| `{name}` |" not in readme] == []
 
