@@ -155,7 +155,8 @@ def scaling(data: Mapping[str, Any]) -> str:
         times = row["tokens_per_s"] / first.setdefault(row["how"], row["tokens_per_s"])
         numbers = f"{row['step_s']:.3f} | {row['tokens_per_s']:.0f} | {times:.2f}"
         lines.append(f"| {row['how']} | {row['workers']} | {row['global_batch']} | {numbers} |")
-    lines += ["", f"{data['cores']} cores, one thread a worker, ZeRO-2, torch {data['torch']}.", ""]
+    measured = f"{data['cores']} cores, one thread a worker, ZeRO-2, torch {data['torch']}."
+    lines = [*lines, "", measured, ""] if data["measured"] else ["Not measured yet: `make scaling`.", ""]
     lines += ["| on paper | GPUs | rows a rank | computing s | links s | tokens/s | |", "| --- " * 7 + "|"]
     for each in data["paper"]:
         for step in each["steps"]:

@@ -1,6 +1,7 @@
 """A Ray cluster started by hand, as a user would: `ray start` for a head and a node, with a token, on one machine."""
 
 import os
+import random
 import secrets
 import signal
 import socket
@@ -16,9 +17,12 @@ from tests.integration.ray_runs import START_S, wait_for
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that is free now, below those that the system gives to connections: it is bound seconds later."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Nodes:

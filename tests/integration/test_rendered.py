@@ -10,7 +10,6 @@ import os
 import secrets
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ import yaml
 from cl_dist.config import Tree
 from launcher.render import RUN_FILE, SHARED
 from tests.integration import ray_runs
+from tests.integration.ray_nodes import free_port
 from tests.integration.ray_runs import ROOT, START_S, events, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
@@ -74,12 +74,6 @@ def rendered(folder: Path, name: str, verb: str, out: Path, *options: str) -> Pa
     done = subprocess.run(args, env=ray_runs.environment(), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Process:
