@@ -72,6 +72,8 @@ class Nodes:
         self._start(f"--address={self.address}", "--num-cpus=1")
 
     def _start(self, *args: str) -> None:
+        # Nodes of one machine would share this port's default, and the second would have no agent to take jobs.
+        args = (*args, f"--dashboard-agent-listen-port={free_port()}")
         programs = self._folder / "bin"
         programs.mkdir(exist_ok=True)
         (programs / "cl-dist").write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
