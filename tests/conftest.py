@@ -2,6 +2,7 @@
 
 import os
 import sys
+import sysconfig
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,8 @@ os.environ |= {
     "MPLBACKEND": "Agg",
     "OMP_NUM_THREADS": "1",
     "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",  # some virtual machines announce AMX, then die (SIGILL) using it
+    # `.venv/bin/python -m pytest` does not put its folder there, and tests start `ray`, shellcheck and hadolint.
+    "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     "RAY_AUTH_MODE": "disabled",  # local clusters on loopback; the joining nodes would have no token
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # 2 s by default, waited for at each report
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # 60 s by default, waited for when a node is gone
