@@ -77,7 +77,8 @@ class Jobs:
         """Submit a run and return its job's id, and whether it is new; the same run file twice is one job.
 
         Raises:
-            ConfigError: If its run folder is relative, a file is missing, or a job of that id has ended.
+            ConfigError: If its run folder is relative, a relative path leaves the working directory, its files are
+                too large to travel, or a job of that id has ended.
         """
         folder = _absolute(config)
         tree = config.tree()
@@ -267,8 +268,9 @@ def _is_local(path: str) -> bool:
 
 def _sizes(tree: Mapping[str, Any]) -> dict[str, list[int]]:
     """Return what tells one state of the files from another, without reading them."""
-    found = {path: Path(path).stat() for path in _paths(_science(tree))}
-    return {path: [facts.st_size, facts.st_mtime_ns] for path, facts in found.items()}
+    places = [Path(path) for path in _paths(_science(tree))]
+    files = [file for place in places for file in ([place] if place.is_file() else sorted(place.rglob("*")))]
+    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
 
 
 def _science(tree: Mapping[str, Any]) -> list[Any]:
