@@ -148,12 +148,13 @@ class Mirroring:
         """Copy after each stage; a store that is away for a while is told, and caught up with later.
 
         Raises:
-            StorageError: If it is still away when the run ends.
+            StorageError: If it is still away when the run has finished. A run that ends otherwise ends with its own
+                error.
         """
-        if event["event"] == "stage_done":
+        if event["event"] == "finished":
+            self._mirror.push()
+        elif event["event"] in ("stage_done", "stopped", "interrupted", "failed"):
             try:
                 self._mirror.push()
             except StorageError as error:
-                log.warning("%s; the next stage tries again", error)
-        elif event["event"] in ("finished", "stopped", "interrupted", "failed"):
-            self._mirror.push()
+                log.warning("%s; the next stage, or `cl-dist resume`, tries again", error)

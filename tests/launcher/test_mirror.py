@@ -11,7 +11,7 @@ from cl_dist.config import merged, parse
 from cl_dist.errors import CheckpointError, ConfigError, StorageError
 from cl_dist.run_config import RunConfig
 from launcher import runs
-from launcher.mirror import Mirror
+from launcher.mirror import Mirror, Mirroring
 from tests import tiny
 
 FAST = {"train": {"epochs": 1, "min_round_steps": 1}, "method": {"name": "sequential"}}
@@ -95,3 +95,19 @@ def test_a_store_that_stays_away_is_told(tmp_path: Path) -> None:
 def test_a_store_of_an_unknown_kind_is_a_wrong_setting(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.mirror='nowhere://bucket'.*nowhere"):
         runs.execute(config(tmp_path, "nowhere://bucket"), "cl-dist train")
+
+
+@pytest.mark.parametrize("how", ["stopped", "interrupted", "failed"])
+def test_a_store_that_is_away_does_not_hide_why_a_run_ended(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "store").write_text("a file where a folder should be")
+    mirroring = Mirroring(Mirror(config(tmp_path, f"file://{tmp_path}/store/runs")))
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    with caplog.at_level("WARNING"):
+        mirroring({"event": how})
+    assert "cannot be written" in caplog.text
+    with pytest.raises(StorageError):
+        mirroring({"event": "finished"})
