@@ -105,7 +105,7 @@ def test_every_file_has_a_check_and_a_line_in_the_readme() -> None:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_system_that_a_file_is_for_accepts_it(name: str) -> None:
-    CHECKS[name](CONFIGS / name)
+    assert CHECKS[name](CONFIGS / name)
 
 
 @pytest.mark.parametrize(("name", "right", "wrong"), PLANTED)
