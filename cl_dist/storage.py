@@ -4,14 +4,42 @@ import errno
 import fcntl
 import os
 import platform
+import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from cl_dist.errors import RunInUseError, StorageError
 
 LOCK = "driver.lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_SHM = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a machine has for a run."""
+
+    free_gb: float = 0.0
+    """Where the run folder is, or will be."""
+    shm_gb: float = 0.0
+    """Size of /dev/shm, where Ray keeps objects and processes share memory."""
+    open_files: int = 0
+    """How many files a process may hold open."""
+
+
+def existing(folder: Path) -> Path:
+    """Return the nearest folder above that exists, or the folder itself."""
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
+def room(folder: Path) -> Room:
+    """Return what this machine has for a run in an absolute folder."""
+    shm = shutil.disk_usage(_SHM).total if _SHM.is_dir() else 0
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return Room(free_gb=shutil.disk_usage(existing(folder)).free / 1e9, shm_gb=shm / 1e9, open_files=files)
 
 
 @contextmanager

@@ -9,12 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
@@ -22,7 +19,8 @@ import typer
 from cl_dist.errors import ClDistError, ClusterError
 from cl_dist.jobs import Workbook
 from cl_dist.run_config import RunConfig
-from cl_dist.tracking import LIBRARIES, versions
+from cl_dist.storage import Room, existing, room
+from cl_dist.tracking import versions
 from launcher import console, runs
 from launcher.options import AsJson, Config, Overrides
 from launcher.planning import planned
@@ -159,14 +157,13 @@ def _machine(config: RunConfig, needed_gb: float) -> Iterator[Finding]:
         remedy = "lower cluster.workers or gpus_per_worker, or name a cluster as cluster.address"
         yield Finding("resources", "fail", "this machine", f"{asked:g} GPUs are asked for, it has {gpus}", remedy)
     folder = config.folder.absolute()
-    above = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    writable = os.access(above, os.W_OK)
-    if writable:
+    if os.access(existing(folder), os.W_OK):
         yield Finding("storage", "ok", str(folder), "can be written")
     else:
         yield Finding("storage", "fail", str(folder), "cannot be written", "name another run.dir")
-    yield _room(str(folder), shutil.disk_usage(above).free / 1e9, needed_gb)
-    yield from _limits("this machine", _shm_gb(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    here = room(folder)
+    yield _disk(str(folder), here, needed_gb)
+    yield from _limits("this machine", here)
 
 
 def _cluster(config: RunConfig, needed_gb: float) -> Iterator[Finding]:
@@ -192,7 +189,7 @@ def _cluster(config: RunConfig, needed_gb: float) -> Iterator[Finding]:
             remedy = "lower cluster.workers or what each asks for, or add nodes"
             yield Finding("resources", "fail", address, str(error), remedy)
         own = versions()
-        for facts in probe(config.folder, nodes, LIBRARIES):
+        for facts in probe(config.folder, nodes):
             yield from _node(facts, own, config, needed_gb)
     except OSError as error:
         yield Finding("storage", "fail", str(config.folder), str(error), "name another run.dir")
@@ -215,32 +212,28 @@ def _node(facts: NodeFacts, own: dict[str, str | None], config: RunConfig, neede
         yield Finding("versions", "ok", facts.name, "as the driver's")
     if facts.reads and facts.writes:
         yield Finding("storage", "ok", facts.name, f"{config.folder}: written and read back")
-        yield _room(facts.name, facts.free_gb, needed_gb)
+        yield _disk(facts.name, facts.room, needed_gb)
     else:
         remedy = "mount one file system there on every node, or name another run.dir"
         yield Finding("storage", "fail", facts.name, f"{config.folder}: {facts.sight}", remedy)
-    yield from _limits(facts.name, facts.shm_gb, facts.open_files)
+    yield from _limits(facts.name, facts.room)
 
 
-def _room(where: str, free_gb: float, needed_gb: float) -> Finding:
-    found = f"{free_gb:.1f} GB free, the run writes about {needed_gb:.1f} GB"
-    if free_gb < needed_gb:
+def _disk(where: str, there: Room, needed_gb: float) -> Finding:
+    found = f"{there.free_gb:.1f} GB free, the run writes about {needed_gb:.1f} GB"
+    if there.free_gb < needed_gb:
         return Finding("disk", "fail", where, found, "make room, name another run.dir")
     return Finding("disk", "ok", where, found)
 
 
-def _limits(where: str, shm_gb: float, open_files: int) -> Iterator[Finding]:
-    if shm_gb < SHM_GB:
+def _limits(where: str, there: Room) -> Iterator[Finding]:
+    if there.shm_gb < SHM_GB:
         remedy = "docker: --shm-size 8g; Kubernetes: an emptyDir of medium Memory at /dev/shm"
-        yield Finding("limits", "warn", where, f"/dev/shm has {shm_gb:.2f} GB", remedy)
-    if open_files < OPEN_FILES:
+        yield Finding("limits", "warn", where, f"/dev/shm has {there.shm_gb:.2f} GB", remedy)
+    if there.open_files < OPEN_FILES:
         yield Finding(
-            "limits", "warn", where, f"{open_files} open files a process", "ulimit -n 65536 before `ray start`"
+            "limits", "warn", where, f"{there.open_files} open files a process", "ulimit -n 65536 before `ray start`"
         )
-
-
-def _shm_gb() -> float:
-    return shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else 0.0
 
 
 def _gpus() -> int:

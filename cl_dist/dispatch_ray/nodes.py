@@ -2,14 +2,12 @@
 
 import os
 import platform
-import resource
 import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cl_dist.dispatch_ray.cluster import enter
 from cl_dist.errors import ClusterError
+from cl_dist.storage import Room, room
+from cl_dist.tracking import versions
 
 PROBE_S = 120.0
 """How long a node may take to answer: its first process has to import Python and Ray."""
@@ -38,12 +38,7 @@ class NodeFacts:
     """Whether it sees what the driver wrote to the run folder."""
     writes: bool
     """Whether the driver sees what it wrote there."""
-    free_gb: float
-    """Room where the run folder is."""
-    shm_gb: float
-    """Size of /dev/shm, where Ray keeps objects and processes share memory."""
-    open_files: int
-    """How many files a process may hold open."""
+    room: Room
     error: str = ""
 
     @property
@@ -74,7 +69,7 @@ def check_storage(folder: Path) -> None:
     """
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in alive() if node["NodeID"] != here]
-    blind = [facts for facts in probe(folder, others, ()) if not (facts.reads and facts.writes)]
+    blind = [facts for facts in probe(folder, others) if not (facts.reads and facts.writes)]
     if blind:
         told = "\n".join(f"  {facts.name}: {facts.sight}" for facts in blind)
         raise ClusterError(
@@ -83,7 +78,7 @@ def check_storage(folder: Path) -> None:
         )
 
 
-def probe(folder: Path, nodes: Sequence[Mapping[str, Any]], packages: Sequence[str]) -> list[NodeFacts]:
+def probe(folder: Path, nodes: Sequence[Mapping[str, Any]]) -> list[NodeFacts]:
     """Ask nodes about themselves: a file goes from here through the run folder to each, and one comes back."""
     if not nodes:
         return []
@@ -95,7 +90,7 @@ def probe(folder: Path, nodes: Sequence[Mapping[str, Any]], packages: Sequence[s
         for node in nodes:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(_look).options(num_cpus=0, max_retries=0, scheduling_strategy=there, name="probe")
-            asked.append(task.remote(os.getcwd(), str(where), node["NodeID"], list(packages)))
+            asked.append(task.remote(os.getcwd(), str(where), node["NodeID"]))
         return [_facts(node, future, where) for node, future in zip(nodes, asked, strict=True)]
     finally:
         shutil.rmtree(where, ignore_errors=True)
@@ -116,14 +111,12 @@ def _facts(node: Mapping[str, Any], future: Any, where: Path) -> NodeFacts:
         versions=found.get("versions", {}),
         reads=found.get("reads", False),
         writes=answer.is_file(),
-        free_gb=found.get("free_gb", 0.0),
-        shm_gb=found.get("shm_gb", 0.0),
-        open_files=found.get("open_files", 0),
+        room=found.get("room", Room()),
         error=error,
     )
 
 
-def _look(cwd: str, where: str, node: str, packages: list[str]) -> dict[str, Any]:
+def _look(cwd: str, where: str, node: str) -> dict[str, Any]:
     """Run on a node: read what the driver wrote, write an answer, and tell what is there."""
     enter(cwd)
     folder = Path(where)
@@ -132,22 +125,4 @@ def _look(cwd: str, where: str, node: str, packages: list[str]) -> dict[str, Any
         with suppress(OSError):
             (folder / node).write_text(node, encoding="utf8")
             writes = True
-    return {
-        "reads": reads,
-        "writes": writes,
-        "versions": {name: _version(name) for name in packages} | {"python": platform.python_version()},
-        "free_gb": shutil.disk_usage(_existing(folder)).free / 1e9,
-        "shm_gb": shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else 0.0,
-        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-    }
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.parents) if parent.exists())
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return {"reads": reads, "writes": writes, "versions": versions(), "room": room(folder)}

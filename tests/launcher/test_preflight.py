@@ -11,6 +11,7 @@ import pytest
 from cl_dist.config import parse, read_yaml
 from cl_dist.dispatch_ray.nodes import NodeFacts
 from cl_dist.run_config import RunConfig
+from cl_dist.storage import Room
 from cl_dist.tracking import versions
 from launcher import preflight
 from tests.launcher.commands import Cli
@@ -21,9 +22,7 @@ SOUND = NodeFacts(
     versions=versions(),
     reads=True,
     writes=True,
-    free_gb=100.0,
-    shm_gb=8.0,
-    open_files=65536,
+    room=Room(free_gb=100.0, shm_gb=8.0, open_files=65536),
 )
 
 
@@ -102,9 +101,9 @@ def test_time_limits_are_looked_at(cli: Cli, run_file: Path, monkeypatch: pytest
         (replace(SOUND, versions={**versions(), "peft": None}), "versions", "peft missing"),
         (replace(SOUND, reads=False, writes=False), "storage", "does not read what the driver writes"),
         (replace(SOUND, writes=False), "storage", "its files do not come back"),
-        (replace(SOUND, free_gb=0.5), "disk", "0.5 GB free, the run writes about 1.0 GB"),
-        (replace(SOUND, shm_gb=0.06), "limits", "/dev/shm has 0.06 GB"),
-        (replace(SOUND, open_files=1024), "limits", "1024 open files"),
+        (replace(SOUND, room=replace(SOUND.room, free_gb=0.5)), "disk", "0.5 GB free, the run writes about 1.0 GB"),
+        (replace(SOUND, room=replace(SOUND.room, shm_gb=0.06)), "limits", "/dev/shm has 0.06 GB"),
+        (replace(SOUND, room=replace(SOUND.room, open_files=1024)), "limits", "1024 open files"),
     ],
 )
 def test_each_fault_of_a_node_is_named_with_the_node(run_file: Path, node: NodeFacts, check: str, words: str) -> None:
