@@ -21,7 +21,6 @@ from torch import Tensor
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError
 from cl_dist.jobs import Workbook
-from cl_dist.methods import METHODS
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref, ref
@@ -39,6 +38,8 @@ SEED = 4
 another one, and the weights of that filter part by whole steps: a seed is chosen whose margins are wide."""
 ZERO_STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 SECOND = Ref(task=1, stage="train")
+SETTINGS = {**tiny.METHODS, "rational_lamol-lora": {**tiny.METHODS["rational_lamol"], "lora": {"r": 4}}}
+"""Settings of each method, and of variants that train something else."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Cell:
     """One way to train."""
 
     method: str
+    """A key of SETTINGS."""
     zero_stage: Literal[0, 1, 2, 3]
     workers: int
     accumulation: int
@@ -96,9 +98,9 @@ def _bits(values: Tensor) -> int:
 
 def book(folder: Path, method: str) -> Workbook:
     """Return a run of two tasks whose first one is trained, on one worker."""
-    science = {"method": dict(tiny.METHODS[method]), "seed": SEED, "train": TRAIN}
+    science = {"method": dict(SETTINGS[method]), "seed": SEED, "train": TRAIN}
     tree = tiny.tree(folder, {"run": {"name": method}, "science": science}, tasks=("food", "film"), train=ROWS)
-    if tiny.writes(method):  # the first task must be learned well enough to write samples of it
+    if tiny.writes(SETTINGS[method]["name"]):  # the first task must be learned well enough to write samples of it
         tree["science"]["tasks"][0]["train"] = dict(tiny.TEXT_TRAIN)
     made = Workbook(parse(RunConfig, tree))
     for stage in (*made.plan(0), *made.plan(1)):
@@ -160,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     args = parser.parse_args()
     known = json.loads(args.out.read_text())["cells"] if args.out.exists() else []
     with TemporaryDirectory() as folder:
@@ -171,7 +173,7 @@ def main() -> None:
                 lines.append(line)
     fresh = {(line["method"], line["workers"]) for line in lines}
     lines += [line for line in known if (line["method"], line["workers"]) not in fresh]
-    place = {method: number for number, method in enumerate(METHODS)}
+    place = {method: number for number, method in enumerate(SETTINGS)}
     lines.sort(key=lambda line: (line["workers"], place[line["method"]], line["zero_stage"], line["accumulation"]))
     args.out.write_text(
         json.dumps({"rows": ROWS, "global_batch": GLOBAL_BATCH, "steps": STEPS, "cells": lines}, indent=1)

@@ -6,7 +6,7 @@ Source: Houlsby et al. 2019, "Parameter-efficient transfer learning for NLP". Th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -33,7 +33,7 @@ class Adapter(Learner):
 
     config: AdapterConfig
     model: AdapterClassifier
-    takes_divided: ClassVar[bool] = True
+    takes_divided = True
 
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
         """See Learner."""

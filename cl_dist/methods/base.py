@@ -118,15 +118,20 @@ class Learner(ABC):
     answers: ClassVar[Literal["class", "text"]] = "class"
     """Whether it picks a class or writes an answer: decides how rows are encoded, which backbone is loaded and how the
     model is scored."""
-    takes_divided: ClassVar[bool] = False
-    """Whether it can build on a backbone that is cut up over the ranks already: it freezes the backbone, and reads none
-    of its weights before training but those that it copies."""
     end_rows: ClassVar[int] = 0
     """How many train rows end_task wants to see; above 0 it is given the finished model, whole on every rank."""
 
     def __init__(self, config: Any, num_labels: tuple[int, ...], model: ModelConfig, seed: int) -> None:
         self.config, self.num_labels, self.model_config, self.seed = config, num_labels, model, seed
         self.pooling = model.pooling
+
+    @property
+    def takes_divided(self) -> bool:
+        """Whether it can build on a backbone that is cut up over the ranks already.
+
+        It then freezes the backbone, and reads none of its weights before training but those that it copies.
+        """
+        return False
 
     @abstractmethod
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:

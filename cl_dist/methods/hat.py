@@ -8,7 +8,7 @@ trains what, and when. CTR builds on it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -47,7 +47,7 @@ class Hat(Learner):
 
     config: MaskedConfig
     model: CtrClassifier
-    takes_divided: ClassVar[bool] = True
+    takes_divided = True
 
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
         """See Learner."""

@@ -10,12 +10,13 @@ malformed, and answers are decoded greedily (DECISIONS).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cl_dist.methods.base import Loss, Method, MethodConfig, Progress, TaskSequence, sequential_stages
 from cl_dist.methods.text import TextLearner
+from cl_dist.models.config import LoraShape
 from cl_dist.stage import Budget, Generate, Ref, Stage, model_after
 
 if TYPE_CHECKING:
@@ -38,6 +39,14 @@ class LamolConfig(MethodConfig, Budget):
     """How far replayed rows are learned from the predictions of the model before the task instead of their labels."""
     tune: Literal["all", "layers"] = "all"
     """What is trained: the whole model, or all of it but the embeddings."""
+    lora: LoraShape | None = None
+    """Train low-rank updates, the same ones in every task, and the rows of special tokens, in a frozen backbone."""
+
+    @model_validator(mode="after")
+    def _one_thing_is_trained(self) -> Self:
+        if self.lora is not None and self.tune != "all":
+            raise ValueError("tune and lora both say what is trained; name one of them")
+        return self
 
     def budget(self) -> Budget:
         """Return how much is replayed."""
@@ -60,6 +69,11 @@ class Lamol(TextLearner):
     """Trains the language model to answer, and to write rows of each task after the token that asks for them."""
 
     config: LamolConfig
+
+    @property
+    def takes_divided(self) -> bool:
+        """See TextLearner. A teacher is a copy of the whole model."""
+        return super().takes_divided and not self.config.distill
 
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
         """See TextLearner. The weights at hand are those before the task: with distillation, a copy of them teaches."""

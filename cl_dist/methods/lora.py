@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
-
 from cl_dist.methods.base import Learner, Loss, Method, MethodConfig, Progress, plan_sequential
+from cl_dist.models.config import LoraShape
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,15 +18,10 @@ if TYPE_CHECKING:
     from cl_dist.models.classifier import Batch, Classifier
 
 
-class LoraSettings(MethodConfig):
+class LoraSettings(MethodConfig, LoraShape):
     """Settings of LoRA, named as in peft."""
 
     name: Literal["lora"] = "lora"
-    r: int = Field(8, gt=0)
-    alpha: int = Field(16, gt=0)
-    """The update is scaled by alpha / r."""
-    target_modules: tuple[str, ...] | None = None
-    """Endings of the names of the layers that get an update; None takes query and value of every attention."""
 
 
 class Lora(Learner):
@@ -35,6 +29,7 @@ class Lora(Learner):
 
     config: LoraSettings
     model: Classifier
+    takes_divided = True
 
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
         """See Learner.
@@ -42,26 +37,12 @@ class Lora(Learner):
         Raises:
             ConfigError: If no layer of the backbone has a name in target_modules.
         """
-        from peft import LoraConfig, inject_adapter_in_model
-        from transformers.pytorch_utils import Conv1D
-
-        from cl_dist.errors import ConfigError
-        from cl_dist.models.architectures import architecture
         from cl_dist.models.classifier import Classifier
+        from cl_dist.models.lowrank import add_update
 
         self.model = Classifier(backbone, self.pooling)
-        targets = list(self.config.target_modules or architecture(backbone).lora)
         for number, count in enumerate(self.num_labels):
-            settings = LoraConfig(
-                r=self.config.r,
-                lora_alpha=self.config.alpha,
-                target_modules=targets,
-                fan_in_fan_out=any(isinstance(module, Conv1D) for module in backbone.modules()),
-            )
-            try:
-                inject_adapter_in_model(settings, backbone, adapter_name=_name(number))
-            except ValueError as error:
-                raise ConfigError(f"method.target_modules={targets}: {error}") from error
+            add_update(backbone, self.config, _name(number))
             self.model.add_head(count)
         return self.model
 
@@ -83,13 +64,12 @@ class Lora(Learner):
 
     def activate(self, task: int, without: str | None = None) -> None:
         """See Learner. What is trained stays so: peft would otherwise make the chosen updates trainable."""
-        from peft.tuners.lora import LoraLayer
+        from cl_dist.models.lowrank import layers_with_updates
 
         self.model.task = task
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for layer in self.model.backbone.modules():
-            if isinstance(layer, LoraLayer):
-                layer.set_adapter(_name(task), inference_mode=True)
+        for _, layer in layers_with_updates(self.model.backbone):
+            layer.set_adapter(_name(task), inference_mode=True)
         for parameter in trained:
             parameter.requires_grad_(True)
 

@@ -18,6 +18,7 @@ from cl_dist.methods.base import Method, TaskSequence
 from cl_dist.methods.invrat import InvratConfig
 from cl_dist.methods.lamol import Lamol, LamolConfig
 from cl_dist.methods.lamol import plan as plan_lamol
+from cl_dist.methods.text import UPDATE
 from cl_dist.stage import Choose, Rationalise, Record, Ref, Stage, Train, Vote, VoteConfig, model_after, ref
 
 if TYPE_CHECKING:
@@ -171,11 +172,14 @@ class RationalLamol(Lamol):
         from dataclasses import replace
 
         from cl_dist.models.heads import kept
+        from cl_dist.models.lowrank import kept_updates
 
         scales = dict(super().grad_scales())
         if self.config.level == "block":
             return {name: scale for name, scale in scales.items() if self.model.get_parameter(name).requires_grad}
         parts = kept(self.model.backbone, self._frozen, self.config.level, self.config.freeze_output)
+        if self.lora is not None:
+            parts = kept_updates(self.model.backbone, UPDATE, parts)
         for inner, scale in held(parts).items():
             name = f"backbone.{inner}"
             before = scales.get(name)
@@ -185,12 +189,16 @@ class RationalLamol(Lamol):
         return {name: scale for name, scale in scales.items() if self.model.get_parameter(name).requires_grad}
 
     def facts(self) -> dict[str, Any]:
-        """Return what was frozen, and its share of the model's parameters."""
+        """Return what was frozen, and its share of the model's parameters, or of those of the updates."""
         import torch
 
         from cl_dist.models.classifier import count_parameters
+        from cl_dist.models.lowrank import own_parameters
 
         trained, total = count_parameters(self.model)
+        if self.lora is not None:
+            own = own_parameters(self.model)
+            total = sum(getattr(p, "ds_numel", p.numel()) for name, p in self.model.named_parameters() if name in own)
         frozen = total - trained
         for name, scale in self.grad_scales().items():
             parameter = self.model.get_parameter(name)

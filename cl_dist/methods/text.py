@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from cl_dist.data.language import LanguageRows
     from cl_dist.models.causal import CausalModel
     from cl_dist.models.classifier import Batch
+    from cl_dist.models.config import LoraShape
     from cl_dist.parallel.engine import GradScale
+
+UPDATE = "tasks"
+"""Name of the low-rank update that all tasks share."""
 
 
 class TextLearner(Learner):
-    """Trains the whole language model, or all of it but the embeddings, on the answers."""
+    """Trains the whole language model, all of it but the embeddings, or low-rank updates of it, on the answers."""
 
     config: MethodConfig
     model: CausalModel
@@ -29,14 +33,35 @@ class TextLearner(Learner):
         """See Learner. The vocabulary gets rows for the special tokens of the tasks so far and of those to come."""
         from cl_dist.data.language import special
         from cl_dist.models.backbone import load_tokenizer
-        from cl_dist.models.causal import CausalModel
-        from cl_dist.models.vocabulary import extend
 
         known = special(load_tokenizer(self.model_config))
-        size = known.size(len(self.num_labels), self.model_config.spare_task_tokens)
-        extend(backbone, size, known.base, self.seed)
+        return self.shape(backbone, known.base, known.size(len(self.num_labels), self.model_config.spare_task_tokens))
+
+    def shape(self, backbone: PreTrainedModel, known: int, size: int) -> nn.Module:
+        """Build the model for a vocabulary of some size, whose rows from `known` on are new."""
+        from cl_dist.models.causal import CausalModel
+        from cl_dist.models.lowrank import add_update
+        from cl_dist.models.vocabulary import extend, own_rows
+        from cl_dist.parallel.seeds import seeded
+
+        if self.lora is None:
+            extend(backbone, size, known, self.seed)
+        else:
+            own_rows(backbone, size, known, self.seed)
+            with seeded(self.seed, "lora"):
+                add_update(backbone, self.lora, UPDATE)
         self.model = CausalModel(backbone)
         return self.model
+
+    @property
+    def lora(self) -> LoraShape | None:
+        """The low-rank updates that are trained in the place of the backbone, if any are."""
+        return getattr(self.config, "lora", None)
+
+    @property
+    def takes_divided(self) -> bool:
+        """See Learner."""
+        return self.lora is not None
 
     def fitted(self, name: str, stored: Tensor, initial: Tensor) -> Tensor:
         """See Learner: an earlier task was perhaps trained with fewer rows of the vocabulary, a later one with more."""
@@ -47,11 +72,20 @@ class TextLearner(Learner):
         return stored
 
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
-        """Train the language model. Biases that change nothing stay as they are (see models.heads.idle_biases)."""
+        """Train the language model, or its updates and the rows of special tokens.
+
+        Biases that change nothing stay as they are (see models.heads.idle_biases).
+        """
         from cl_dist.models.architectures import embedding_names
         from cl_dist.models.heads import idle_biases
+        from cl_dist.models.lowrank import own_parameters
 
         tune, backbone = getattr(self.config, "tune", "all"), self.model.backbone
+        if self.lora is not None:
+            own = own_parameters(backbone)
+            for name, parameter in backbone.named_parameters():
+                parameter.requires_grad_(name in own)
+            return
         embeddings = embedding_names(backbone)
         idle = {name for name, keep in idle_biases(backbone).items() if keep is None}
         for name, parameter in backbone.named_parameters():

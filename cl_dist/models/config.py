@@ -33,6 +33,16 @@ class ModelConfig(Section):
     then gives the tokenizer alone."""
 
 
+class LoraShape(Section):
+    """Low-rank updates, named as in peft."""
+
+    r: int = Field(8, gt=0)
+    alpha: int = Field(16, gt=0)
+    """The update is scaled by alpha / r."""
+    target_modules: tuple[str, ...] | None = None
+    """Endings of the names of the layers that get an update; None takes query and value of every attention."""
+
+
 class SharingShape(Section):
     """Sizes of the knowledge-sharing part of a CTR plugin; defaults as in the CTR release."""
 

@@ -6,6 +6,7 @@ Axes: H query heads, G groups of heads that share keys and values, d size of a h
 from typing import Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -61,7 +62,7 @@ def kept(
         query_H, shared_G = _whole_units([unit for at, unit in units if at == number], level, heads, groups)
         query, shared = query_H.repeat_interleave(size), shared_G.repeat_interleave(size)
         for name, keep in _projected(attention, query, shared, shared, size):
-            module = layer.get_submodule(name)
+            module = _below_updates(layer.get_submodule(name))
             found[f"{path}.{name}.weight"] = ("column" if isinstance(module, Conv1D) else "row", keep)
             if getattr(module, "bias", None) is not None:
                 found[f"{path}.{name}.bias"] = ("row", keep)
@@ -71,9 +72,16 @@ def kept(
                 shared_by_all = torch.ones(size) * keep.min()
                 found[f"{path}.{name}.{inner}"] = ("row", keep if known == len(keep) else shared_by_all)
         if output:
-            behind = "row" if isinstance(layer.get_submodule(attention.output), Conv1D) else "column"
+            module = _below_updates(layer.get_submodule(attention.output))
+            behind = "row" if isinstance(module, Conv1D) else "column"
             found[f"{path}.{attention.output}.weight"] = (behind, query)
     return found
+
+
+def _below_updates(module: nn.Module) -> nn.Module:
+    """Return the layer below a low-rank update, or the layer itself."""
+    base: nn.Module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return base
 
 
 def _whole_units(mine: list[int], level: Level, heads: int, groups: int) -> tuple[Tensor, Tensor]:

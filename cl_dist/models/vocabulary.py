@@ -1,9 +1,13 @@
-"""A language model's vocabulary: rows for special tokens, and logits."""
+"""A language model's vocabulary: rows for special tokens, and logits.
+
+Axes: B rows, L tokens, H hidden units, V tokens of the vocabulary, X any.
+"""
 
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -16,13 +20,105 @@ def extend(model: PreTrainedModel, size: int, known: int, seed: int) -> None:
     untyped: Any = model
     if untyped.get_input_embeddings().weight.shape[0] < size:
         untyped.resize_token_embeddings(size, mean_resizing=False)
-    tables = [untyped.get_input_embeddings(), untyped.get_output_embeddings()]
-    weights = {id(table.weight): table.weight for table in tables}
-    for weight in weights.values():  # one where they are tied
-        mean_H = weight[:known].float().mean(0)
-        for number in range(known, weight.shape[0]):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + number) & (2**63 - 1))
-            weight[number] = mean_H + torch.randn(mean_H.shape, generator=generator) * 0.02
+    for weight in _tables(model):
+        weight[known:] = _fresh(weight, known, weight.shape[0], seed)
+    _without_bias(model, known, None)
+
+
+def _without_bias(model: Any, first: int, stop: int | None) -> None:
+    """Let the head say nothing of some tokens but what it reads: Phi's has a bias."""
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        bias[first:stop] = 0
+
+
+def _tables(model: Any) -> list[nn.Parameter]:
+    """Return the weights of the input and output embeddings: one where they are tied."""
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return list({id(table.weight): table.weight for table in tables}.values())
+
+
+def _fresh(weight: Tensor, known: int, size: int, seed: int) -> Tensor:
+    """Return initial rows known..size-1 of a table whose first `known` rows have been learned, float32."""
+    mean_H = weight[:known].float().mean(0)
+    if weight.is_meta:
+        return mean_H.expand(size - known, -1)
+    mean_H, rows = mean_H.cpu(), []
+    for number in range(known, size):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) & (2**63 - 1))
+        rows.append(mean_H + torch.randn(mean_H.shape, generator=generator) * 0.02)
+    return torch.stack(rows) if rows else mean_H.expand(0, -1)
+
+
+class OwnRows(nn.Module):
+    """Rows of tokens from `first` on that are trained, in front of a table that is not."""
+
+    def __init__(self, base: nn.Module, first: int, rows: nn.Parameter) -> None:
+        super().__init__()
+        self.base, self.first, self.rows = base, first, rows
+
+
+class OwnEmbedding(OwnRows):
+    """Input embeddings."""
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        """Return the embeddings of token ids: (B, L, H)."""
+        known_BLH = self.base(ids_BL.clamp(max=self.first - 1))
+        scale = getattr(self.base, "embed_scale", None)  # Gemma 3
+        own_BLH = F.embedding((ids_BL - self.first).clamp(min=0), self.rows).to(known_BLH)
+        if scale is not None:
+            own_BLH = own_BLH * torch.as_tensor(scale).to(own_BLH)
+        return torch.where((ids_BL >= self.first)[..., None], own_BLH, known_BLH)
+
+
+class OwnLogits(OwnRows):
+    """The language modelling head."""
+
+    def forward(self, hidden_XH: Tensor) -> Tensor:
+        """Return the logits behind hidden states: (X, V)."""
+        known_XV = self.base(hidden_XH)[..., : self.first]
+        return torch.cat([known_XV, F.linear(hidden_XH, self.rows).to(known_XV)], -1)
+
+
+@torch.no_grad()
+def own_rows(model: PreTrainedModel, size: int, known: int, seed: int) -> None:
+    """As `extend`, but the new rows are parameters of their own, and the tables stay as they are.
+
+    The tables may be cut up over the ranks by ZeRO-3: then a collective.
+    """
+    untyped: Any = model
+    embedding, head = untyped.get_input_embeddings(), untyped.get_output_embeddings()
+    rows = [nn.Parameter(_read(table.weight, known, size, seed)) for table in (embedding, head)]
+    if embedding.weight is head.weight:
+        rows[1] = rows[0]
+    untyped.set_input_embeddings(OwnEmbedding(embedding, known, rows[0]))
+    untyped.set_output_embeddings(OwnLogits(head, known, rows[1]))
+
+
+def _read(weight: Any, known: int, size: int, seed: int) -> Tensor:
+    if not hasattr(weight, "ds_id"):
+        return _fresh(weight, known, size, seed)
+    weight.all_gather()
+    found = _fresh(weight.data, known, size, seed)
+    weight.partition()
+    return found
+
+
+@torch.no_grad()
+def merge_own_rows(model: PreTrainedModel) -> None:
+    """Write rows of their own, where there are any, into the tables: a plain model again."""
+    untyped: Any = model
+    embedding, head = untyped.get_input_embeddings(), untyped.get_output_embeddings()
+    if not isinstance(embedding, OwnRows):
+        return
+    untyped.set_input_embeddings(embedding.base)
+    untyped.set_output_embeddings(head.base)
+    size = embedding.first + embedding.rows.shape[0]
+    if untyped.get_input_embeddings().weight.shape[0] < size:
+        untyped.resize_token_embeddings(size, mean_resizing=False)
+    for table, own in ((untyped.get_input_embeddings(), embedding), (untyped.get_output_embeddings(), head)):
+        table.weight[own.first : size] = own.rows
+    _without_bias(model, embedding.first, size)
 
 
 def logits(model: Any, hidden_XH: Tensor) -> Tensor:

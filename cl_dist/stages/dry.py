@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cl_dist.data.language import Special
 from cl_dist.methods.base import MethodConfig, Progress
 from cl_dist.methods.text import TextLearner
 from cl_dist.models.adapters import Adapters
@@ -95,14 +96,16 @@ class Dry:
             backbone: Any = load_backbone(model, causal=is_text)
             own = {id(parameter) for parameter in backbone.parameters()}
             # `build` of a decoder would ask a tokenizer which rows are new: only their number counts here.
-            built = CausalModel(backbone) if is_text else self._learner.build(backbone, self._task)
+            if isinstance(self._learner, TextLearner):
+                size = backbone.config.vocab_size
+                new = Special(0, 0).size(len(num_labels), model.spare_task_tokens)
+                built = self._learner.shape(backbone, max(1, size - new), size)
+            else:
+                built = self._learner.build(backbone, self._task)
             teacher = load_backbone(model, causal=True) if getattr(method, "distill", 0) else None
         self._config, is_own = backbone.config, [id(parameter) in own for parameter in built.parameters()]
         self.decoder = (*shape_of(backbone), backbone.config.vocab_size) if is_text else None
         """(layers, heads, groups of heads, size of a head, rows of the vocabulary)."""
-        named = dict(backbone.named_parameters())
-        self.block = sum(named[name].numel() for name in block_parameters(backbone, 0)) if is_text else 0
-        """Elements of a decoder's block: what a vote for blocks takes out of training."""
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake:
             for module in (built, *([] if teacher is None else [teacher])):
@@ -114,6 +117,9 @@ class Dry:
             self._learner.start_task(self._task, tasks or (self._task,))
             scales = self._learner.grad_scales()
             self._count(is_own)
+            first = [backbone.get_parameter(name) for name in block_parameters(backbone, 0)] if is_text else []
+            self.block = sum(parameter.numel() for parameter in first if parameter.requires_grad)
+            """Elements of a decoder's block: what a vote for blocks takes out of training."""
             if model.dtype == "bfloat16":
                 _embody(built, torch.bfloat16)
             attach(built, scales)

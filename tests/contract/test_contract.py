@@ -150,7 +150,7 @@ def difference(runs: Runs, ranks: Ranks, cell: parity.Cell, out: Path) -> dict[s
     return parity.train_on(ranks, cell, made, out / "out").difference(parity.Trained.read(reference))
 
 
-@each_method
+@pytest.mark.parametrize("method", parity.SETTINGS)
 @pytest.mark.parametrize(("zero_stage", "accumulation"), [(1, 1), (2, 2), (3, 1)])
 def test_two_workers_train_what_one_does(
     runs: Runs, ranks: Ranks, tmp_path: Path, method: str, zero_stage: Any, accumulation: int

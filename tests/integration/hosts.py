@@ -7,14 +7,12 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from tests.integration import ray_runs
-from tests.integration.ray_runs import START_S, wait_for
+from tests.integration.ray_runs import Process, ray_start, token_environment
 
 PORT = 6379
 
@@ -58,14 +56,13 @@ class Hosts:
 
     @property
     def env(self) -> Mapping[str, str]:
-        here = {name: value for name, value in ray_runs.environment().items() if name != "RAY_ADDRESS"}
         quick = {
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "2000",
             "RAY_health_check_failure_threshold": "3",
             "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
         }
-        return {**here, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token, "GLOO_SOCKET_IFNAME": "eth0", **quick}
+        return token_environment(self._token, GLOO_SOCKET_IFNAME="eth0", **quick)
 
     def inside(self, number: int) -> list[str]:
         """Return what a command is prefixed with to run on a host."""
@@ -88,22 +85,12 @@ class Hosts:
         role = role or [f"--address={self.address(0)}:{PORT}", "--num-cpus=1"]
         temp = Path(self._temp.name) / str(self._starts)
         self._starts += 1
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role]
-        command += [f"--node-ip-address={self.address(number)}", f"--temp-dir={temp}", "--disable-usage-stats"]
+        command = ray_start(f"--node-ip-address={self.address(number)}", f"--temp-dir={temp}", *role)
         if blind is not None:
             hide = f"mount -t tmpfs none {blind} && exec {' '.join(command)}"
             command = ["unshare", "--mount", "sh", "-c", hide]
         log = self._folder / f"host-{number}-{self._starts}.log"
-        with log.open("wb") as out:
-            subprocess.Popen(
-                [*self.inside(number), *command],
-                env=self.env,
-                cwd=self._folder,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        wait_for(lambda: b"Ray runtime started" in log.read_bytes(), START_S, f"host {number}: {log}")
+        Process([*self.inside(number), *command], self._folder, self.env, log).has_joined()
 
     def cut(self, number: int) -> None:
         """Pull a host's cable."""

@@ -3,17 +3,14 @@
 import os
 import random
 import secrets
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from tests.integration import ray_runs
-from tests.integration.ray_runs import START_S, wait_for
+from tests.integration.ray_runs import START_S, Process, ray_start, token_environment, wait_for
 
 
 def free_port() -> int:
@@ -33,7 +30,7 @@ class Nodes:
         self._token = secrets.token_hex(32)
         self._gcs, self._dashboard = free_port(), free_port()
         self._temp = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # sockets need short paths
-        self._started: list[subprocess.Popen[bytes]] = []
+        self._started: list[Process] = []
         self.start_head()
 
     @property
@@ -49,10 +46,8 @@ class Nodes:
     @property
     def env(self) -> Mapping[str, str]:
         """The environment of every process of the cluster, and of those who talk with it."""
-        here = {name: value for name, value in ray_runs.environment().items() if name != "RAY_ADDRESS"}
-        bins = os.pathsep.join([str(self._folder / "bin"), str(Path(sys.executable).parent), here["PATH"]])
-        quick = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10", "RAY_USAGE_STATS_ENABLED": "0"}
-        return {**here, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token, "PATH": bins, **quick}
+        bins = os.pathsep.join([str(self._folder / "bin"), os.environ["PATH"]])
+        return token_environment(self._token, PATH=bins, RAY_gcs_rpc_server_reconnect_timeout_s="10")
 
     @property
     def headers(self) -> dict[str, str]:
@@ -79,41 +74,14 @@ class Nodes:
         (programs / "cl-dist").write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
         (programs / "cl-dist").chmod(0o755)
         number = len(self._started)
-        command = [
-            sys.executable,
-            "-m",
-            "ray.scripts.scripts",
-            "start",
-            "--block",
-            "--node-ip-address=127.0.0.1",
-            *args,
-        ]
-        path = self._folder / f"node-{number}.log"
-        with path.open("wb") as log:
-            self._started.append(
-                subprocess.Popen(
-                    [
-                        *command,
-                        "--node-ip-address=127.0.0.1",
-                        f"--temp-dir={self._temp.name}/{number}",
-                        "--disable-usage-stats",
-                    ],
-                    env=self.env,
-                    cwd=self._folder,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
-
-        wait_for(lambda: b"Ray runtime started" in path.read_bytes(), START_S, f"node {number}: {path}")
+        command = ray_start("--node-ip-address=127.0.0.1", f"--temp-dir={self._temp.name}/{number}", *args)
+        node = Process(command, self._folder, self.env, self._folder / f"node-{number}.log")
+        self._started.append(node)
+        node.has_joined()
 
     def kill(self, number: int) -> None:
         """Kill a node with all its processes, at once; 0 is the head."""
-        for pid in (self._started[number].pid, *ray_runs.family(self._started[number].pid)):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._started[number].wait()
+        self._started[number].kill()
 
     @staticmethod
     def _listens(port: int) -> bool:
@@ -121,10 +89,6 @@ class Nodes:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
     def close(self) -> None:
-        for process in self._started:
-            process.terminate()
-        for number, process in enumerate(self._started):
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(15)
-            self.kill(number)
+        for node in self._started:
+            node.close()
         self._temp.cleanup()

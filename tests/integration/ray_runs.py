@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,56 @@ def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None
         time.sleep(0.05)
 
 
+def token_environment(token: str, **more: str) -> dict[str, str]:
+    """Return the environment of the processes of a cluster that asks for a token, and of those who talk with it."""
+    here = {name: value for name, value in environment().items() if name != "RAY_ADDRESS"}
+    return {**here, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0", **more}
+
+
+def ray_start(*args: str) -> list[str]:
+    """Return the command that starts a node of a cluster and stays."""
+    return [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *args]
+
+
 def environment() -> dict[str, str]:
     """Return an environment in which the packages are found, installed or not."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+
+
+class Process:
+    """A process with a session of its own, that is gone when the test is."""
+
+    def __init__(self, args: Sequence[str], cwd: Path, env: Mapping[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                args, cwd=cwd, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf8", errors="replace")
+
+    def has_joined(self) -> None:
+        """Wait until a `ray start` has made its node part of the cluster."""
+        joined = "Ray runtime started"
+        wait_for(lambda: joined in self.output or self.process.poll() is not None, START_S, str(self.log))
+        assert self.process.poll() is None, self.output
+
+    def kill(self) -> None:
+        """End it, all processes below it and its session, at once."""
+        for pid in (self.process.pid, *family(self.process.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def close(self) -> None:
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(15)
+        self.kill()
 
 
 class Command:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from cl_dist.config import Tree
 from launcher.render import RUN_FILE, SHARED
 from tests.integration import ray_runs
 from tests.integration.ray_nodes import free_port
-from tests.integration.ray_runs import ROOT, START_S, events, wait_for
+from tests.integration.ray_runs import ROOT, START_S, Process, events, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
 CL_DIST = f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom launcher.cli import main\nmain()\n"
@@ -62,7 +62,7 @@ def programs(folder: Path, **texts: str) -> Path:
 def clean(bin_: Path, **env: str) -> dict[str, str]:
     """Return this environment less all that is about Ray, with the programs of a folder first."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    kept["PATH"] = os.pathsep.join([str(bin_), str(Path(sys.executable).parent), kept["PATH"]])
+    kept["PATH"] = os.pathsep.join([str(bin_), kept["PATH"]])
     paced = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]}
     return {**kept, **paced, "PYTHONPATH": str(ROOT), **env}
 
@@ -74,29 +74,6 @@ def rendered(folder: Path, name: str, verb: str, out: Path, *options: str) -> Pa
     done = subprocess.run(args, env=ray_runs.environment(), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())
-
-
-class Process:
-    """A process with a session of its own, that is gone when the test is."""
-
-    def __init__(self, args: list[str], cwd: Path, env: Mapping[str, str], log: Path) -> None:
-        self.log = log
-        with log.open("ab") as out:
-            self.process = subprocess.Popen(
-                args, cwd=cwd, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text(encoding="utf8", errors="replace")
-
-    def close(self) -> None:
-        self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(15)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 class Kubernetes:
@@ -150,9 +127,7 @@ class Kubernetes:
         )
         self._nodes.callback(subprocess.run, ["rm", "-rf", params["temp-dir"]])
         self._nodes.callback(node.close)
-        joined = "Ray runtime started"
-        wait_for(lambda: joined in node.output or node.process.poll() is not None, START_S, f"{command}\n{node.output}")
-        assert node.process.poll() is None, node.output
+        node.has_joined()
         return node
 
     def start_all(self) -> None:

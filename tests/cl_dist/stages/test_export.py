@@ -218,8 +218,9 @@ def test_a_damaged_folder_is_refused(exported: Path, tmp_path: Path, spoil: Any)
         load_exported(folder)
 
 
-def test_a_model_that_writes_needs_transformers_alone(tmp_path: Path) -> None:
-    over = {"science": {"method": dict(tiny.METHODS["lamol"])}}
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_a_model_that_writes_needs_transformers_alone(tmp_path: Path, lora: Any) -> None:
+    over = {"science": {"method": {**tiny.METHODS["lamol"], "lora": lora}, "train": {**tiny.TEXT_TRAIN, "lr": 0.02}}}
     book = tiny.compute(tiny.book(tmp_path / "run", over, tasks=("food", "film")))
     last = book.plan(1)[-1]
     assert isinstance(last, Evaluate)
