@@ -68,6 +68,8 @@ class Gang:
     zero_stage: int
     engine: str = "deepspeed"
     is_gpu: bool = False
+    offload: str | None = None
+    """As `cluster.offload`; on a CPU the host's memory is the device's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +131,19 @@ def share(size: int, ranks: int) -> int:
 
 
 def training(model: Model, step: Step, gang: Gang) -> Estimate:
-    """Return what a rank holds while it trains."""
+    """Return what a rank holds while it trains, without what it leaves to the host."""
     stage = -1 if gang.engine == "torch" else gang.zero_stage
-    resident = _resident(model, gang, stage)
+    left = _left_to_the_host(gang)
+    resident = [each for each in _resident(model, gang, stage) if each.kind not in left]
     most = max(step.points, key=lambda point: sum(point[0].values()))
     return Estimate(tuple(resident), tuple(_moments(model, step, gang, stage)), most[0])
+
+
+def _left_to_the_host(gang: Gang) -> tuple[str, ...]:
+    """Return the kinds of what a rank on a GPU leaves to its host."""
+    if not gang.is_gpu or gang.offload is None:
+        return ()
+    return ("optimizer", "gradients", *(("weights", "parts of tasks") if gang.offload == "all" else ()))
 
 
 def _resident(model: Model, gang: Gang, stage: int) -> list[Quantity]:
@@ -256,14 +266,23 @@ def voting(decoder: Decoder, tokens: int, item: int) -> Quantity:
     return Quantity("attention statistics", size, "heads min(256, tokens) tokens (4 + 4 bytes, 2 more with bfloat16)")
 
 
-def host(model: Model) -> tuple[Quantity, ...]:
-    """Return what the host of a rank holds while the rank builds its model; on a CPU that is where it trains, too."""
+def host(model: Model, gang: Gang) -> tuple[Quantity, ...]:
+    """Return what the host of a rank holds while the rank builds its model, and what the rank leaves to it then.
+
+    On a CPU that is where it trains, too.
+    """
     size = 4 * (model.elements + model.trained)
     found = [Quantity("host: a rank builds its model", size, "4 P + 4 T: whole, in float32, and the stored weights")]
     if model.item == 2:
         found.append(Quantity("host: its exact weights", 4 * model.trained, "4 T, until DeepSpeed has its masters"))
     if model.beside.get("penalties"):
         found.append(Quantity("host: penalties", model.beside["penalties"], "8 bytes an element: strength, anchor"))
+    left = _left_to_the_host(gang)
+    found += [
+        Quantity(f"host: {each.kind} (offload)", each.bytes, each.formula)
+        for each in _resident(model, gang, gang.zero_stage)
+        if each.kind in left
+    ]
     return tuple(found)
 
 

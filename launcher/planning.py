@@ -117,6 +117,7 @@ def _sizes(config: RunConfig, known: Known, shape: Shape, stages: list[Stage], d
     """Return memory, disk and clusters."""
     rank, pool = _Rank(config, shape), _pool(config, shape, stages)
     model, cluster = shape.model, config.cluster
+    configured_stage = None if cluster.engine == "torch" else cluster.zero_stage
     configured = rank.rows(cluster.workers)
     zero = [
         {"zero_stage": stage, "configured": stage == cluster.zero_stage and cluster.engine == "deepspeed"}
@@ -163,7 +164,7 @@ def _sizes(config: RunConfig, known: Known, shape: Shape, stages: list[Stage], d
             },
             "ranks": zero,
             "pool": {kind: [memory.plain(each) for each in found] for kind, found in pool.items()},
-            "host": [memory.plain(each) for each in memory.host(model)],
+            "host": [memory.plain(each) for each in memory.host(model, rank.gang(cluster.workers, configured_stage))],
         },
         "disk": [memory.plain(each) for each in files],
         "clusters": clusters,
@@ -194,8 +195,16 @@ class _Rank:
         if (rows, False) not in self._steps:
             self._steps[rows, False] = self._shape.step(rows, accumulates=False)
         step = self._steps[rows, False]
-        gang = Gang(workers, stage or 0, "torch" if stage is None else "deepspeed", self._cluster.gpus_per_worker > 0)
+        gang = self.gang(workers, stage)
         return memory.training(self._shape.model, memory.accumulating(step, accumulates), gang)
+
+    def gang(self, workers: int, stage: int | None) -> Gang:
+        """Return a gang; stage None is plain torch. Offload is only for the stages that know it."""
+        cluster, engine = self._cluster, "torch" if stage is None else "deepspeed"
+        offload = cluster.offload
+        if not stage or (offload == "all" and stage < 3):
+            offload = None
+        return Gang(workers, stage or 0, engine, cluster.gpus_per_worker > 0, offload)
 
     def near(self, workers: int, stage: int, rows: int) -> int:
         """Return a peak by a straight line between one row and the configured micro-batch, which are traced."""

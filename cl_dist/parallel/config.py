@@ -1,9 +1,11 @@
 """How a Train stage is spread over workers: the settings of the engine; torch-free."""
 
+import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cl_dist.config import Section
 
@@ -25,6 +27,12 @@ class EngineConfig(Section):
     activation_checkpointing: bool = False
     """Keep the inputs of the backbone's layers alone in the forward pass and compute the rest again in the backward
     pass: about a third more time for a fraction of the activations."""
+    offload: Literal["optimizer", "all"] | None = None
+    """What ZeRO keeps in the host's memory. optimizer: float32 weights, moments and their update (stages 1-3); all: the
+    parameters too, which come to the device a few layers at a time (stage 3)."""
+    offload_folder: str | None = None
+    """With `offload: all` parameters lie in files below this folder instead, which should be on an NVMe disk of each
+    node; pieces of less than 1 MB stay in memory. Needs libaio, and a compiler at the first start."""
     checkpoint_minutes: float = Field(10.0, ge=0)
     """A Train stage is saved when so much time has passed since it began or was saved; with 0 only when the run is told
     to stop (SIGTERM, Ctrl-C)."""
@@ -36,6 +44,16 @@ class EngineConfig(Section):
     verify_protection_every: int = Field(0, ge=0)
     """Compare the bits of what must not move every so many optimizer steps, and stop the run where they differ; 0 never
     does."""
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> Self:
+        stages = {None: (0, 1, 2, 3), "optimizer": (1, 2, 3), "all": (3,)}[self.offload]
+        if self.zero_stage not in stages or (self.offload and self.engine == "torch"):
+            known = " or ".join(map(str, stages))
+            raise ValueError(f"offload: {self.offload} needs engine: deepspeed and zero_stage: {known}")
+        if self.offload_folder is not None and self.offload != "all":
+            raise ValueError("offload_folder needs offload: all")
+        return self
 
 
 def buffer_bounds(total: int, trained: int, largest: int) -> dict[str, int]:
@@ -86,6 +104,25 @@ def deepspeed_settings(
             "stage3_param_persistence_threshold": config.persistence_threshold,
             "contiguous_gradients": config.zero_stage > 1,
             **(buffer_bounds(LARGE, LARGE, LARGE // 100) if bounds is None else bounds),
+            **offloaded(config),
         },
         "zero_allow_untested_optimizer": True,  # torch's AdamW
+        **({} if config.offload is None else {"zero_force_ds_cpu_optimizer": False}),  # also with offload
     }
+
+
+def swap_folder(config: EngineConfig) -> Path | None:
+    """Return the folder in which this process keeps parameters, if it keeps any in files."""
+    return None if config.offload_folder is None else Path(config.offload_folder) / f"cl-dist-{os.getpid()}"
+
+
+def offloaded(config: EngineConfig) -> dict[str, Any]:
+    """Return what DeepSpeed's ZeRO is told of offload."""
+    parts: dict[str, Any] = {}
+    if config.offload is not None:
+        parts["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if config.offload == "all":
+        parts["offload_param"] = {"device": "cpu", "pin_memory": True}
+    if (folder := swap_folder(config)) is not None:
+        parts["offload_param"] |= {"device": "nvme", "nvme_path": str(folder), "max_in_cpu": 0}
+    return parts

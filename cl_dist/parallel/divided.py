@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cl_dist.parallel.config import EngineConfig
+from cl_dist.parallel.config import EngineConfig, offloaded
 from cl_dist.parallel.engine import start_deepspeed
 from cl_dist.parallel.world import World
 
@@ -14,7 +14,7 @@ def is_divided(config: EngineConfig, world: World) -> bool:
 
 
 @contextmanager
-def dividing(world: World, *, bf16: bool) -> Iterator[None]:
+def dividing(config: EngineConfig, world: World, *, bf16: bool) -> Iterator[None]:
     """Have `from_pretrained` of transformers cut up each module's parameters as soon as they exist.
 
     They are then filled one module at a time, from the first rank's view of the file. All ranks load the same models.
@@ -25,7 +25,7 @@ def dividing(world: World, *, bf16: bool) -> Iterator[None]:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": bf16},
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {"stage": 3, **offloaded(config)},
     }
     held = HfDeepSpeedConfig(settings)  # type: ignore[no-untyped-call]  # transformers keeps a weak reference alone
     try:

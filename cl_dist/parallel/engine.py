@@ -5,6 +5,7 @@ is this rank's share of a sum over the global batch: DeepSpeed's averaging over 
 """
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from cl_dist.errors import ConfigError
 from cl_dist.parallel import params
-from cl_dist.parallel.config import EngineConfig, buffer_bounds, deepspeed_settings
+from cl_dist.parallel.config import EngineConfig, buffer_bounds, deepspeed_settings, swap_folder
 from cl_dist.parallel.world import World
 
 
@@ -132,6 +133,11 @@ def build_engine(
     """
     world = World.current()
     check_engine(config, world.size, bf16)
+    if pulls and config.offload and config.zero_stage < 3:
+        raise ConfigError(
+            f"cluster.offload={config.offload!r}: this method adds penalties to gradients; DeepSpeed holds them out of "
+            f"reach with offload and cluster.zero_stage={config.zero_stage}; expected zero_stage 3, or no offload"
+        )
     attach(model, grad_scales)
     if config.engine == "torch":
         engine: TorchEngine | DeepSpeedEngine = TorchEngine(model.to(world.device), optimizing, num_micro, world, pulls)
@@ -261,7 +267,7 @@ class DeepSpeedEngine:
         pulls: Mapping[str, Pull],
     ) -> None:
         deepspeed = start_deepspeed(world)
-        self.world = world
+        self.world, self._swap_folder = world, swap_folder(config)
         self._pulls = [(model.get_parameter(name), pull) for name, pull in pulls.items()]
         self._undo_mean = world.size * num_micro
         self._norm: Tensor | None = None
@@ -323,6 +329,8 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """See Engine."""
         self._engine.destroy()
+        if self._swap_folder is not None:
+            shutil.rmtree(self._swap_folder, ignore_errors=True)
 
 
 def _adamw(model: nn.Module, optimizing: Optimizing) -> tuple[HeldAdamW, Any]:

@@ -119,7 +119,8 @@ def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False) 
     num_labels = tuple(len(task_data(job, task).labels) for task in range(last + 1))
     learner = new_learner(job.method, job.model, num_labels, job.seed, name)
     divided = divided and learner.takes_divided and job.model.config is None
-    cut = dividing(World.current(), bf16=job.model.dtype == "bfloat16") if divided else nullcontext()
+    bf16 = job.model.dtype == "bfloat16"
+    cut = dividing(job.engine, World.current(), bf16=bf16) if divided else nullcontext()
     with seeded(job.seed, "build", job.tasks[last].id, *number):
         with cut:
             backbone = load_backbone(job.model, causal=learner.answers == "text")

@@ -119,10 +119,12 @@ METHODS: dict[str, Any] = {
 
 @pytest.fixture(scope="module", params=METHODS)
 def book(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workbook:
-    """A run on a deep backbone in a folder, whose first task is trained."""
-    folder = tmp_path_factory.mktemp("divided")
-    method = METHODS[request.param]
-    sizes = {**TINY["llama"], **DEEP, "vocab_size": len(tiny.SPOKEN), "pad_token_id": 0}
+    return made(tmp_path_factory.mktemp("divided"), METHODS[request.param])
+
+
+def made(folder: Path, method: Any, **over: Any) -> Workbook:
+    """Return a run on a deep backbone in a folder, whose first task is trained."""
+    sizes = {**TINY["llama"], **DEEP, "vocab_size": len(tiny.SPOKEN), "pad_token_id": 0, **over}
     maker: Any = AutoModelForCausalLM if tiny.writes(method["name"]) else AutoModel
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -132,10 +134,10 @@ def book(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     science = {"method": method, "seed": parity.SEED, "model": {"source": str(folder / "deep")}, "train": dict(TRAIN)}
     tree = tiny.tree(folder, {"science": science}, tasks=("food", "film"), train=8)
     tree["science"]["model"].pop("config", None)
-    made = Workbook(parse(RunConfig, tree))
+    book = Workbook(parse(RunConfig, tree))
     first = Ref(task=0, stage="train")
-    parity.train_here(made.job(made.stage(first)), made.ledger.path(first))
-    return made
+    parity.train_here(book.job(book.stage(first)), book.ledger.path(first))
+    return book
 
 
 def second(book: Workbook, **engine: Any) -> Job:

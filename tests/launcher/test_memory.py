@@ -80,7 +80,7 @@ def test_penalties_stay_with_the_host_of_a_gpu() -> None:
     on_cpu, on_gpu = (parts(memory.training(held, ONE, Gang(1, 2, is_gpu=gpu)).resident) for gpu in (False, True))
     assert (on_cpu["penalties"], on_cpu["teacher"], on_gpu["teacher"]) == (80, 40, 40)
     assert "penalties" not in on_gpu
-    assert parts(memory.host(held))["host: penalties"] == 80
+    assert parts(memory.host(held, Gang(1, 2)))["host: penalties"] == 80
 
 
 def test_keys_and_values_of_a_cache() -> None:
@@ -113,3 +113,26 @@ def test_every_number_comes_with_its_formula() -> None:
     found: Any = memory.training(MODEL, ONE, Gang(3, 3)).plain()
     assert all(each["formula"] for key in ("resident", "moments", "activations") for each in found[key])
     assert found["highest_moment"] == "reduction"
+
+
+def test_what_a_gpu_leaves_to_its_host_is_counted_there() -> None:
+    plain, states, everything = (Gang(2, 3, is_gpu=True, offload=what) for what in (None, "optimizer", "all"))
+    whole = parts(memory.training(MODEL, ONE, plain).resident)
+    moved = {
+        name: size for name, size in whole.items() if name in ("optimizer", "gradients", "weights", "parts of tasks")
+    }
+    assert len(moved) > 2
+    for gang, left in ((states, ("optimizer", "gradients")), (everything, tuple(moved))):
+        kept = parts(memory.training(MODEL, ONE, gang).resident)
+        assert kept == {name: size for name, size in whole.items() if name not in left}
+        there = parts(memory.host(MODEL, gang))
+        assert {name: there[f"host: {name} (offload)"] for name in left if name in moved} == {
+            name: moved[name] for name in left if name in moved
+        }
+    assert not any("offload" in name for name in parts(memory.host(MODEL, plain)))
+
+
+def test_on_a_cpu_nothing_is_left_to_a_host() -> None:
+    plain, offload = (Gang(2, 3, offload=what) for what in (None, "all"))
+    assert memory.training(MODEL, ONE, plain) == memory.training(MODEL, ONE, offload)
+    assert memory.host(MODEL, plain) == memory.host(MODEL, offload)

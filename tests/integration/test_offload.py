@@ -1,0 +1,178 @@
+"""Training with states and parameters in the host's memory: the same result, on two gloo ranks.
+
+On a CPU host and device are one memory; DeepSpeed goes its ways for offload all the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cl_dist.config import parse
+from cl_dist.errors import ConfigError
+from cl_dist.jobs import Workbook
+from cl_dist.parallel.config import EngineConfig, swap_folder
+from cl_dist.run_config import ClusterConfig
+from cl_dist.stages import train
+from cl_dist.stages.job import Job
+from cl_dist.stages.weights import StoredWeights
+from tests import parity
+from tests.integration import test_divided
+from tests.integration.test_step_checkpoints import train_until
+from tests.parity import Trained
+from tests.pool import Ranks
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of torch, about names that DeepSpeed uses
+    pytest.mark.timeout(300),
+]
+WIDE = 8192
+WAYS: list[dict[str, Any]] = [
+    {"zero_stage": 1, "offload": "optimizer"},
+    {"zero_stage": 2, "offload": "optimizer"},
+    {"zero_stage": 3, "offload": "optimizer"},
+    {"zero_stage": 3, "offload": "all"},
+]
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return cache(lambda method: parity.book(tmp_path_factory.mktemp("offload"), method))
+
+
+def second(book: Workbook, dtype: str = "float32", **engine: Any) -> Job:
+    job = replace(book.job(book.stage(parity.SECOND)), engine=EngineConfig(micro_batch=8, **engine))
+    return replace(job, model=job.model.model_copy(update={"dtype": dtype}))
+
+
+def look(rank: int, world: int, job: Job, out: str) -> dict[str, Any]:
+    """Train, and say where things were."""
+    seen: dict[str, Any] = {}
+    module: Any = train
+    build = module.build_engine
+
+    def built(*args: Any, **kwargs: Any) -> Any:
+        engine = build(*args, **kwargs)
+        optimizer: Any = engine._engine.optimizer
+        seen["states"] = bool(
+            getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
+        )
+        seen["parameters"] = bool(getattr(optimizer, "offload_param", False))
+        pieces = [p.ds_tensor for p in engine.module.parameters() if hasattr(p, "ds_tensor")]
+        seen["held"] = sum(piece.untyped_storage().nbytes() for piece in pieces)
+        folder = swap_folder(job.engine)
+        seen["files"] = sum(path.stat().st_size for path in folder.rglob("*.swp")) if folder else 0
+        return engine
+
+    module.build_engine = built
+    try:
+        train.run(job, Path(out), lambda event: None)
+    finally:
+        module.build_engine = build
+    return seen
+
+
+@pytest.mark.parametrize("method", ["ctr", "rational_lamol", "rational_lamol-lora"])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_trained_is_what_one_worker_trains(
+    ranks: Ranks, books: Any, tmp_path: Path, method: str, way: Mapping[str, Any]
+) -> None:
+    book = books(method)
+    reference = book.config.folder / "reference"
+    expected = (
+        Trained.read(reference) if reference.exists() else parity.train_here(second(book, engine="torch"), reference)
+    )
+    for seen in ranks.run(look, second(book, **way), str(_new(tmp_path / "out")), timeout_s=250.0):
+        assert seen["states"]
+        assert seen["parameters"] == (way["offload"] == "all")
+    found = Trained.read(tmp_path / "out").difference(expected)
+    assert found["weights"] <= 1e-5, found
+    assert found["metrics"] <= 1e-4, found
+    assert found["mask_bits"] == 0, found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_in_bfloat16_the_masters_are_the_same(ranks: Ranks, books: Any, tmp_path: Path, way: Mapping[str, Any]) -> None:
+    book = books("ctr")
+    plain = {**way, "offload": None}
+    for name, engine in (("plain", plain), ("offload", way)):
+        ranks.run(look, second(book, "bfloat16", **engine), str(_new(tmp_path / name)), timeout_s=250.0)
+    found = Trained.read(tmp_path / "offload").difference(Trained.read(tmp_path / "plain"))
+    assert found["weights"] <= 1e-5, found
+    assert found["mask_bits"] == 0, found
+
+
+def test_a_stage_goes_on_from_a_checkpoint_with_and_without(ranks: Ranks, books: Any, tmp_path: Path) -> None:
+    book = books("ctr")
+    whole = parity.train_here(second(book, engine="torch"), tmp_path / "whole").weights
+    out = _new(tmp_path / "out")
+    for way, steps in (({"zero_stage": 2}, 3), (WAYS[3], 8), (WAYS[0], 12), ({"zero_stage": 3}, None)):
+        ranks.run(train_until, second(book, **way), str(out), steps, timeout_s=250.0)
+    torch.testing.assert_close(dict(StoredWeights(out)), whole, rtol=0.0, atol=1e-5)
+
+
+def test_penalties_need_stage_3(ranks: Ranks, books: Any, tmp_path: Path) -> None:
+    book = books("ewc")
+    with pytest.raises(ConfigError, match=r"cluster\.offload='optimizer': this method adds penalties.*zero_stage 3"):
+        ranks.run(look, second(book, **WAYS[1]), str(_new(tmp_path / "no")), timeout_s=250.0)
+    expected = parity.train_here(second(book, engine="torch"), tmp_path / "here")
+    ranks.run(look, second(book, **WAYS[2]), str(_new(tmp_path / "out")), timeout_s=250.0)
+    assert Trained.read(tmp_path / "out").difference(expected)["weights"] <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"offload": "optimizer", "zero_stage": 0},
+            "offload: optimizer needs engine: deepspeed and zero_stage: 1 or 2 or 3",
+        ),
+        ({"offload": "all", "zero_stage": 2}, "offload: all needs engine: deepspeed and zero_stage: 3"),
+        ({"offload": "optimizer", "engine": "torch"}, "offload: optimizer needs engine: deepspeed"),
+        ({"offload": "optimizer", "offload_folder": "/nvme"}, "offload_folder needs offload: all"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(ClusterConfig, settings)
+
+
+@pytest.fixture
+def aio() -> None:
+    """DeepSpeed's operator for files, which it compiles in some minutes where that was not done yet."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        pytest.skip("needs libaio's headers and a compiler")
+    builder.load(verbose=False)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("method", ["ctr", "lamol with lora"])
+@pytest.mark.usefixtures("aio")
+def test_parameters_in_files_train_the_same_and_leave_no_files(ranks: Ranks, tmp_path: Path, method: str) -> None:
+    """Pieces of less than 1 MB stay in memory: the backbone is wide."""
+    book = test_divided.made(tmp_path, test_divided.METHODS[method], intermediate_size=WIDE)
+    files = _new(tmp_path / "files")
+    in_files = test_divided.second(book, offload="all", offload_folder=str(files))
+    plain = ranks.run(look, test_divided.second(book), str(_new(tmp_path / "plain")), timeout_s=400.0)
+    found = ranks.run(look, in_files, str(_new(tmp_path / "out")), timeout_s=400.0)
+    for before, after in zip(plain, found, strict=True):
+        assert before["files"] == 0
+        assert after["files"] == 3 * test_divided.LAYERS * 128 * WIDE // 2 * 4  # half of the feed-forward weights
+        assert after["held"] < before["held"] / 10
+    difference = Trained.read(tmp_path / "out").difference(Trained.read(tmp_path / "plain"))
+    assert difference["weights"] <= 1e-6, difference
+    assert difference["mask_bits"] == 0
+    assert list(files.iterdir()) == []
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
