@@ -121,6 +121,9 @@ class ClusterConfig(EngineConfig):
     """How often an elastic gang looks whether it can grow."""
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
+    workers_per_model: int = Field(1, gt=0)
+    """How many workers' resources hold one model where it has to be whole: when it writes, votes or is scored. With
+    more than 1 its layers lie on the GPUs of so many workers of a node; the results are the same bits."""
     max_failures: int = Field(3, ge=0)
     """How often a crashed gang or shard is started again before the run fails."""
     stop_timeout_s: float = Field(60.0, ge=0)
@@ -137,6 +140,10 @@ class ClusterConfig(EngineConfig):
     def _engine_fits(self) -> "ClusterConfig":
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers}: expected at most workers={self.workers}")
+        if self.workers % self.workers_per_model:
+            raise ValueError(
+                f"workers={self.workers}: expected a multiple of workers_per_model={self.workers_per_model}"
+            )
         if self.workers > 1 and (self.dispatcher == "local" or self.engine == "torch"):
             culprit = "dispatcher: local" if self.dispatcher == "local" else "engine: torch"
             raise ValueError(f"workers={self.workers} does not work with {culprit}; expected workers: 1")

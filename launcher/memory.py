@@ -230,9 +230,14 @@ SPAN, QUERIES = 16, 256
 """Cache lengths are multiples of SPAN (models/decode.py); a vote takes so many queries at a time (models/cci.py)."""
 
 
-def pooled(model: Model, working: Sequence[Quantity]) -> tuple[Quantity, ...]:
-    """Return what an actor of the pool holds: the whole model, and what it works with. ZeRO does not divide it."""
-    return (Quantity("weights", model.item * model.elements + model.buffers, "b P, whole on every worker"), *working)
+def pooled(model: Model, working: Sequence[Quantity], devices: int) -> tuple[Quantity, ...]:
+    """Return what a device of an actor of the pool holds: the model, and what it works with. ZeRO does not divide it.
+
+    Several devices of one actor have a share of the layers each; what is worked with may be on one of them.
+    """
+    weights = share(model.item * model.elements + model.buffers, devices)
+    formula = "b P, whole on every worker" if devices == 1 else f"b P / {devices}: layers on {devices} devices"
+    return (Quantity("weights", weights, formula), *working)
 
 
 def cache(decoder: Decoder, rows: int, tokens: int, item: int) -> Quantity:

@@ -237,7 +237,8 @@ def _pool(config: RunConfig, shape: Shape, stages: list[Stage]) -> dict[str, tup
                 working.append(memory.voting(decoder, length, shape.item))
             elif decoder is not None:
                 working += memory.generating(decoder, rows, length + shape.answer, shape.item)
-        found[kind] = memory.pooled(model, working)
+        devices = config.cluster.workers_per_model if config.cluster.gpus_per_worker else 1
+        found[kind] = memory.pooled(model, working, devices)
     return found
 
 
@@ -331,7 +332,8 @@ def _cluster_line(found: Plan) -> str:
     line += f"{found['workers']} worker(s), ZeRO-{found['zero_stage']}, micro_batch: {found['micro_batch']}"
     line += f" ({_size(found['peak_bytes'])})"
     if found["too_small_for"]:
-        line += f"; too small for {', '.join(found['too_small_for'])}, where each worker holds the whole model"
+        small = ", ".join(found["too_small_for"])
+        line += f"; too small for {small}, where a worker holds the whole model: raise workers_per_model"
     return line
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections import deque
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, enter, last_lines
-from cl_dist.errors import ClDistError, TrainingError
+from cl_dist.errors import ClDistError, ClusterError, TrainingError
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stages.job import Job
 from cl_dist.stages.shards import SHARDED, Finished, Shard, Worker
@@ -47,6 +48,28 @@ class ShardWorker:
             torch.cuda.empty_cache()
 
 
+def together(places: list[Place], each: int) -> list[Place]:
+    """Return places that are each made of so many of a node; those that are left over hold no model.
+
+    Raises:
+        ClusterError: If no node has so many.
+    """
+    by_node: dict[str, list[Place]] = {}
+    for place in places:
+        by_node.setdefault(place.node, []).append(place)
+    found = [
+        replace(mine[first], gpus=",".join(place.gpus for place in mine[first : first + each]))
+        for mine in by_node.values()
+        for first in range(0, len(mine) - each + 1, each)
+    ]
+    if not found:
+        raise ClusterError(
+            f"cluster.workers_per_model={each}: no node has so many of the {len(places)} workers; lower it, or take "
+            "nodes with more GPUs"
+        )
+    return found
+
+
 class Pool:
     """Actors that take shards one by one. A shard of a dead actor goes to a fresh one."""
 
@@ -54,14 +77,20 @@ class Pool:
         self._cluster = cluster
         self.places = list(places or [])
         """Where the gang was whose resources are borrowed."""
-        self._places: list[Place | None] = list(places) if places else [None] * cluster.workers
+        each = cluster.workers_per_model
+        self._places: list[Place | None] = [None] * (cluster.workers // each)
+        if places:
+            self._places = list(together(places, each))
         self.borrowed = places is not None
         self._actors: list[Any] = [self._start(number) for number in range(len(self._places))]
 
     def _start(self, number: int) -> Any:
         place, cluster = self._places[number], self._cluster
         if place is None:
-            kind = ray.remote(ShardWorker).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
+            each = cluster.workers_per_model
+            kind = ray.remote(ShardWorker).options(
+                num_cpus=cluster.cpus_per_worker * each, num_gpus=cluster.gpus_per_worker * each
+            )
             return kind.remote(os.getcwd(), None)
         here = NodeAffinitySchedulingStrategy(place.node, soft=True)
         kind = ray.remote(ShardWorker).options(num_cpus=0, num_gpus=0, scheduling_strategy=here)

@@ -108,6 +108,14 @@ def lower(model: M) -> M:
     return model
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model takes its inputs: its first device, and the host where all weights are brought from there.
+
+    Weights that accelerate brings to a device when they are used (parallel/spread.py) are on none in between.
+    """
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside the weights.
 

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 
 from cl_dist.models.architectures import architecture
+from cl_dist.models.backbone import device_of
 
 Bits = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -208,7 +209,7 @@ def watched(model: PreTrainedModel) -> Iterator[None]:
 @torch.no_grad()
 def watch(model: PreTrainedModel, tokens: list[int], watcher: Watcher) -> None:
     """Let a watcher see all the attention of a text; inside `watched`. The language modelling head is not computed."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     cache = {"use_cache": False} if architecture(model).is_causal else {}
     text = _Text(watcher)
     _texts.append(text)

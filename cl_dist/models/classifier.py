@@ -68,7 +68,7 @@ class Classifier(nn.Module):
 
     def _pooled(self, hidden_BLH: Tensor, batch: Batch) -> Tensor:
         """Return the sentence vectors (B, H); padding may stand on either side."""
-        mask_BL = batch["attention_mask"]
+        mask_BL = batch["attention_mask"].to(hidden_BLH.device)
         if self.pooling == "mean":
             mask_BL1 = mask_BL[:, :, None].to(hidden_BLH.dtype)
             return (hidden_BLH * mask_BL1).sum(1) / mask_BL1.sum(1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from cl_dist.models.backbone import device_of
 from cl_dist.models.heads import shape_of
 from cl_dist.models.noise import uniform
 from cl_dist.models.vocabulary import logits
@@ -23,12 +24,22 @@ SPAN = 16
 
 
 class _Places:
-    """Where each row stands; shared by the cache layers."""
+    """Where each row stands; shared by the cache layers, which may lie on several devices."""
 
     def __init__(self, at_B: Tensor) -> None:
-        self.at_B = at_B
-        self.row_B = torch.arange(len(at_B), device=at_B.device)
         self.span = 0
+        self.stand(at_B)
+
+    def stand(self, at_B: Tensor) -> None:
+        """Set each row's place."""
+        self.at_B = at_B
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return (numbers, places) of all rows on a device: (B,) each."""
+        if device not in self._on:
+            self._on[device] = torch.arange(len(self.at_B), device=device), self.at_B.to(device)
+        return self._on[device]
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the library
@@ -53,8 +64,9 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the librar
         if length > 1:  # the first tokens of all rows
             self.keys[:, :, :length], self.values[:, :, :length] = key_states, value_states
             return key_states, value_states
-        self.keys[places.row_B, :, places.at_B] = key_states[:, :, 0]
-        self.values[places.row_B, :, places.at_B] = value_states[:, :, 0]
+        row_B, at_B = places.on(self.keys.device)
+        self.keys[row_B, :, at_B] = key_states[:, :, 0]
+        self.values[row_B, :, at_B] = value_states[:, :, 0]
         return self.keys[:, :, : places.span], self.values[:, :, : places.span]
 
     def keep(self, rows_B: Tensor) -> None:
@@ -62,6 +74,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the librar
         if self.is_initialized:
             assert self.keys is not None
             assert self.values is not None
+            rows_B = rows_B.to(self.keys.device)
             self.keys, self.values = self.keys[rows_B], self.values[rows_B]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -79,7 +92,7 @@ class Writer:
 
     def __init__(self, model: PreTrainedModel, rows: int, capacity: int) -> None:
         self._model: Any = model  # the library's methods carry no types
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._capacity = -(-capacity // SPAN) * SPAN
         self._places = _Places(torch.zeros(rows, dtype=torch.int64, device=self._device))
         layers = model.config.get_text_config().num_hidden_layers
@@ -95,14 +108,15 @@ class Writer:
         if longest == 1:
             return self.step(ids_BL[:, 0], torch.zeros_like(length_B))
         hidden_BLH = self._model.base_model(ids_BL, past_key_values=self._cache, use_cache=True).last_hidden_state
-        last_BH = hidden_BLH[torch.arange(len(prompts), device=self._device), length_B - 1]
+        there = hidden_BLH.device
+        last_BH = hidden_BLH[torch.arange(len(prompts), device=there), length_B.to(there) - 1]
         return logits(self._model, last_BH)
 
     @torch.no_grad()
     def step(self, token_B: Tensor, at_B: Tensor) -> Tensor:
         """Put a token at place at_B of each row, 0 being its start, and return the logits behind it: (B, V) float32."""
         places = self._places
-        places.at_B = at_B.to(self._device)
+        places.stand(at_B.to(self._device))
         places.span = min(self._capacity, -(-(int(at_B.max()) + 1) // SPAN) * SPAN)
         back_BT = places.at_B[:, None] - torch.arange(places.span, device=self._device)[None, :]
         output = self._model.base_model(
@@ -140,7 +154,7 @@ class Writer:
         rows_B = torch.tensor(rows, device=self._device)
         for layer in self._layers:
             layer.keep(rows_B)
-        self._places.row_B = torch.arange(len(rows), device=self._device)
+        self._places.stand(self._places.at_B[rows_B])
 
 
 class Line:

@@ -96,7 +96,7 @@ class Plugin(nn.Module):
         if context.share and self.sharing is not None:
             assert context.token_mask_BL is not None  # set by CtrClassifier.forward
             noise_BU2 = None if context.noise_PBU2 is None else context.noise_PBU2[self.index]
-            shared_BLH, delta_BU = self.sharing(x_BLH, context.task, context.token_mask_BL, noise_BU2)
+            shared_BLH, delta_BU = self.sharing(x_BLH, context.task, context.token_mask_BL.to(x_BLH.device), noise_BU2)
             h_BLH = x_BLH + shared_BLH
             if delta_BU is not None:
                 context.gates.append(delta_BU.detach())

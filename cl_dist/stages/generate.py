@@ -20,13 +20,12 @@ from cl_dist.data.language import Special, Speller
 from cl_dist.data.rows import TaskData
 from cl_dist.data.samples import STATISTICS, Sample, as_sample, write_samples
 from cl_dist.errors import TrainingError
-from cl_dist.models.backbone import load_tokenizer, lower
+from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.decode import Line, draw, rows_within, write
 from cl_dist.parallel.seeds import seed_of
-from cl_dist.parallel.world import World
 from cl_dist.stage import Generate
-from cl_dist.stages.job import Job, build_learner, replayed_rows, task_data
+from cl_dist.stages.job import Job, build_learner, placed, replayed_rows, task_data
 
 SHOWN = 20
 """First attempts of each task that are kept as they came, for the report."""
@@ -66,14 +65,11 @@ class Dreamer:
     """Holds the model of the previous task and writes one shard after the other."""
 
     def __init__(self, job: Job) -> None:
-        world = World.current()
         self._job = job
         learner = build_learner(job)
         assert isinstance(learner.model, CausalModel)
         model: Any = learner.model.backbone  # the library's methods carry no types
-        if job.model.dtype == "bfloat16":
-            lower(model)  # before it goes to its device, where float32 may not fit
-        self._model: Any = model.to(world.device).eval()
+        self._model: Any = placed(job, model)
         length, settings = job.train.max_length, job.generate
         self._slots = rows_within(self._model, settings.slots, length, settings.cache_gb)
         self._speller = Speller(load_tokenizer(job.model))

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
 
 from cl_dist.data.load import load_task
 from cl_dist.data.rows import TaskData
@@ -16,15 +18,18 @@ from cl_dist.data.tasks import DataConfig, TaskConfig
 from cl_dist.errors import CheckpointError, DataError
 from cl_dist.methods import METHODS
 from cl_dist.methods.base import Learner, MethodConfig
-from cl_dist.models.backbone import load_backbone
+from cl_dist.models.architectures import layers_of
+from cl_dist.models.backbone import load_backbone, lower
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.divided import dividing
 from cl_dist.parallel.seeds import seeded
+from cl_dist.parallel.spread import spread
 from cl_dist.parallel.world import World
 from cl_dist.stage import EvaluateConfig, Generate, GenerateConfig, Rationalise, Ref, Stage, Train, TrainConfig
 from cl_dist.stages.weights import StoredWeights
 
+M = TypeVar("M", bound=nn.Module)
 LEARNER = "learner.safetensors"
 Due = Literal["", "save", "stop"]
 """What a Train stage is asked to do between two steps: save, or save and stop."""
@@ -100,6 +105,14 @@ def new_learner(
     module, _, cls = entry.learners[name or entry.answers(model.answers)].partition(":")
     kind: type[Learner] = getattr(import_module(module), cls)
     return kind(method, num_labels, model, seed)
+
+
+def placed(job: Job, model: M) -> M:
+    """Bring a finished model to the precision of its forward pass and to this worker's devices, ready to be read."""
+    if job.model.dtype == "bfloat16":
+        lower(model)  # before it goes to a device, where float32 may not fit
+    backbone = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+    return spread(model, type(layers_of(backbone)[0][1])).eval()
 
 
 def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False) -> Learner:

@@ -11,11 +11,11 @@ from cl_dist.data.language import Speller, spell
 from cl_dist.data.rows import Row
 from cl_dist.methods import METHODS
 from cl_dist.methods.base import Learner
-from cl_dist.models.backbone import load_tokenizer, lower
+from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.decode import answer_all
 from cl_dist.parallel.world import World
-from cl_dist.stages.job import Job, build_learner, task_data
+from cl_dist.stages.job import Job, build_learner, placed, task_data
 
 
 class Predictor:
@@ -37,9 +37,7 @@ class Predictor:
         self._model: Any = None
         self.__dict__.pop("learner", None)  # never two models resident
         self.learner, self._latest = build_learner(self._job, task), task
-        if self._job.model.dtype == "bfloat16":
-            lower(self.learner.model)  # before it goes to its device, where float32 may not fit
-        self._model = self.learner.model.to(self._world.device).eval()
+        self._model = placed(self._job, self.learner.model)
 
     @property
     def writes(self) -> bool:

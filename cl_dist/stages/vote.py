@@ -19,14 +19,13 @@ from cl_dist.data.rationales import Span, token_mask
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.data.votes import CRITICAL, RECORDED, read_rationales, read_recorded, voting_rows
 from cl_dist.errors import CheckpointError, DataError
-from cl_dist.models.backbone import load_tokenizer, lower
+from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.cci import Bits, Comparer, Floats, Recorder, watch, watched
 from cl_dist.models.heads import units_of
 from cl_dist.models.saliency import agreement, salient
-from cl_dist.parallel.world import World
 from cl_dist.stage import Record, Vote, VoteConfig, digest_of
-from cl_dist.stages.job import Job, build_learner, task_data
+from cl_dist.stages.job import Job, build_learner, placed, task_data
 from cl_dist.stages.voters import Shard
 
 log = logging.getLogger(__name__)
@@ -45,9 +44,7 @@ class _Reader(ABC):
         learner = build_learner(job)
         assert isinstance(learner.model, CausalModel)
         model: Any = learner.model.backbone
-        if job.model.dtype == "bfloat16":
-            lower(model)  # before it goes to its device, where float32 may not fit
-        self._model: Any = model.to(World.current().device).eval()
+        self._model: Any = placed(job, model)
         self._speller = Speller(load_tokenizer(job.model))
 
     def _tokens(self, data: TaskData, row: Row) -> tuple[list[int], int]:

@@ -50,11 +50,14 @@ CLUSTER: Tree = {
     "checkpoint_minutes": 3.0,
     "checkpoint_steps": 2,
     "checkpoint_async": False,
+    "workers_per_model": 2,
     "offload": "all",
     "offload_folder": "fast",
 }
-OFFLOAD: Tree = {
-    field: {"engine": "deepspeed", "zero_stage": 3, "offload": "all"} for field in ("offload", "offload_folder")
+BESIDE: Tree = {
+    "offload": {"engine": "deepspeed", "zero_stage": 3},
+    "offload_folder": {"engine": "deepspeed", "zero_stage": 3, "offload": "all"},
+    "workers_per_model": {"engine": "deepspeed", "dispatcher": "ray", "workers": 2},
 }
 """What these settings of CLUSTER need beside them."""
 MODEL: Tree = {
@@ -164,7 +167,7 @@ def fields(section: type[BaseModel], besides: tuple[str, ...] = ()) -> list[str]
 def test_no_cluster_setting_enters_a_fingerprint(base: Tree, field: str) -> None:
     value = CLUSTER[field]
     assert base["cluster"].get(field, ClusterConfig.model_fields[field].default) != value
-    assert changed(base, {"cluster": {**OFFLOAD.get(field, {}), field: value}}) == []
+    assert changed(base, {"cluster": {**BESIDE.get(field, {}), field: value}}) == []
 
 
 @pytest.mark.parametrize("field", fields(RunSection))

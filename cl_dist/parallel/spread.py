@@ -1,0 +1,90 @@
+"""A finished model on the devices of one process: on the one that it has, or layer by layer on several, by accelerate.
+
+Layers are kept whole: each product is computed as it would be on one device, so that samples, votes and scores are the
+same bits on any number of them. Tensor parallelism would be faster, and sum in another order on each number of devices.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from cl_dist.parallel.world import World
+
+M = TypeVar("M", bound=nn.Module)
+FILLED = 0.8
+"""Share of a device's free memory that weights may take; the rest is for what is computed."""
+
+
+def spread(model: M, layer: type[nn.Module]) -> M:
+    """Bring a model to this process's devices; layers that they cannot hold stay with the host, and come when used.
+
+    Args:
+        model: In its final precision, on the CPU.
+        layer: Class of the transformer's layers.
+    """
+    device = World.current().device
+    if device.type != "cuda":
+        return model.to(device)
+    room: dict[int | str, int] = {
+        number: int(FILLED * torch.cuda.mem_get_info(number)[0]) for number in range(torch.cuda.device_count())
+    }
+    if len(room) == 1 and _size(model) <= room[0]:
+        return model.to(device)
+    return by_layers(model, layer, room)
+
+
+def by_layers(
+    model: M, layer: type[nn.Module], room: Mapping[int | str, int], rest: str = "cpu", folder: Path | None = None
+) -> M:
+    """Divide a model over devices with room for so many bytes each.
+
+    Args:
+        model: On the CPU.
+        layer: Class of the transformer's layers.
+        room: Bytes by device.
+        rest: Where layers rest that have no room: "cpu", or "disk", in files of a folder.
+        folder: For "disk".
+    """
+    from accelerate import dispatch_model
+
+    places = placing(model, layer, room, rest)
+    return dispatch_model(model, places, offload_dir=folder, skip_keys="past_key_values", force_hooks=True)
+
+
+def placing(model: nn.Module, layer: type[nn.Module], room: Mapping[int | str, int], rest: str) -> dict[str, int | str]:
+    """Return the place of each layer, and of each module beside them, by path.
+
+    What is no layer lies on the first device, where inputs come and logits go. The layers follow in order, about as
+    many bytes on each device.
+    """
+    units = list(_units(model, layer))
+    first, share = next(iter(room)), -(-_size(model) // len(room))
+    places: dict[str, int | str] = {path: first for path, module in units if not isinstance(module, layer)}
+    used = dict.fromkeys(room, 0)
+    used[first] = sum(_size(module) for path, module in units if path in places)
+    for path, module in units:
+        if isinstance(module, layer):
+            size = _size(module)
+            fitting = [device for device in room if used[device] + size <= room[device]]
+            places[path] = next((device for device in fitting if used[device] < share), (*fitting, rest)[0])
+            if fitting:
+                used[places[path]] += size
+    return places
+
+
+def _units(module: nn.Module, layer: type[nn.Module], path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers, and the largest modules that hold none."""
+    for name, child in module.named_children():
+        here = f"{path}.{name}" if path else name
+        if isinstance(child, layer) or not any(isinstance(part, layer) for part in child.modules()):
+            yield here, child
+        else:
+            yield from _units(child, layer, here)
+
+
+def _size(model: nn.Module) -> int:
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
