@@ -1,16 +1,18 @@
 """Critical component identification, checked against the definition written out as loops over eager attention maps."""
 
+import tracemalloc
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cl_dist.models import cci
 from cl_dist.models.cci import Comparer, Recorder, highest, watch, watched
 from cl_dist.models.heads import kept, shape_of, units_of
 from cl_dist.stage import VoteConfig
+from cl_dist.stages.live import Live
 from cl_dist.stages.vote import tally
 from tests.cl_dist.models.test_decode import decoder
 
@@ -231,3 +233,24 @@ def test_a_heads_slices_are_all_that_it_owns(kind: str, level: Any) -> None:
     assert (plain - expected).abs().max() > 1e-3
     if kind == "llama" and level == "head":
         assert not any("k_proj" in name and (keep == 0).any() for name, (_, keep) in parts.items())
+
+
+@pytest.mark.timeout(300)
+def test_eight_thousand_tokens_take_a_part_of_one_layers_map() -> None:
+    """Tensors and arrays together; a map of all queries of one layer would have 4 bytes for every head and pair."""
+    length, layers, heads = 8192, 3, 2
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": heads}
+    config = AutoConfig.for_model("llama", **sizes, vocab_size=60, max_position_embeddings=length)
+    maker: Any = AutoModelForCausalLM
+    model = maker.from_config(config).eval()
+    rationale = np.zeros(length, dtype=bool)
+    rationale[100:200] = True
+    recorder, live = Recorder(rationale, heads, BETA), Live()
+    tracemalloc.start()
+    with watched(model), live:
+        watch(model, [number % 60 for number in range(length)], recorder)
+    _, arrays = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    maps, _ = recorder.maps()
+    assert maps.shape == (layers, heads, length)
+    assert live.peak + arrays < heads * length**2 * 4 / 4
