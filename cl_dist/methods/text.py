@@ -39,15 +39,18 @@ class TextLearner(Learner):
 
     def shape(self, backbone: PreTrainedModel, known: int, size: int) -> nn.Module:
         """Build the model for a vocabulary of some size, whose rows from `known` on are new."""
+        import torch
+
         from cl_dist.models.causal import CausalModel
         from cl_dist.models.lowrank import add_update
         from cl_dist.models.vocabulary import extend, own_rows
         from cl_dist.parallel.seeds import seeded
 
+        dtype = getattr(torch, self.model_config.dtype)
         if self.lora is None:
-            extend(backbone, size, known, self.seed)
+            extend(backbone, size, known, self.seed, dtype)
         else:
-            own_rows(backbone, size, known, self.seed)
+            own_rows(backbone, size, known, self.seed, dtype)
             with seeded(self.seed, "lora"):
                 add_update(backbone, self.lora, UPDATE)
         self.model = CausalModel(backbone)

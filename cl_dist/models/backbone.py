@@ -45,11 +45,11 @@ def location(config: ModelConfig) -> str:
     return config.source
 
 
-def load_backbone(config: ModelConfig, *, causal: bool = False) -> PreTrainedModel:
-    """Load a backbone in float32 with every dropout rate replaced by `dropout`; the engine lowers the precision later.
+def load_backbone(config: ModelConfig, *, causal: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a backbone with every dropout rate replaced by `dropout`; the engine lowers the precision later.
 
     causal: whether its language modelling head is wanted too. With `config.config` nothing is loaded: the weights are
-    drawn, always the same ones.
+    drawn, always the same ones, in float32.
 
     Raises:
         ConfigError: If transformers cannot load the source.
@@ -68,9 +68,7 @@ def load_backbone(config: ModelConfig, *, causal: bool = False) -> PreTrainedMod
         hf = AutoConfig.from_pretrained(where, revision=config.revision)
         _set_dropout(hf, config.dropout)
         with torch.random.fork_rng():  # what the file lacks is drawn, more of it where the model is cut up over ranks
-            loaded: PreTrainedModel = kind.from_pretrained(
-                where, revision=config.revision, config=hf, dtype=torch.float32
-            )
+            loaded: PreTrainedModel = kind.from_pretrained(where, revision=config.revision, config=hf, dtype=dtype)
         return loaded
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"science.model.source={config.source!r}: cannot be loaded: {error}") from error

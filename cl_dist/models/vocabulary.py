@@ -12,16 +12,17 @@ from transformers import PreTrainedModel
 
 
 @torch.no_grad()
-def extend(model: PreTrainedModel, size: int, known: int, seed: int) -> None:
+def extend(model: PreTrainedModel, size: int, known: int, seed: int, dtype: torch.dtype = torch.float32) -> None:
     """Give a model rows for `size` tokens; those from `known` on start at the mean of the others plus seeded noise.
 
-    A row's initial value depends on its number and the seed alone, whatever the size.
+    A row's initial value depends on its number and the seed alone, whatever the size, and on the mean of what the other
+    rows are in the forward pass, whose precision dtype is: they may be held in float32 or in that.
     """
     untyped: Any = model
     if untyped.get_input_embeddings().weight.shape[0] < size:
         untyped.resize_token_embeddings(size, mean_resizing=False)
     for weight in _tables(model):
-        weight[known:] = _fresh(weight, known, weight.shape[0], seed)
+        weight[known:] = _fresh(weight, known, weight.shape[0], seed, dtype)
     _without_bias(model, known, None)
 
 
@@ -38,9 +39,9 @@ def _tables(model: Any) -> list[nn.Parameter]:
     return list({id(table.weight): table.weight for table in tables}.values())
 
 
-def _fresh(weight: Tensor, known: int, size: int, seed: int) -> Tensor:
+def _fresh(weight: Tensor, known: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
     """Return initial rows known..size-1 of a table whose first `known` rows have been learned, float32."""
-    mean_H = weight[:known].float().mean(0)
+    mean_H = weight[:known].to(dtype).float().mean(0)
     if weight.is_meta:
         return mean_H.expand(size - known, -1)
     mean_H, rows = mean_H.cpu(), []
@@ -81,25 +82,25 @@ class OwnLogits(OwnRows):
 
 
 @torch.no_grad()
-def own_rows(model: PreTrainedModel, size: int, known: int, seed: int) -> None:
+def own_rows(model: PreTrainedModel, size: int, known: int, seed: int, dtype: torch.dtype = torch.float32) -> None:
     """As `extend`, but the new rows are parameters of their own, and the tables stay as they are.
 
     The tables may be cut up over the ranks by ZeRO-3: then a collective.
     """
     untyped: Any = model
     embedding, head = untyped.get_input_embeddings(), untyped.get_output_embeddings()
-    rows = [nn.Parameter(_read(table.weight, known, size, seed)) for table in (embedding, head)]
+    rows = [nn.Parameter(_read(table.weight, known, size, seed, dtype)) for table in (embedding, head)]
     if embedding.weight is head.weight:
         rows[1] = rows[0]
     untyped.set_input_embeddings(OwnEmbedding(embedding, known, rows[0]))
     untyped.set_output_embeddings(OwnLogits(head, known, rows[1]))
 
 
-def _read(weight: Any, known: int, size: int, seed: int) -> Tensor:
+def _read(weight: Any, known: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
     if not hasattr(weight, "ds_id"):
-        return _fresh(weight, known, size, seed)
+        return _fresh(weight, known, size, seed, dtype)
     weight.all_gather()
-    found = _fresh(weight.data, known, size, seed)
+    found = _fresh(weight.data, known, size, seed, dtype)
     weight.partition()
     return found
 

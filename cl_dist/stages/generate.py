@@ -66,7 +66,7 @@ class Dreamer:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        learner = build_learner(job)
+        learner = build_learner(job, is_read=True)
         assert isinstance(learner.model, CausalModel)
         model: Any = learner.model.backbone  # the library's methods carry no types
         self._model: Any = placed(job, model)

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -115,12 +116,13 @@ def placed(job: Job, model: M) -> M:
     return spread(model, type(layers_of(backbone)[0][1])).eval()
 
 
-def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False) -> Learner:
+def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False, is_read: bool = False) -> Learner:
     """Return the stage's learner with its model: backbone, parts of all tasks so far, stored weights.
 
     New parts are drawn from a seed of (run seed, task id), so every rank and every restart draws the same. With up_to,
     parts of later tasks are neither made nor read: what scores an early task needs no capsules of later ones.
     divided cuts the backbone up over the ranks as it is loaded, where the learner can cope with that; all ranks call.
+    is_read loads it in the precision of its forward pass: a model that is not trained needs no other.
 
     Raises:
         CheckpointError: If a stored file is missing or does not fit the model.
@@ -136,7 +138,8 @@ def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False) 
     cut = dividing(job.engine, World.current(), bf16=bf16) if divided else nullcontext()
     with seeded(job.seed, "build", job.tasks[last].id, *number):
         with cut:
-            backbone = load_backbone(job.model, causal=learner.answers == "text")
+            dtype = torch.bfloat16 if is_read and job.model.dtype == "bfloat16" else torch.float32
+            backbone = load_backbone(job.model, causal=learner.answers == "text", dtype=dtype)
         model = learner.build(backbone, last)
     own = model.state_dict()
     latest: dict[str, StoredWeights] = {}

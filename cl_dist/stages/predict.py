@@ -36,7 +36,7 @@ class Predictor:
             return
         self._model: Any = None
         self.__dict__.pop("learner", None)  # never two models resident
-        self.learner, self._latest = build_learner(self._job, task), task
+        self.learner, self._latest = build_learner(self._job, task, is_read=True), task
         self._model = placed(self._job, self.learner.model)
 
     @property

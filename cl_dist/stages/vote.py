@@ -41,7 +41,7 @@ class _Reader(ABC):
     def __init__(self, job: Job) -> None:
         assert isinstance(job.stage, Record | Vote)
         self._job, self._vote = job, job.stage.vote
-        learner = build_learner(job)
+        learner = build_learner(job, is_read=True)
         assert isinstance(learner.model, CausalModel)
         model: Any = learner.model.backbone
         self._model: Any = placed(job, model)
