@@ -31,8 +31,17 @@ class Section(BaseModel):
         return given
 
     def changed(self) -> Tree:
-        """Return the fields that differ from their defaults, as plain data: what enters a fingerprint."""
-        return self.model_dump(mode="json", exclude_defaults=True)
+        """Return the fields that differ from their defaults, as plain data: what enters a fingerprint.
+
+        A section in the place of None says something by being there, also with defaults alone: it is given whole.
+        """
+        found = self.model_dump(mode="json", exclude_defaults=True)
+        optional = (name for name, field in type(self).model_fields.items() if field.default is None)
+        return found | {
+            name: section.model_dump(mode="json")
+            for name in optional
+            if isinstance(section := getattr(self, name), Section)
+        }
 
     def updated(self, changes: Mapping[str, Any]) -> Self:
         """Return a copy with these fields replaced and checked again."""

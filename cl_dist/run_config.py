@@ -140,6 +140,15 @@ class ClusterConfig(EngineConfig):
     def _engine_fits(self) -> "ClusterConfig":
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers}: expected at most workers={self.workers}")
+        if self.workers_per_model > 1 and (self.gpus_per_worker < 1 or self.gpus_per_worker % 1):
+            raise ValueError(
+                f"workers_per_model={self.workers_per_model} with gpus_per_worker={self.gpus_per_worker:g}: it is for "
+                "models that whole GPUs hold together"
+            )
+        if self.min_workers is not None and self.min_workers < self.workers_per_model:
+            raise ValueError(
+                f"min_workers={self.min_workers}: expected workers_per_model={self.workers_per_model} or more"
+            )
         if self.workers % self.workers_per_model:
             raise ValueError(
                 f"workers={self.workers}: expected a multiple of workers_per_model={self.workers_per_model}"

@@ -270,7 +270,8 @@ def _sizes(tree: Mapping[str, Any]) -> dict[str, list[int]]:
     """Return what tells one state of the files from another, without reading them."""
     places = [Path(path) for path in _paths(_science(tree))]
     files = [file for place in places for file in ([place] if place.is_file() else sorted(place.rglob("*")))]
-    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
+    found = {str(file): file.stat() for file in files if file.is_file()}
+    return {path: [facts.st_size, facts.st_mtime_ns] for path, facts in found.items()}
 
 
 def _science(tree: Mapping[str, Any]) -> list[Any]:

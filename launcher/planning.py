@@ -333,7 +333,7 @@ def _cluster_line(found: Plan) -> str:
     line += f" ({_size(found['peak_bytes'])})"
     if found["too_small_for"]:
         small = ", ".join(found["too_small_for"])
-        line += f"; too small for {small}, where a worker holds the whole model: raise workers_per_model"
+        line += f"; too small for {small}, where a worker holds the whole model (see cluster.workers_per_model)"
     return line
 
 

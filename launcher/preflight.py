@@ -84,10 +84,15 @@ def _data(config: RunConfig) -> Iterator[Finding]:
             yield Finding("data", "fail", name, str(error), "mend the rows; `cl-dist data check` shows all faults")
             continue
         rows = f"{len(data.train)} train, {len(data.dev)} dev, {len(data.test)} test rows"
+        tested = {row.label for row in data.test}
+        untested = [label for label in data.labels if label not in tested]
+        if untested:
+            found = f"{rows}; no test row has the label {', '.join(untested)}"
+            yield Finding("data", "warn", name, found, "accuracy would say little; mend the splits")
         if data.overlap:
             found = f"{rows}; {data.overlap} texts are in more than one split"
             yield Finding("data", "warn", name, found, "mend the splits, or set science.data.overlap")
-        else:
+        if not untested and not data.overlap:
             yield Finding("data", "ok", name, rows)
 
 

@@ -44,7 +44,7 @@ def planted(theme: str, seed: int = 0) -> Iterator[dict[str, Any]]:
         before, behind = (_filler(words, int(words.integers(4, 16))) for _ in range(2))
         yield {
             "id": f"{theme}-{number}",
-            "split": ("test", "dev")[number % 10] if number % 10 < 2 else "train",
+            "split": (("test", "dev") + ("train",) * 8)[number // len(labels) % 10],  # of each label equally many
             "text": " ".join([*before, *phrase, *behind]),
             "label": label,
             "rationale": [[len(before), len(before) + len(phrase)]],

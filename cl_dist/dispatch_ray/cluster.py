@@ -105,6 +105,12 @@ def check_fits(cluster: ClusterConfig) -> None:
                 f"the cluster has {sum(have):g} in all, on nodes of {', '.join(f'{amount:g}' for amount in have)}; "
                 f"lower cluster.workers or {resource.lower()}s_per_worker, or add nodes"
             )
+        together = cluster.workers_per_model * each
+        if together > max(have, default=0.0):
+            raise ClusterError(
+                f"cluster.workers_per_model={cluster.workers_per_model}: {together:g} {resource} of a node hold one "
+                f"model, the nodes have {', '.join(f'{amount:g}' for amount in have)}; lower it, or take larger nodes"
+            )
 
 
 def enter(folder: str) -> None:

@@ -132,7 +132,9 @@ def gang_worker(config: Mapping[str, Any]) -> None:
     enter(config["cwd"])
     world = World.current()
     context = ray.get_runtime_context()
-    place = Place(world.rank, context.get_node_id(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), os.getpid())
+    # Its own GPUs: CUDA_VISIBLE_DEVICES names those of all ranks of its node.
+    gpus = ",".join(map(str, context.get_accelerator_ids().get("GPU", [])))
+    place = Place(world.rank, context.get_node_id(), gpus, os.getpid())
     ray.get(mailbox.hello.remote(place, world.size), timeout=ACTOR_TIMEOUT_S)
     while True:
         parcel = ray.get(mailbox.fetch.remote(after), timeout=ACTOR_TIMEOUT_S)

@@ -1,5 +1,6 @@
 """The pool: actors that take shards one by one, beside the waiting gang or on resources of their own."""
 
+import gc
 import logging
 import os
 import time
@@ -35,13 +36,15 @@ class ShardWorker:
     def run(self, stage: str, job: Job, shard: Shard) -> Any:
         """Work on a shard, loading the stage's model with the first one."""
         if stage != self._stage or self._worker is None:
-            self._worker = None  # never two models resident
+            self._worker = None
+            gc.collect()  # never two models resident: accelerate's hooks hold theirs in a cycle
             self._stage, self._worker = stage, SHARDED[job.stage.kind].worker(job)
         return self._worker.run(shard)
 
     def drop(self) -> None:
         """Free the model, so that the gang has the memory."""
         self._stage = self._worker = None
+        gc.collect()
         import torch
 
         if torch.cuda.is_available():

@@ -72,7 +72,7 @@ class Ctr(Hat):
         import torch
 
         gates = self.model.context.gates
-        return {"gate_open": torch.stack([gate[:, :-1] for gate in gates], 1)} if gates else {}
+        return {"gate_open": torch.stack([gate[:, :-1].cpu() for gate in gates], 1)} if gates else {}
 
 
 METHOD = Method(

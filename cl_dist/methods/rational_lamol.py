@@ -172,13 +172,14 @@ class RationalLamol(Lamol):
         from dataclasses import replace
 
         from cl_dist.models.heads import kept
-        from cl_dist.models.lowrank import kept_updates
 
         scales = dict(super().grad_scales())
         if self.config.level == "block":
             return {name: scale for name, scale in scales.items() if self.model.get_parameter(name).requires_grad}
         parts = kept(self.model.backbone, self._frozen, self.config.level, self.config.freeze_output)
         if self.lora is not None:
+            from cl_dist.models.lowrank import kept_updates
+
             parts = kept_updates(self.model.backbone, UPDATE, parts)
         for inner, scale in held(parts).items():
             name = f"backbone.{inner}"
@@ -193,10 +194,11 @@ class RationalLamol(Lamol):
         import torch
 
         from cl_dist.models.classifier import count_parameters
-        from cl_dist.models.lowrank import own_parameters
 
         trained, total = count_parameters(self.model)
         if self.lora is not None:
+            from cl_dist.models.lowrank import own_parameters
+
             own = own_parameters(self.model)
             total = sum(getattr(p, "ds_numel", p.numel()) for name, p in self.model.named_parameters() if name in own)
         frozen = total - trained

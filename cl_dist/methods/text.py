@@ -42,7 +42,6 @@ class TextLearner(Learner):
         import torch
 
         from cl_dist.models.causal import CausalModel
-        from cl_dist.models.lowrank import add_update
         from cl_dist.models.vocabulary import extend, own_rows
         from cl_dist.parallel.seeds import seeded
 
@@ -50,6 +49,8 @@ class TextLearner(Learner):
         if self.lora is None:
             extend(backbone, size, known, self.seed, dtype)
         else:
+            from cl_dist.models.lowrank import add_update  # peft takes seconds to import
+
             own_rows(backbone, size, known, self.seed, dtype)
             with seeded(self.seed, "lora"):
                 add_update(backbone, self.lora, UPDATE)
@@ -81,10 +82,11 @@ class TextLearner(Learner):
         """
         from cl_dist.models.architectures import embedding_names
         from cl_dist.models.heads import idle_biases
-        from cl_dist.models.lowrank import own_parameters
 
         tune, backbone = getattr(self.config, "tune", "all"), self.model.backbone
         if self.lora is not None:
+            from cl_dist.models.lowrank import own_parameters
+
             own = own_parameters(backbone)
             for name, parameter in backbone.named_parameters():
                 parameter.requires_grad_(name in own)

@@ -6,7 +6,6 @@ Axes: H query heads, G groups of heads that share keys and values, d size of a h
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -79,9 +78,9 @@ def kept(
 
 
 def _below_updates(module: nn.Module) -> nn.Module:
-    """Return the layer below a low-rank update, or the layer itself."""
-    base: nn.Module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return base
+    """Return the layer below a low-rank update, or the layer itself. peft takes seconds to import: it is not asked."""
+    below = getattr(module, "get_base_layer", None)
+    return module if below is None else below()
 
 
 def _whole_units(mine: list[int], level: Level, heads: int, groups: int) -> tuple[Tensor, Tensor]:

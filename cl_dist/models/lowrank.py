@@ -38,9 +38,9 @@ def add_update(backbone: PreTrainedModel, shape: LoraShape, name: str) -> None:
     except ValueError as error:
         raise ConfigError(f"target_modules={targets}: {error}") from error
     updated: Any = dict(layers_with_updates(backbone))  # the library's methods carry no types
-    for layer in updated.values():  # peft draws in the precision of the layer below
-        layer.lora_A[name].float()
-        layer.lora_B[name].float()
+    for layer in updated.values():  # peft draws in the precision of the layer below, and on its device
+        for factor in (layer.lora_A[name], layer.lora_B[name]):
+            factor.float() if factor.weight.is_meta else factor.to("cpu", torch.float32)
         layer.reset_lora_parameters(name, init_lora_weights=True)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from cl_dist.models.backbone import device_of
 from cl_dist.models.vocabulary import logits
 
 
@@ -23,7 +24,7 @@ def salient(
     A token's weight is |sum over the embedding of gradient * input| of the answer's cross-entropy; ties: the earlier.
     """
     untyped: Any = model  # the library's methods carry no types
-    tokens = torch.tensor([[*prefix, ans, *answer]], device=next(model.parameters()).device)
+    tokens = torch.tensor([[*prefix, ans, *answer]], device=device_of(model))
     with torch.enable_grad():
         input_LH = untyped.get_input_embeddings()(tokens).detach().requires_grad_(True)
         hidden_LH = untyped.base_model(inputs_embeds=input_LH, use_cache=False).last_hidden_state[0, len(prefix) : -1]

@@ -115,7 +115,7 @@ def merge_own_rows(model: PreTrainedModel) -> None:
     untyped.set_input_embeddings(embedding.base)
     untyped.set_output_embeddings(head.base)
     size = embedding.first + embedding.rows.shape[0]
-    if untyped.get_input_embeddings().weight.shape[0] < size:
+    if untyped.get_input_embeddings().weight.shape[0] != size:  # padding rows had no logits
         untyped.resize_token_embeddings(size, mean_resizing=False)
     for table, own in ((untyped.get_input_embeddings(), embedding), (untyped.get_output_embeddings(), head)):
         table.weight[own.first : size] = own.rows

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -268,6 +269,7 @@ class DeepSpeedEngine:
     ) -> None:
         deepspeed = start_deepspeed(world)
         self.world, self._swap_folder = world, swap_folder(config)
+        _sweep(self._swap_folder)
         self._pulls = [(model.get_parameter(name), pull) for name, pull in pulls.items()]
         self._undo_mean = world.size * num_micro
         self._norm: Tensor | None = None
@@ -285,6 +287,8 @@ class DeepSpeedEngine:
         settings = deepspeed_settings(
             config, num_micro=num_micro, micro_batch=micro_batch, clip=optimizing.clip, bf16=bf16, bounds=bounds
         )
+        for buffer in model.buffers():  # DeepSpeed leaves those of a model that was cut up where they are
+            buffer.data = buffer.data.to(world.device)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, lr_scheduler=self.schedule, config=settings, dist_init_required=False
         )
@@ -331,6 +335,14 @@ class DeepSpeedEngine:
         self._engine.destroy()
         if self._swap_folder is not None:
             shutil.rmtree(self._swap_folder, ignore_errors=True)
+
+
+def _sweep(own: Path | None) -> None:
+    """Remove what processes of this host that are gone have left beside this one's own folder of parameters."""
+    for folder in () if own is None else own.parent.glob(f"{own.name.rpartition('-')[0]}-*"):
+        pid = folder.name.rpartition("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _adamw(model: nn.Module, optimizing: Optimizing) -> tuple[HeldAdamW, Any]:

@@ -79,9 +79,10 @@ def local(parameter: nn.Parameter, rank: int) -> tuple[Tensor, int]:
     """
     managed: Any = parameter
     if hasattr(parameter, "ds_id"):
-        from deepspeed.utils import safe_get_local_fp32_param
-
-        piece = safe_get_local_fp32_param(parameter) if parameter.requires_grad else managed.ds_tensor
+        if not parameter.requires_grad:
+            return managed.ds_tensor, rank * managed.ds_tensor.numel()
+        # The public call brings a copy to the device where the masters are with the host.
+        piece, _ = managed._z3_optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)
         return piece, rank * managed.ds_tensor.numel()
     if hasattr(parameter, "_hp_mapping"):
         mapping = managed._hp_mapping

@@ -4,6 +4,9 @@ Layers are kept whole: each product is computed as it would be on one device, so
 same bits on any number of them. Tensor parallelism would be faster, and sum in another order on each number of devices.
 """
 
+import gc
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +17,7 @@ from torch import nn
 from cl_dist.parallel.world import World
 
 M = TypeVar("M", bound=nn.Module)
+log = logging.getLogger(__name__)
 FILLED = 0.8
 """Share of a device's free memory that weights may take; the rest is for what is computed."""
 
@@ -28,10 +32,12 @@ def spread(model: M, layer: type[nn.Module]) -> M:
     device = World.current().device
     if device.type != "cuda":
         return model.to(device)
+    gc.collect()
+    torch.cuda.empty_cache()  # what the allocator keeps of the model before is not free to measure
     room: dict[int | str, int] = {
         number: int(FILLED * torch.cuda.mem_get_info(number)[0]) for number in range(torch.cuda.device_count())
     }
-    if len(room) == 1 and _size(model) <= room[0]:
+    if _size(model) <= room[0]:
         return model.to(device)
     return by_layers(model, layer, room)
 
@@ -51,6 +57,9 @@ def by_layers(
     from accelerate import dispatch_model
 
     places = placing(model, layer, room, rest)
+    log.info("model divided places=%s", dict(Counter(places.values())))
+    if rest in places.values():
+        log.warning("layers rest on %s, and come to a device when used: that is slow", rest)
     return dispatch_model(model, places, offload_dir=folder, skip_keys="past_key_values", force_hooks=True)
 
 

@@ -29,7 +29,6 @@ from cl_dist.methods.base import Learner
 from cl_dist.models.backbone import load_backbone, load_tokenizer, lower
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.config import ModelConfig
-from cl_dist.models.lowrank import merge_updates
 from cl_dist.parallel.seeds import seeded
 from cl_dist.stage import Evaluate
 from cl_dist.stages.job import Job, build_learner, new_learner, task_data
@@ -105,6 +104,8 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
         tokenizer.add_tokens(
             special(tokenizer).names(len(card.tasks), job.model.spare_task_tokens), special_tokens=True
         )
+        from cl_dist.models.lowrank import merge_updates  # peft takes seconds to import
+
         merge_updates(learner.model.backbone)
         _save(learner.model.backbone, tokenizer, folder)
         write_json(folder / CARD, card.model_dump(mode="json"))

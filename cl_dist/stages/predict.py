@@ -1,5 +1,6 @@
 """A stored model answers rows: inside an Evaluate stage, and outside of any, with the same numbers."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,7 +36,8 @@ class Predictor:
         if task <= self._latest:
             return
         self._model: Any = None
-        self.__dict__.pop("learner", None)  # never two models resident
+        self.__dict__.pop("learner", None)
+        gc.collect()  # never two models resident: accelerate's hooks hold theirs in a cycle
         self.learner, self._latest = build_learner(self._job, task, is_read=True), task
         self._model = placed(self._job, self.learner.model)
 

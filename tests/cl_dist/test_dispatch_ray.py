@@ -115,6 +115,15 @@ def test_workers_must_fit_on_the_nodes(
         cluster.check_fits(ClusterConfig(**asked))
 
 
+def test_a_node_must_hold_the_workers_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": gpus}} for gpus in (2.0, 2.0)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    asked: dict[str, Any] = {"workers": 4, "gpus_per_worker": 1.0}
+    cluster.check_fits(ClusterConfig(**asked, workers_per_model=2))
+    with pytest.raises(ClusterError, match=r"workers_per_model=4: 4 GPU of a node hold one model, the nodes have 2, 2"):
+        cluster.check_fits(ClusterConfig(**asked, workers_per_model=4))
+
+
 def test_a_cluster_that_fails_under_a_run_is_a_cluster_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def lose(*_: Any) -> None:
         raise RayActorError(error_msg="the mailbox went with the driver's node")

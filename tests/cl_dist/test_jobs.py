@@ -17,7 +17,7 @@ from cl_dist.methods.ctr import CtrConfig
 from cl_dist.methods.finetune import FinetuneConfig
 from cl_dist.models.config import ModelConfig
 from cl_dist.run_config import ClusterConfig, RunConfig, RunSection, Science
-from cl_dist.stage import EvaluateConfig, GenerateConfig, Stage, Train, TrainConfig, VoteConfig, ref
+from cl_dist.stage import EvaluateConfig, GenerateConfig, Stage, Train, TrainConfig, VoteConfig, digest_of, ref
 from tests import tiny
 
 TASKS = ("food", "film", "topic")
@@ -57,7 +57,7 @@ CLUSTER: Tree = {
 BESIDE: Tree = {
     "offload": {"engine": "deepspeed", "zero_stage": 3},
     "offload_folder": {"engine": "deepspeed", "zero_stage": 3, "offload": "all"},
-    "workers_per_model": {"engine": "deepspeed", "dispatcher": "ray", "workers": 2},
+    "workers_per_model": {"engine": "deepspeed", "dispatcher": "ray", "workers": 2, "gpus_per_worker": 1.0},
 }
 """What these settings of CLUSTER need beside them."""
 MODEL: Tree = {
@@ -185,6 +185,16 @@ def test_every_setting_of_model_method_and_training_enters_all_fingerprints(
 ) -> None:
     for field in fields(section, besides=("source", "revision", "name")):
         assert changed(base, {"science": {place: {field: values[field]}}}) == ALL, field
+
+
+def test_updates_at_their_defaults_are_another_method_than_none(base: Tree) -> None:
+    lamol = merged(base, {"science": {"method": None}})
+    digests = {}
+    for name, lora in (("none", None), ("empty", {}), ("named", {"r": 8}), ("other", {"r": 4})):
+        lamol["science"]["method"] = {"name": "lamol", "lora": lora}
+        digests[name] = digest_of(parse(RunConfig, lamol).science.method.changed())
+    assert digests["empty"] == digests["named"]
+    assert len(set(digests.values())) == 3
 
 
 def test_a_baseline_s_settings_enter_all_fingerprints(base: Tree) -> None:

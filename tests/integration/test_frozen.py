@@ -23,20 +23,26 @@ TRAIN = {"epochs": 3, "weight_decay": 0.1, "clip": 0.5}
 LORA = {"r": 4, "target_modules": ["c_attn", "c_proj"]}
 
 
+def frozen_job(folder: Path, over: dict[str, Any]) -> Job:
+    """Return the second task's training with one unit frozen, after a first one."""
+    frozen = {"freeze": "list", "frozen_units": [[1, 0]], "freeze_output": True}
+    method = {**tiny.METHODS["rational_lamol"], **frozen, **over}
+    book = tiny.book(folder, {"science": {"method": method, "train": TRAIN}}, tasks=("food", "film"))
+    train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
+    stage = next(stage for stage in book.plan(1) if isinstance(stage, Train))
+    return book.job(stage.model_copy(update={"samples": None}))
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
-    """The second task's training, by level, with one unit frozen; "lora ..." with low-rank updates."""
-    found = {}
-    for level in ("block", "head", "lora block", "lora head"):
-        folder = tmp_path_factory.mktemp(level.replace(" ", "-"))
-        method = {**tiny.METHODS["rational_lamol"], "level": level.split()[-1], "freeze": "list"}
-        method |= {"frozen_units": [[1, 0]]} | ({"lora": LORA} if "lora" in level else {})
-        science = {"method": {**method, "freeze_output": True}, "train": TRAIN}
-        book = tiny.book(folder, {"science": science}, tasks=("food", "film"))
-        train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
-        stage = next(stage for stage in book.plan(1) if isinstance(stage, Train))
-        found[level] = book.job(stage.model_copy(update={"samples": None}))
-    return found
+    """The second task's training, by level; "lora ..." with low-rank updates."""
+    return {
+        f"{'lora ' * (lora is not None)}{level}": frozen_job(
+            tmp_path_factory.mktemp(level), {"level": level, "lora": lora}
+        )
+        for level in ("block", "head")
+        for lora in (None, LORA)
+    }
 
 
 def _train(rank: int, world: int, job: Job, out: str) -> None:

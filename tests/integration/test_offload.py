@@ -15,13 +15,15 @@ import torch
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError
 from cl_dist.jobs import Workbook
+from cl_dist.parallel import engine
 from cl_dist.parallel.config import EngineConfig, swap_folder
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stages import train
-from cl_dist.stages.job import Job
+from cl_dist.stages.job import Job, build_learner
 from cl_dist.stages.weights import StoredWeights
 from tests import parity
 from tests.integration import test_divided
+from tests.integration.test_frozen import frozen_job
 from tests.integration.test_step_checkpoints import train_until
 from tests.parity import Trained
 from tests.pool import Ranks
@@ -99,8 +101,8 @@ def test_what_is_trained_is_what_one_worker_trains(
 def test_in_bfloat16_the_masters_are_the_same(ranks: Ranks, books: Any, tmp_path: Path, way: Mapping[str, Any]) -> None:
     book = books("ctr")
     plain = {**way, "offload": None}
-    for name, engine in (("plain", plain), ("offload", way)):
-        ranks.run(look, second(book, "bfloat16", **engine), str(_new(tmp_path / name)), timeout_s=250.0)
+    for name, settings in (("plain", plain), ("offload", way)):
+        ranks.run(look, second(book, "bfloat16", **settings), str(_new(tmp_path / name)), timeout_s=250.0)
     found = Trained.read(tmp_path / "offload").difference(Trained.read(tmp_path / "plain"))
     assert found["weights"] <= 1e-5, found
     assert found["mask_bits"] == 0, found
@@ -139,6 +141,45 @@ def test_penalties_need_stage_3(ranks: Ranks, books: Any, tmp_path: Path) -> Non
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(ClusterConfig, settings)
+
+
+def hold(rank: int, world: int, job: Job, out: str) -> None:
+    """Train as on a GPU, where DeepSpeed's public calls bring copies of masters that are with the host."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    local = Stage3.get_local_fp32_param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage3, "get_local_fp32_param", lambda *args: local(*args).clone())
+        train.run(job, Path(out), lambda event: None)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_frozen_heads_keep_their_bits_and_checkpoints_are_written(
+    ranks: Ranks, tmp_path: Path, way: Mapping[str, Any], lora: Any
+) -> None:
+    job = frozen_job(tmp_path / "made", {"level": "head", "lora": lora})
+    config = EngineConfig(micro_batch=2, checkpoint_steps=2, verify_protection_every=1, **way)
+    ranks.run(hold, replace(job, engine=config), str(_new(tmp_path / "out")), timeout_s=250.0)
+    after, before = StoredWeights(tmp_path / "out"), StoredWeights(job.chain[-1])
+    learner = build_learner(job)
+    train.start(job, learner)
+    held = {name: scale for name, scale in learner.grad_scales().items() if scale.decay}
+    assert held
+    for name, scale in held.items():
+        kept = scale.factor(before[name]) == 0
+        assert torch.equal(after[name][kept], before[name][kept])
+    assert list((tmp_path / "out" / "checkpoints").iterdir())
+
+
+def test_what_dead_processes_left_in_the_folder_is_removed(tmp_path: Path) -> None:
+    folder = swap_folder(EngineConfig(zero_stage=3, offload="all", offload_folder=str(tmp_path)))
+    assert folder is not None
+    dead = folder.with_name(f"{folder.name.rpartition('-')[0]}-999999999")
+    for each in (folder, dead, tmp_path / "cl-dist-another-host-999999999"):
+        each.mkdir()
+    engine._sweep(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, "cl-dist-another-host-999999999"}
 
 
 @pytest.fixture

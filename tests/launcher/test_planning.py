@@ -87,7 +87,9 @@ def test_the_cluster_that_would_do_grows_as_devices_shrink(cli: Cli, tmp_path: P
     assert clusters[-1]["too_small_for"] == []
     text = cli("plan", path, "--device-gib", 16).out
     assert "devices of 16 GiB: " in text
-    assert "too small for evaluate, generate, where a worker holds the whole model: raise workers_per_model" in text
+    assert (
+        "too small for evaluate, generate, where a worker holds the whole model (see cluster.workers_per_model)" in text
+    )
 
 
 def test_a_name_on_the_hub_is_not_downloaded(cli: Cli, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """`cl-dist check`: each planted fault is found, named and given a remedy; what is sound passes."""
 
+import json
 import shutil
 import time
 from dataclasses import replace
@@ -52,6 +53,16 @@ def test_a_bad_row_is_found(cli: Cli, run_file: Path) -> None:
     assert code == 4
     assert [(finding["check"], finding["where"]) for finding in found["fail"]] == [("data", "task food")]
     assert "food.jsonl" in found["fail"][0]["found"]
+
+
+def test_a_label_without_a_test_row_is_found(cli: Cli, run_file: Path) -> None:
+    path = run_file.parent / "food.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+    kept = [row for row in rows if row["split"] != "test" or row["label"] == "good"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf8")
+    code, found = looked_at(cli, run_file)
+    assert (code, found["fail"]) == (0, [])
+    assert [finding["found"].partition("; ")[2] for finding in found["warn"]] == ["no test row has the label bad"]
 
 
 def test_a_model_that_is_not_there_is_found(cli: Cli, run_file: Path) -> None:

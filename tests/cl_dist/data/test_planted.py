@@ -1,3 +1,5 @@
+from collections import Counter
+
 from cl_dist.data.load import check_task
 from cl_dist.data.planted import THEMES, planted
 from cl_dist.data.tasks import DataConfig, TaskConfig
@@ -16,6 +18,16 @@ def test_the_rationale_is_the_phrase_that_gives_the_label_away() -> None:
         for row in data.train:
             ((start, end),) = row.rationale
             assert row.text[start:end] in labels[row.label]
+
+
+def test_every_split_has_every_label_equally_often() -> None:
+    for theme, labels in THEMES.items():
+        counts = Counter((row["split"], row["label"]) for row in planted(theme))
+        assert counts == {
+            (split, label): share * 1200 // len(labels) // 10
+            for split, share in (("train", 8), ("dev", 1), ("test", 1))
+            for label in labels
+        }
 
 
 def test_rows_are_always_the_same_and_mostly_different() -> None:

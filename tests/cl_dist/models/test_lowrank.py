@@ -42,8 +42,7 @@ def moved(model: Any, keep: dict[str, Tensor] | None = None) -> Any:
 
 @torch.no_grad()
 def all_logits(model: Any) -> Tensor:
-    found: Tensor = logits(model, model.base_model(LONG).last_hidden_state)[..., :SIZE]
-    return found
+    return logits(model, model.base_model(LONG).last_hidden_state)
 
 
 @each

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from cl_dist.config import parse
+from cl_dist.data.language import Special
 from cl_dist.methods import METHODS
 from cl_dist.methods.base import MethodConfig, Progress
+from cl_dist.methods.rational_lamol import RationalLamolConfig
 from cl_dist.models.backbone import load_backbone
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.config import ModelConfig
@@ -175,3 +178,18 @@ def test_seventy_billion_parameters_are_counted_and_none_is_allocated() -> None:
     micro = dry.micro(1, 128, 2)
     assert math.isclose(micro.points[-1].gradients, dry.backbone.elements, rel_tol=0.02)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: less than a GiB
+
+
+@pytest.mark.parametrize("level", ["block", "group", "head"])
+@pytest.mark.parametrize("freeze", ["cci", "first"])
+def test_low_rank_updates_are_what_is_trained(level: str, freeze: str) -> None:
+    """Two layers of one head group each; gates of what is frozen are traced too."""
+    settings = {**tiny.METHODS["rational_lamol"], "level": level, "freeze": freeze, "lora": {"r": 4}}
+    method = parse(RationalLamolConfig, settings)
+    dry = Dry(method, model(gpt2(2, 32, 48, 2)), (2, 2), vocabulary=200)
+    new = Special(0, 0).size(2, 64)
+    updates = 2 * (4 * 32 + 4 * 96)  # of the fused projection of queries, keys and values
+    frozen = updates // 2 if (level, freeze) == ("block", "first") else 0
+    assert dry.backbone.trained == 0
+    assert dry.parts.trained == updates - frozen + new * 32
+    assert dry.micro(ROWS, LENGTH, 2).points

@@ -117,7 +117,13 @@ def test_workers_of_a_node_hold_a_model_together() -> None:
         together(places, 6)
 
 
-def test_workers_are_a_multiple_of_those_that_hold_a_model() -> None:
-    assert parse(ClusterConfig, {"workers": 4, "workers_per_model": 2}).workers_per_model == 2
+def test_workers_that_cannot_hold_a_model_together_are_refused() -> None:
+    sound = {"workers": 4, "workers_per_model": 2, "gpus_per_worker": 1}
+    assert parse(ClusterConfig, sound).workers_per_model == 2
     with pytest.raises(ConfigError, match=r"workers=3: expected a multiple of workers_per_model=2"):
-        parse(ClusterConfig, {"workers": 3, "workers_per_model": 2})
+        parse(ClusterConfig, {**sound, "workers": 3})
+    for gpus in (0, 0.5, 1.5):
+        with pytest.raises(ConfigError, match="it is for models that whole GPUs hold together"):
+            parse(ClusterConfig, {**sound, "gpus_per_worker": gpus})
+    with pytest.raises(ConfigError, match="min_workers=1: expected workers_per_model=2 or more"):
+        parse(ClusterConfig, {**sound, "min_workers": 1})
