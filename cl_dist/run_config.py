@@ -175,6 +175,12 @@ class RunConfig(Section):
                 "science.model.dtype='bfloat16' needs cluster.engine='deepspeed' and zero_stage 1, 2 or 3: "
                 "the others keep no float32 master weights"
             )
+        method = self.science.method.name
+        if METHODS[method].penalises and self.cluster.offload and self.cluster.zero_stage < 3:
+            raise ValueError(
+                f"method {method!r} adds penalties to gradients, which DeepSpeed holds out of reach with offload under "
+                f"zero_stage {self.cluster.zero_stage}; expected zero_stage 3, or no offload"
+            )
         for name in self.baselines:
             self.baseline(name)
         return self

@@ -51,6 +51,8 @@ class Method:
     name "class" picks a label, "text" writes an answer: `science.model.answers` chooses, else it is the first."""
     about: str
     """One line for `cl-dist list methods`."""
+    penalises: bool = False
+    """Whether its learner has `pulls`."""
 
     def answers(self, wanted: str | None) -> str:
         """Return how a run of this method answers: "class" or "text".

@@ -95,4 +95,5 @@ METHOD = Method(
     plan=plan_sequential,
     learners={"class": "cl_dist.methods.ewc:Ewc"},
     about="one model, pulled back where earlier tasks' losses were sensitive (online EWC)",
+    penalises=True,
 )

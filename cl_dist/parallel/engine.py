@@ -134,11 +134,6 @@ def build_engine(
     """
     world = World.current()
     check_engine(config, world.size, bf16)
-    if pulls and config.offload and config.zero_stage < 3:
-        raise ConfigError(
-            f"cluster.offload={config.offload!r}: this method adds penalties to gradients; DeepSpeed holds them out of "
-            f"reach with offload and cluster.zero_stage={config.zero_stage}; expected zero_stage 3, or no offload"
-        )
     attach(model, grad_scales)
     if config.engine == "torch":
         engine: TorchEngine | DeepSpeedEngine = TorchEngine(model.to(world.device), optimizing, num_micro, world, pulls)

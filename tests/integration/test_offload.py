@@ -17,7 +17,7 @@ from cl_dist.errors import ConfigError
 from cl_dist.jobs import Workbook
 from cl_dist.parallel import engine
 from cl_dist.parallel.config import EngineConfig, swap_folder
-from cl_dist.run_config import ClusterConfig
+from cl_dist.run_config import ClusterConfig, RunConfig
 from cl_dist.stages import train
 from cl_dist.stages.job import Job, build_learner
 from cl_dist.stages.weights import StoredWeights
@@ -119,8 +119,10 @@ def test_a_stage_goes_on_from_a_checkpoint_with_and_without(ranks: Ranks, books:
 
 def test_penalties_need_stage_3(ranks: Ranks, books: Any, tmp_path: Path) -> None:
     book = books("ewc")
-    with pytest.raises(ConfigError, match=r"cluster\.offload='optimizer': this method adds penalties.*zero_stage 3"):
-        ranks.run(look, second(book, **WAYS[1]), str(_new(tmp_path / "no")), timeout_s=250.0)
+    tree = book.config.tree()
+    tree["cluster"] = {"workers": 2, **WAYS[1]}
+    with pytest.raises(ConfigError, match=r"method 'ewc' adds penalties.*zero_stage 2; expected zero_stage 3"):
+        parse(RunConfig, tree)
     expected = parity.train_here(second(book, engine="torch"), tmp_path / "here")
     ranks.run(look, second(book, **WAYS[2]), str(_new(tmp_path / "out")), timeout_s=250.0)
     assert Trained.read(tmp_path / "out").difference(expected)["weights"] <= 1e-5
