@@ -12,10 +12,10 @@ from tests.integration import ray_runs
 from tests.integration.ray_runs import Command, events
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
-TASKS, STAGE_S = 6, 60.0
+TASKS, STAGE_S = 10, 60.0
 
 
-def test_six_tasks_of_a_minute_cost_a_tenth_more_and_a_warm_shard_stage_a_second(tmp_path: Path) -> None:
+def test_ten_tasks_of_a_minute_cost_a_tenth_more_and_a_warm_shard_stage_a_second(tmp_path: Path) -> None:
     tree = ray_runs.tree(tmp_path, {"run": {"name": "cost"}, "science": {"method": {"name": "sequential"}}})
     task = tree["science"]["tasks"][0]
     tree["science"]["tasks"] = [{**task, "id": f"task{number}"} for number in range(TASKS)]

@@ -112,7 +112,6 @@ def observe(rank: int, world: int, job: Job, out: str) -> Seen:
 
 METHODS: dict[str, Any] = {
     "ctr": {**tiny.CTR, "tsm_size": 8, "capsule_mid": 4, "filters": 3},
-    "lora": {"name": "lora", "r": 4},
     "lamol with lora": {"name": "lamol", "gamma": 0.0, "lora": {"r": 4}},
 }
 

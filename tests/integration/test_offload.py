@@ -78,8 +78,9 @@ def look(rank: int, world: int, job: Job, out: str) -> dict[str, Any]:
     return seen
 
 
-@pytest.mark.parametrize("method", ["ctr", "rational_lamol", "rational_lamol-lora"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("method", "way"), [*(("ctr", way) for way in WAYS), ("rational_lamol", WAYS[1]), ("rational_lamol-lora", WAYS[3])]
+)
 def test_what_is_trained_is_what_one_worker_trains(
     ranks: Ranks, books: Any, tmp_path: Path, method: str, way: Mapping[str, Any]
 ) -> None:
@@ -97,7 +98,7 @@ def test_what_is_trained_is_what_one_worker_trains(
     assert found["mask_bits"] == 0, found
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [WAYS[1], WAYS[3]])
 def test_in_bfloat16_the_masters_are_the_same(ranks: Ranks, books: Any, tmp_path: Path, way: Mapping[str, Any]) -> None:
     book = books("ctr")
     plain = {**way, "offload": None}
@@ -155,8 +156,7 @@ def hold(rank: int, world: int, job: Job, out: str) -> None:
         train.run(job, Path(out), lambda event: None)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("lora", [None, {"r": 4}])
+@pytest.mark.parametrize(("way", "lora"), [(WAYS[0], None), (WAYS[1], {"r": 4}), (WAYS[2], None), (WAYS[3], {"r": 4})])
 def test_frozen_heads_keep_their_bits_and_checkpoints_are_written(
     ranks: Ranks, tmp_path: Path, way: Mapping[str, Any], lora: Any
 ) -> None:
