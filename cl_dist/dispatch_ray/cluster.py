@@ -13,12 +13,18 @@ import ray
 from ray.exceptions import RayError
 
 from cl_dist.errors import ClusterError
-from cl_dist.parallel.world import PROCESS_ENV
 from cl_dist.run_config import ClusterConfig
 
 log = logging.getLogger(__name__)
 ACTOR_TIMEOUT_S = 60.0
 """How long a call may take that only passes a message."""
+PROCESS_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Some virtual CPUs announce AMX and fault on it: "Illegal instruction" in the first bfloat16 matmul.
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+}
+"""Set in every worker process before torch starts, unless the user has set them."""
 PASSED_ON = ("HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "DS_ACCELERATOR", "PYTHONPATH")
 
 
@@ -39,6 +45,7 @@ def connect(cluster: ClusterConfig) -> None:
         ClusterError: If it cannot be reached.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # the driver's watch is the gang's (gang.py)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     env = {name: os.environ.get(name, value) for name, value in PROCESS_ENV.items()}
     env |= {name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith("RAY_TRAIN_")}

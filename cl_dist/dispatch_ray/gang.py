@@ -1,201 +1,34 @@
-"""The gang: one Ray Train fit whose ranks fetch Train stages from a mailbox, and the driver's end of it."""
+"""The gang as the driver sees it: one Ray Train fit whose ranks fetch Train stages from a mailbox."""
 
-import asyncio
-import gc
 import logging
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
 from ray._private.state import state
 from ray.exceptions import RayError, RayTaskError
-from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, check_fits, enter, last_lines
-from cl_dist.dispatch_ray.life import Alive, last_words
-from cl_dist.errors import ClDistError, ClusterError, StoppedError, TrainingError
-from cl_dist.parallel.world import World
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, check_fits, last_lines
+from cl_dist.dispatch_ray.life import last_words
+from cl_dist.dispatch_ray.mailbox import POLL_S, Mailbox, Parcel
+from cl_dist.dispatch_ray.ranks import gang_worker
+from cl_dist.errors import ClusterError, StoppedError, TrainingError
 from cl_dist.run_config import ClusterConfig
-from cl_dist.stages import train
-from cl_dist.stages.job import Due, Job
-from cl_dist.storage import told_when_full
+from cl_dist.stages.job import Job
 from cl_dist.tracking import Tracker
 
 log = logging.getLogger(__name__)
-POLL_S = 0.1
 FITS_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Parcel:
-    """A Train stage on its way to the gang."""
-
-    number: int
-    job: Job
-    out: str
-    logs: str
-    step_timeout_s: float
-
-
-class Mailbox:
-    """Carries stages to the gang and news back. Lives in an actor of its own, so it outlives a crashed gang."""
-
-    def __init__(self) -> None:
-        self._parcel: Parcel | None = None
-        self._done, self._closed = -1, False
-        self._error: ClDistError | None = None
-        self._events: list[dict[str, Any]] = []
-        self._places: dict[int, Place] = {}
-        self._starts = 0
-        self._asked: Due = ""
-        self._saved = -1
-
-    async def hello(self, place: Place, size: int) -> None:
-        """Take note of a rank that has started, in a gang of some size: an elastic one may have been larger."""
-        self._places[place.rank] = place
-        self._places = {rank: known for rank, known in self._places.items() if rank < size}
-        self._starts += place.rank == 0
-
-    async def fetch(self, after: int) -> Parcel | str:
-        """Return the stage to work on, once there is one later than `after`; 'closed', or 'wait' to ask again."""
-        for _ in range(100):
-            if self._closed:
-                return "closed"
-            if self._parcel is not None and self._parcel.number > max(after, self._done):
-                return self._parcel
-            await asyncio.sleep(POLL_S)
-        return "wait"
-
-    async def post(self, parcel: Parcel) -> None:
-        """Hand a stage to the gang."""
-        self._parcel, self._error, self._asked = parcel, None, ""
-
-    @ray.method(enable_task_events=True)
-    async def working(self, number: int) -> None:
-        """Last as long as a stage does: under the stage's name, for Ray's dashboard."""
-        while self._done < number != self._saved and self._error is None and not self._closed:
-            await asyncio.sleep(10 * POLL_S)
-
-    async def ask(self, due: Due) -> None:
-        """Ask the gang to save the stage it is at, or to save and leave it."""
-        self._asked = due
-
-    async def asks(self) -> Due:
-        """Return what it is asked for; to save only once."""
-        asked = self._asked
-        self._asked = "stop" if asked == "stop" else ""
-        return asked
-
-    async def saved(self, number: int) -> None:
-        """Take note that a stage was left, saved, because it was asked for; nobody shall go on with it."""
-        self._saved, self._parcel = number, None
-
-    async def tell(self, event: dict[str, Any]) -> None:
-        """Pass on a progress event."""
-        self._events.append(event)
-
-    async def done(self, number: int) -> None:
-        """Take note that a stage is finished on all ranks."""
-        self._done = max(self._done, number)
-
-    async def fail(self, error: ClDistError) -> None:
-        """Take note of an error that a restart would not cure, and take the stage back: nobody shall try it again."""
-        self._error, self._parcel = self._error or error, None
-
-    async def news(self) -> dict[str, Any]:
-        """Return what happened; events are handed out once."""
-        events, self._events = self._events, []
-        places = [self._places[rank] for rank in sorted(self._places)]
-        return {
-            "events": events,
-            "done": self._done,
-            "saved": self._saved,
-            "error": self._error,
-            "places": places,
-            "starts": self._starts,
-        }
-
-    async def close(self) -> None:
-        """Let the gang go home."""
-        self._closed = True
-
-
-def gang_worker(config: Mapping[str, Any]) -> None:
-    """Run on every rank of the gang: fetch a stage, train it, fetch the next; start over at the current one."""
-    mailbox, after = config["mailbox"], -1
-    enter(config["cwd"])
-    world = World.current()
-    context = ray.get_runtime_context()
-    # Its own GPUs: CUDA_VISIBLE_DEVICES names those of all ranks of its node.
-    gpus = ",".join(map(str, context.get_accelerator_ids().get("GPU", [])))
-    place = Place(world.rank, context.get_node_id(), gpus, os.getpid())
-    ray.get(mailbox.hello.remote(place, world.size), timeout=ACTOR_TIMEOUT_S)
-    while True:
-        parcel = ray.get(mailbox.fetch.remote(after), timeout=ACTOR_TIMEOUT_S)
-        if parcel == "closed":
-            return
-        if parcel == "wait":
-            continue
-        alive = Alive(parcel.step_timeout_s, _log_to(Path(parcel.logs) / f"rank-{world.rank}.log"))
-        try:
-            with told_when_full(parcel.out):
-                train.run(parcel.job, Path(parcel.out), _Throttled(mailbox), lambda: _asks(mailbox), alive)
-        except StoppedError:
-            if world.rank == 0:
-                ray.get(mailbox.saved.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
-            after = parcel.number
-            gc.collect()
-            continue
-        except ClDistError as error:
-            ray.get(mailbox.fail.remote(error), timeout=ACTOR_TIMEOUT_S)
-            raise
-        world.gather(None)  # rank 0 has written its files, and nobody is still reading an input
-        if world.rank == 0:
-            ray.get(mailbox.done.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
-        after = parcel.number
-        gc.collect()  # engines hold themselves in cycles, and the next stage builds another
-
-
-def _asks(mailbox: Any) -> Due:
-    asked: Due = ray.get(mailbox.asks.remote(), timeout=ACTOR_TIMEOUT_S)
-    return asked
-
-
-class _Throttled:
-    """Sends a few step events a second and all others."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox, self._last = mailbox, 0.0
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if event["event"] != "step" or now - self._last > 0.3:
-            self._last = now
-            self._mailbox.tell.remote(event)
-
-
-def _log_to(path: Path) -> Any:
-    """Log to a file from now on, and return it."""
-    root = logging.getLogger("cl_dist")
-    if not any(getattr(handler, "baseFilename", "") == str(path.absolute()) for handler in root.handlers):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for handler in root.handlers[:]:
-            root.removeHandler(handler)
-        file = logging.FileHandler(path, encoding="utf8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-5s %(name)s  %(message)s"))
-        root.addHandler(file)
-        root.setLevel(logging.INFO)
-    return next(handler.stream for handler in root.handlers if isinstance(handler, logging.FileHandler))
 
 
 def _fit(cluster: ClusterConfig, storage: str, mailbox: Any, cwd: str) -> None:
     """Run the gang to its end. A Ray task: a thread of the driver would crash it when it leaves Ray in between."""
+    import ray.train  # here, since the driver imports this module before it starts Ray
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     use_gpu = cluster.gpus_per_worker > 0
     scaling: Any = ray.train.ScalingConfig  # typed as its predecessor, which was not elastic
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if use_gpu else {})

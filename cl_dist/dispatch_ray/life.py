@@ -15,7 +15,7 @@ STARTED = "train start"
 
 
 class Alive:
-    """Notes steps in a rank's log, and ends the process when none has come for too long, its stacks in the log.
+    """Notes a step a second in a rank's log, and ends the process, its stacks in the log, when none comes for too long.
 
     A rank that hangs in a collective hangs with all others: each ends itself, and the gang starts again.
     """
@@ -29,10 +29,10 @@ class Alive:
         if step is None:
             faulthandler.cancel_dump_traceback_later()
             return
-        if self._timeout_s:
-            faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=self._file)
         if time.monotonic() - self._noted > EVERY_S:
             self._noted = time.monotonic()
+            if self._timeout_s:  # each watch is a thread of its own: too dear for every step
+                faulthandler.dump_traceback_later(self._timeout_s + EVERY_S, exit=True, file=self._file)
             peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
             log.info("alive step=%d peak_memory_gb=%.2f", step, peak_gb)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, NodeDiedError, RayError, TaskUnschedulableError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cl_dist.dispatch_ray.cluster import enter
@@ -21,7 +21,7 @@ from cl_dist.storage import Room, room
 from cl_dist.tracking import versions
 
 PROBE_S = 120.0
-"""How long a node may take to answer: its first process has to import Python and Ray."""
+"""How long the nodes may take to answer: the first process of each has to import Python and Ray."""
 SEEN_S = 20.0
 """How long a network file system may take to show here what a node has written."""
 
@@ -79,29 +79,47 @@ def check_storage(folder: Path) -> None:
 
 
 def probe(folder: Path, nodes: Sequence[Mapping[str, Any]]) -> list[NodeFacts]:
-    """Ask nodes about themselves: a file goes from here through the run folder to each, and one comes back."""
+    """Ask nodes about themselves: a file goes from here through the run folder to each, and one comes back.
+
+    A node that has left the cluster before it answered is left out: Ray lists dead nodes until it misses them.
+    """
     if not nodes:
         return []
     where = folder.absolute() / f".probe-{uuid.uuid4().hex}"
     where.mkdir(parents=True)
     try:
         (where / "driver").write_text("driver", encoding="utf8")
-        asked = []
-        for node in nodes:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(_look).options(num_cpus=0, max_retries=0, scheduling_strategy=there, name="probe")
-            asked.append(task.remote(os.getcwd(), str(where), node["NodeID"]))
-        return [_facts(node, future, where) for node, future in zip(nodes, asked, strict=True)]
+        deadline = time.monotonic() + PROBE_S
+        asked = [(node, _ask(node["NodeID"], where)) for node in nodes]
+        facts = [_facts(node, where, *_answer(node["NodeID"], future, where, deadline)) for node, future in asked]
+        still = {node["NodeID"] for node in alive()}
+        return [found for found, node in zip(facts, nodes, strict=True) if not found.error or node["NodeID"] in still]
     finally:
         shutil.rmtree(where, ignore_errors=True)
 
 
-def _facts(node: Mapping[str, Any], future: Any, where: Path) -> NodeFacts:
-    try:
-        found = ray.get(future, timeout=PROBE_S)
-        error = ""
-    except (RayError, GetTimeoutError) as cause:
-        found, error = {}, f"does not answer: {type(cause).__name__}"
+def _ask(node: str, where: Path) -> Any:
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    task = ray.remote(_look).options(num_cpus=0, max_retries=0, scheduling_strategy=there, name="probe")
+    return task.remote(os.getcwd(), str(where), node)
+
+
+def _answer(node: str, future: Any, where: Path, deadline: float) -> tuple[dict[str, Any], str]:
+    """Return what a node said, or {} and why it said nothing."""
+    while True:
+        try:
+            return ray.get(future, timeout=max(0.0, deadline - time.monotonic())), ""
+        except (NodeDiedError, TaskUnschedulableError, WorkerCrashedError) as cause:
+            # The node has left, or is leaving, or is so new that the driver's node has not met it yet.
+            if time.monotonic() > deadline or all(known["NodeID"] != node for known in alive()):
+                return {}, f"does not answer: {type(cause).__name__}"
+            time.sleep(1.0)
+            future = _ask(node, where)
+        except (RayError, GetTimeoutError) as cause:
+            return {}, f"does not answer: {type(cause).__name__}"
+
+
+def _facts(node: Mapping[str, Any], where: Path, found: Mapping[str, Any], error: str) -> NodeFacts:
     answer, deadline = where / node["NodeID"], time.monotonic() + (0.0 if error else SEEN_S)
     while not answer.is_file() and found.get("writes") and time.monotonic() < deadline:
         time.sleep(0.2)

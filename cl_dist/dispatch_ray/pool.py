@@ -1,5 +1,7 @@
 """The pool: actors that take shards one by one, beside the waiting gang or on resources of their own."""
 
+from __future__ import annotations
+
 import gc
 import logging
 import os
@@ -7,7 +9,7 @@ import time
 from collections import deque
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -17,8 +19,10 @@ from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, enter, last_lin
 from cl_dist.errors import ClDistError, ClusterError, TrainingError
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stages.job import Job
-from cl_dist.stages.shards import SHARDED, Finished, Shard, Worker
 from cl_dist.tracking import Tracker
+
+if TYPE_CHECKING:
+    from cl_dist.stages.shards import Finished, Shard, Worker
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +34,16 @@ class ShardWorker:
         enter(cwd)
         if gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # before torch looks
+        import cl_dist.stages.shards  # noqa: F401  # all that a shard needs
+
+        gc.freeze()  # else every collection looks through all of it
         self._stage: str | None = None
         self._worker: Worker | None = None
 
     def run(self, stage: str, job: Job, shard: Shard) -> Any:
         """Work on a shard, loading the stage's model with the first one."""
+        from cl_dist.stages.shards import SHARDED
+
         if stage != self._stage or self._worker is None:
             self._worker = None
             gc.collect()  # never two models resident: accelerate's hooks hold theirs in a cycle

@@ -1,4 +1,4 @@
-"""The gang as one rank sees it, and the process settings that DeepSpeed needs before it starts."""
+"""The gang as one rank sees it."""
 
 import os
 from dataclasses import dataclass
@@ -8,13 +8,6 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-PROCESS_ENV = {
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    # Some virtual CPUs announce AMX and fault on it: "Illegal instruction" in the first bfloat16 matmul.
-    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
-}
-"""Set in every worker process before torch starts, unless the user has set them."""
 
 
 @dataclass(frozen=True, slots=True)

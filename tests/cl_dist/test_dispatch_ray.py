@@ -10,15 +10,16 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from cl_dist.dispatch_ray import RayDispatcher, cluster, gang
-from cl_dist.dispatch_ray.gang import Mailbox, Parcel
+from cl_dist.dispatch_ray import cluster, mailbox
+from cl_dist.dispatch_ray.dispatcher import RayDispatcher
+from cl_dist.dispatch_ray.mailbox import Mailbox, Parcel
 from cl_dist.errors import ClusterError, DataError
 from cl_dist.run_config import ClusterConfig
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gang, "POLL_S", 0.0)
+    monkeypatch.setattr(mailbox, "POLL_S", 0.0)
 
 
 def parcel(number: int) -> Any:

@@ -17,7 +17,9 @@ from ray.cluster_utils import Cluster
 
 from cl_dist.config import merged, parse
 from cl_dist.dispatch_local import LocalDispatcher
-from cl_dist.dispatch_ray import RayDispatcher
+from cl_dist.dispatch_ray.cluster import connect
+from cl_dist.dispatch_ray.dispatcher import RayDispatcher
+from cl_dist.dispatch_ray.nodes import alive, check_storage, probe
 from cl_dist.errors import ClDistError, ClusterError, DataError, TrainingError
 from cl_dist.jobs import Workbook
 from cl_dist.run_config import RunConfig
@@ -32,14 +34,19 @@ Event = Mapping[str, Any]
 
 
 @pytest.fixture(scope="module")
-def address(undisturbed: Path) -> Iterator[str]:
-    """The address of a Ray cluster with two CPUs, started where pytest was: not where the runs below are."""
+def cluster(undisturbed: Path) -> Iterator[Cluster]:
+    """A Ray cluster with two CPUs, started where pytest was: not where the runs below are."""
     with pytest.MonkeyPatch.context() as patch:
         # Ray takes a loopback address to join for the machine's public one; this keeps the cluster off the network.
         patch.setattr("ray._private.services.get_node_ip_address", lambda address=None: "127.0.0.1")
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "node_ip_address": "127.0.0.1"})
-        yield cluster.address
+        yield cluster
         cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address(cluster: Cluster) -> str:
+    return str(cluster.address)
 
 
 @pytest.fixture(scope="module")
@@ -251,3 +258,18 @@ def test_a_request_that_can_never_fit_fails_at_once(
     with pytest.raises(ClusterError, match=message):
         RayDispatcher(workbook.config.cluster, workbook.config.folder)
     assert not ray.is_initialized()
+
+
+def test_a_node_that_has_just_died_is_left_out_and_not_called_blind(cluster: Cluster, folder: Path) -> None:
+    node = cluster.add_node(num_cpus=0, node_ip_address="127.0.0.1")
+    workbook = book(folder, "left", {"address": str(cluster.address)})
+    connect(workbook.config.cluster)
+    try:
+        known = alive()
+        cluster.remove_node(node, allow_graceful=False)
+        assert len(known) == len(alive()) == 2  # Ray has not missed it yet
+        (left,) = probe(folder, known)
+        assert (left.reads, left.writes, left.error) == (True, True, "")
+        check_storage(folder)
+    finally:
+        ray.shutdown()

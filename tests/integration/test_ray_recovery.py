@@ -14,7 +14,8 @@ from ray._private.worker import global_worker
 from ray.cluster_utils import Cluster
 
 from cl_dist.config import merged, parse
-from cl_dist.dispatch_ray import RayDispatcher, gang
+from cl_dist.dispatch_ray import gang
+from cl_dist.dispatch_ray.dispatcher import RayDispatcher
 from cl_dist.errors import ClusterError
 from cl_dist.jobs import Workbook
 from cl_dist.run_config import RunConfig

@@ -1,0 +1,87 @@
+"""The dispatcher of stages to a Ray cluster: Train to a gang (Ray Train), everything that comes in shards to a pool.
+
+The gang's processes outlive a stage, since starting them costs more than many a task: one `TorchTrainer.fit` serves all
+Train stages of a run and of its baselines. Its ranks fetch stages from a mailbox actor; a gang that lost a worker is
+started again by Ray Train and finds the current stage still there. While the pool works the gang waits, so the pool
+borrows the gang's CPUs and GPUs instead of asking for more; before the gang works the pool drops its model.
+"""
+
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayError
+
+from cl_dist.dispatch_ray.cluster import check_fits, connect, last_lines
+from cl_dist.dispatch_ray.gang import Gang
+from cl_dist.dispatch_ray.nodes import check_storage
+from cl_dist.dispatch_ray.pool import Pool
+from cl_dist.errors import ClusterError
+from cl_dist.run_config import ClusterConfig
+from cl_dist.stages.job import Job
+from cl_dist.tracking import Tracker
+
+
+class RayDispatcher:
+    """Gang and pool on a Ray cluster, for as many stages as are asked for. Close it when done."""
+
+    def __init__(self, cluster: ClusterConfig, folder: Path) -> None:
+        """Join or start the cluster.
+
+        Raises:
+            ClusterError: If it cannot be reached, can never hold the gang, or has nodes that do not see the run folder.
+        """
+        self._cluster, self._folder = cluster, folder
+        self._gang: Gang | None = None
+        self._pool: Pool | None = None
+        connect(cluster)
+        try:
+            check_fits(cluster)
+            check_storage(folder)
+        except ClusterError:
+            ray.shutdown()
+            raise
+
+    def run(self, job: Job, out: str, tracker: Tracker) -> None:
+        """Run a stage; see sequence.Dispatcher."""
+        try:
+            self._run(job, out, tracker)
+        except RayError as error:
+            raise ClusterError(
+                f"the Ray cluster failed under the run: {type(error).__name__}: {last_lines(error)}\n"
+                "Finished stages are kept: `cl-dist resume` goes on from here."
+            ) from error
+
+    def _run(self, job: Job, out: str, tracker: Tracker) -> None:
+        if self._gang is not None and self._gang.stop is not None:
+            raise self._gang.stop
+        if job.stage.kind == "train":
+            if self._pool is not None:
+                self._pool.free(keep_actors=self._pool.borrowed)
+                self._pool = self._pool if self._pool.borrowed else None
+            if self._gang is None:
+                self._gang = Gang(self._cluster, self._folder)
+                import cl_dist.stages.shards  # noqa: F401  # it brings torch: while the gang starts, which takes longer
+            self._gang.train(job, out, tracker)
+            return
+        if self._pool is not None and self._gang is not None and self._pool.places != self._gang.places():
+            self._pool.free(keep_actors=False)  # the gang was started again elsewhere, or with another size
+            self._pool = None
+        if self._pool is None:
+            self._pool = Pool(self._cluster, self._gang.places() if self._gang else None)
+        from cl_dist.stages.shards import Finished
+
+        finished = Finished(job, Path(out))
+        self._pool.map(tracker, job, finished)
+        finished.merge()
+
+    def close(self) -> None:
+        """End the gang and the pool and leave the cluster (or stop it, where this run started it)."""
+        try:
+            if self._pool is not None:
+                self._pool.free(keep_actors=False)
+        finally:
+            try:
+                if self._gang is not None:
+                    self._gang.close()
+            finally:
+                ray.shutdown()

@@ -1,0 +1,107 @@
+"""The mailbox between the driver and the gang: an actor that carries stages one way and news the other."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from cl_dist.dispatch_ray.cluster import Place
+from cl_dist.errors import ClDistError
+from cl_dist.stages.job import Due, Job
+
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A Train stage on its way to the gang."""
+
+    number: int
+    job: Job
+    out: str
+    logs: str
+    step_timeout_s: float
+
+
+class Mailbox:
+    """Carries stages to the gang and news back. Lives in an actor of its own, so it outlives a crashed gang."""
+
+    def __init__(self) -> None:
+        self._parcel: Parcel | None = None
+        self._done, self._closed = -1, False
+        self._error: ClDistError | None = None
+        self._events: list[dict[str, Any]] = []
+        self._places: dict[int, Place] = {}
+        self._starts = 0
+        self._asked: Due = ""
+        self._saved = -1
+
+    async def hello(self, place: Place, size: int) -> None:
+        """Take note of a rank that has started, in a gang of some size: an elastic one may have been larger."""
+        self._places[place.rank] = place
+        self._places = {rank: known for rank, known in self._places.items() if rank < size}
+        self._starts += place.rank == 0
+
+    async def fetch(self, after: int) -> Parcel | str:
+        """Return the stage to work on, once there is one later than `after`; 'closed', or 'wait' to ask again."""
+        for _ in range(100):
+            if self._closed:
+                return "closed"
+            if self._parcel is not None and self._parcel.number > max(after, self._done):
+                return self._parcel
+            await asyncio.sleep(POLL_S)
+        return "wait"
+
+    async def post(self, parcel: Parcel) -> None:
+        """Hand a stage to the gang."""
+        self._parcel, self._error, self._asked = parcel, None, ""
+
+    @ray.method(enable_task_events=True)
+    async def working(self, number: int) -> None:
+        """Last as long as a stage does: under the stage's name, for Ray's dashboard."""
+        while self._done < number != self._saved and self._error is None and not self._closed:
+            await asyncio.sleep(10 * POLL_S)
+
+    async def ask(self, due: Due) -> None:
+        """Ask the gang to save the stage it is at, or to save and leave it."""
+        self._asked = due
+
+    async def asks(self) -> Due:
+        """Return what it is asked for; to save only once."""
+        asked = self._asked
+        self._asked = "stop" if asked == "stop" else ""
+        return asked
+
+    async def saved(self, number: int) -> None:
+        """Take note that a stage was left, saved, because it was asked for; nobody shall go on with it."""
+        self._saved, self._parcel = number, None
+
+    async def tell(self, event: dict[str, Any]) -> None:
+        """Pass on a progress event."""
+        self._events.append(event)
+
+    async def done(self, number: int) -> None:
+        """Take note that a stage is finished on all ranks."""
+        self._done = max(self._done, number)
+
+    async def fail(self, error: ClDistError) -> None:
+        """Take note of an error that a restart would not cure, and take the stage back: nobody shall try it again."""
+        self._error, self._parcel = self._error or error, None
+
+    async def news(self) -> dict[str, Any]:
+        """Return what happened; events are handed out once."""
+        events, self._events = self._events, []
+        places = [self._places[rank] for rank in sorted(self._places)]
+        return {
+            "events": events,
+            "done": self._done,
+            "saved": self._saved,
+            "error": self._error,
+            "places": places,
+            "starts": self._starts,
+        }
+
+    async def close(self) -> None:
+        """Let the gang go home."""
+        self._closed = True

@@ -1,0 +1,89 @@
+"""What every rank of the gang does: fetch a stage from the mailbox, train it, fetch the next."""
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, enter
+from cl_dist.dispatch_ray.life import Alive
+from cl_dist.errors import ClDistError, StoppedError
+from cl_dist.stages.job import Due
+from cl_dist.storage import told_when_full
+
+
+def gang_worker(config: Mapping[str, Any]) -> None:
+    """Run on every rank of the gang: fetch a stage, train it, fetch the next; start over at the current one."""
+    from cl_dist.parallel.world import World  # here, since Ray Train's controller imports this module too
+    from cl_dist.stages import train
+
+    gc.freeze()  # what has been imported: else every collection looks through all of it
+    mailbox, after = config["mailbox"], -1
+    enter(config["cwd"])
+    world = World.current()
+    context = ray.get_runtime_context()
+    # Its own GPUs: CUDA_VISIBLE_DEVICES names those of all ranks of its node.
+    gpus = ",".join(map(str, context.get_accelerator_ids().get("GPU", [])))
+    place = Place(world.rank, context.get_node_id(), gpus, os.getpid())
+    ray.get(mailbox.hello.remote(place, world.size), timeout=ACTOR_TIMEOUT_S)
+    while True:
+        parcel = ray.get(mailbox.fetch.remote(after), timeout=ACTOR_TIMEOUT_S)
+        if parcel == "closed":
+            return
+        if parcel == "wait":
+            continue
+        alive = Alive(parcel.step_timeout_s, _log_to(Path(parcel.logs) / f"rank-{world.rank}.log"))
+        try:
+            with told_when_full(parcel.out):
+                train.run(parcel.job, Path(parcel.out), _Throttled(mailbox), lambda: _asks(mailbox), alive)
+        except StoppedError:
+            if world.rank == 0:
+                ray.get(mailbox.saved.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
+            after = parcel.number
+            gc.collect()
+            continue
+        except ClDistError as error:
+            ray.get(mailbox.fail.remote(error), timeout=ACTOR_TIMEOUT_S)
+            raise
+        world.gather(None)  # rank 0 has written its files, and nobody is still reading an input
+        if world.rank == 0:
+            ray.get(mailbox.done.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
+        after = parcel.number
+        gc.collect()  # engines hold themselves in cycles, and the next stage builds another
+
+
+def _asks(mailbox: Any) -> Due:
+    asked: Due = ray.get(mailbox.asks.remote(), timeout=ACTOR_TIMEOUT_S)
+    return asked
+
+
+class _Throttled:
+    """Sends a few step events a second and all others."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox, self._last = mailbox, 0.0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if event["event"] != "step" or now - self._last > 0.3:
+            self._last = now
+            self._mailbox.tell.remote(event)
+
+
+def _log_to(path: Path) -> Any:
+    """Log to a file from now on, and return it."""
+    root = logging.getLogger("cl_dist")
+    if not any(getattr(handler, "baseFilename", "") == str(path.absolute()) for handler in root.handlers):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for handler in root.handlers[:]:
+            root.removeHandler(handler)
+        file = logging.FileHandler(path, encoding="utf8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-5s %(name)s  %(message)s"))
+        root.addHandler(file)
+        root.setLevel(logging.INFO)
+    return next(handler.stream for handler in root.handlers if isinstance(handler, logging.FileHandler))

@@ -1,0 +1,114 @@
+"""How a worker builds the model that a stage starts from."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cl_dist.errors import CheckpointError
+from cl_dist.methods import METHODS
+from cl_dist.methods.base import Learner, MethodConfig
+from cl_dist.models.architectures import layers_of
+from cl_dist.models.backbone import load_backbone, lower
+from cl_dist.models.config import ModelConfig
+from cl_dist.parallel import params
+from cl_dist.parallel.divided import dividing
+from cl_dist.parallel.seeds import seeded
+from cl_dist.parallel.spread import spread
+from cl_dist.parallel.world import World
+from cl_dist.stage import Rationalise, Train
+from cl_dist.stages.job import Job, task_data
+from cl_dist.stages.weights import StoredWeights
+
+M = TypeVar("M", bound=nn.Module)
+LEARNER = "learner.safetensors"
+
+
+def new_learner(
+    method: MethodConfig, model: ModelConfig, num_labels: tuple[int, ...], seed: int, name: str | None = None
+) -> Learner:
+    """Return a method's learner, the one that the run answers with unless another is named, without a model yet."""
+    entry = METHODS[method.name]
+    module, _, cls = entry.learners[name or entry.answers(model.answers)].partition(":")
+    kind: type[Learner] = getattr(import_module(module), cls)
+    return kind(method, num_labels, model, seed)
+
+
+def placed(job: Job, model: M) -> M:
+    """Bring a finished model to the precision of its forward pass and to this worker's devices, ready to be read."""
+    if job.model.dtype == "bfloat16":
+        lower(model)  # before it goes to a device, where float32 may not fit
+    backbone = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+    return spread(model, type(layers_of(backbone)[0][1])).eval()
+
+
+class _Fitted(Mapping[str, Tensor]):
+    """Stored weights by name, from the newest of several folders, in the shapes that a model has; made when asked for.
+
+    Those of parameters that are cut up are as they were stored.
+    """
+
+    def __init__(self, learner: Learner, stored: Mapping[str, StoredWeights], own: Mapping[str, Tensor]) -> None:
+        self._learner, self._stored, self._own = learner, stored, own
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._stored[name][name]
+        return self._learner.fitted(name, value, self._own[name]) if self._own[name].numel() else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def loads_in_pieces(learner: Learner, model: ModelConfig) -> bool:
+    """Return whether a backbone can be cut up over the ranks while it is loaded, where ZeRO-3 cuts it up in the end."""
+    return learner.takes_divided and model.config is None and model.weight_bits is None
+
+
+def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False, is_read: bool = False) -> Learner:
+    """Return the stage's learner with its model: backbone, parts of all tasks so far, stored weights.
+
+    New parts are drawn from a seed of (run seed, task id), so every rank and every restart draws the same. With up_to,
+    parts of later tasks are neither made nor read: what scores an early task needs no capsules of later ones.
+    divided cuts the backbone up over the ranks as it is loaded, where the learner can cope with that; all ranks call.
+    It is float32 then, for the masters that the engine makes of what is trained and for what is copied of it.
+    is_read loads it in the precision of its forward pass: a model that is not trained needs no other.
+
+    Raises:
+        CheckpointError: If a stored file is missing or does not fit the model.
+    """
+    stage = job.stage
+    name = stage.learner if isinstance(stage, Train | Rationalise) else None
+    number = [stage.number] if isinstance(stage, Train) and stage.number is not None else []
+    last = job.stage.task if up_to is None else up_to
+    num_labels = tuple(len(task_data(job, task).labels) for task in range(last + 1))
+    learner = new_learner(job.method, job.model, num_labels, job.seed, name)
+    divided = divided and loads_in_pieces(learner, job.model)
+    cut = dividing(job.engine, World.current()) if divided else nullcontext()
+    with seeded(job.seed, "build", job.tasks[last].id, *number):
+        with cut:
+            dtype = torch.bfloat16 if is_read and job.model.dtype == "bfloat16" else torch.float32
+            backbone = load_backbone(job.model, causal=learner.answers == "text", dtype=dtype)
+        model = learner.build(backbone, last)
+    own, world = model.state_dict(), World.current()
+    latest: dict[str, StoredWeights] = {}
+    for folder in job.chain:
+        stored = StoredWeights(folder)
+        if last == job.stage.task and (unexpected := stored.keys() - own.keys()):
+            raise CheckpointError(f"{folder}: holds weights of {min(unexpected)!r}, which this model does not have")
+        latest |= {name: stored for name in stored if name in own}
+    try:
+        params.load(model, _Fitted(learner, latest, own), world.rank)
+    except CheckpointError as error:
+        raise CheckpointError(f"{job.chain[-1]}: weights do not fit the model: {error}") from error
+    if job.chain and (Path(job.chain[-1]) / LEARNER).exists():
+        learner.load_state_dict(load_file(Path(job.chain[-1]) / LEARNER))
+    return learner
