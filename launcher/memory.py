@@ -46,6 +46,14 @@ class Model:
     """Bytes of masks and other buffers."""
     beside: Mapping[str, int] = field(default_factory=dict)
     """Bytes of what a method holds beside its model: penalties, a teacher."""
+    quantized: int = 0
+    """Elements beside those that are loaded whole, then held in fewer bits: part of the buffers."""
+    tables: int = 0
+    """Elements that every rank makes whole when the rest is cut up: the vocabulary's."""
+    divides: bool = False
+    """Whether ZeRO-3 cuts the backbone up while it is loaded."""
+    whole_at_once: int = 5
+    """Pieces that are in memory at a time where the others lie in files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +78,8 @@ class Gang:
     is_gpu: bool = False
     offload: str | None = None
     """As `cluster.offload`; on a CPU the host's memory is the device's."""
+    in_files: bool = False
+    """As `cluster.offload_folder`: weights are not left to the host's memory then, but to its files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +145,23 @@ def training(model: Model, step: Step, gang: Gang) -> Estimate:
     stage = -1 if gang.engine == "torch" else gang.zero_stage
     left = _left_to_the_host(gang)
     resident = [each for each in _resident(model, gang, stage) if each.kind not in left]
+    if gang.in_files and not gang.is_gpu:  # whose memory is the host's
+        resident.append(_file_buffers(model, gang))
     most = max(step.points, key=lambda point: sum(point[0].values()))
     return Estimate(tuple(resident), tuple(_moments(model, step, gang, stage)), most[0])
 
 
 def _left_to_the_host(gang: Gang) -> tuple[str, ...]:
-    """Return the kinds of what a rank on a GPU leaves to its host."""
+    """Return the kinds of what a rank on a GPU leaves to its host; on a CPU, what it leaves to files."""
     if not gang.is_gpu or gang.offload is None:
-        return ()
+        return ("weights",) if gang.in_files else ()
     return ("optimizer", "gradients", *(("weights", "parts of tasks") if gang.offload == "all" else ()))
+
+
+def _file_buffers(model: Model, gang: Gang) -> Quantity:
+    size = model.whole_at_once * share(model.largest, gang.ranks) + share(model.trained, gang.ranks)
+    formula = f"{model.whole_at_once} b M/R to read, b T/R to write what is trained; locked"
+    return Quantity("buffers for files", model.item * size, formula)
 
 
 def _resident(model: Model, gang: Gang, stage: int) -> list[Quantity]:
@@ -194,8 +212,10 @@ def _moments(model: Model, step: Step, gang: Gang, stage: int) -> list[Quantity]
             Quantity("reduction", 2 * bucket + own, "2 b C + b T/R (twice where micro-batches add up)"),
             Quantity("step", (b + 4) * share(trained, gang.ranks), "(b + 4) T/R: gradients and their float32 copy"),
         ]
-    ahead = bounds["stage3_prefetch_bucket_size"]
-    whole = b * min(model.elements, bounds["stage3_max_reuse_distance"] // 2 + ahead + model.largest)
+    ahead, reused = bounds["stage3_prefetch_bucket_size"], bounds["stage3_max_reuse_distance"]
+    if gang.in_files:
+        ahead = reused = 0
+    whole = b * min(model.elements, reused // 2 + ahead + model.largest)
     fetched = b * min(model.elements, ahead + model.largest)
     return [
         Quantity("micro-batch", most + whole, "max A + b min(P, W/2 + F + M): gathered weights"),
@@ -276,18 +296,31 @@ def host(model: Model, gang: Gang) -> tuple[Quantity, ...]:
 
     On a CPU that is where it trains, too.
     """
-    size = 4 * (model.elements + model.trained)
-    found = [Quantity("host: a rank builds its model", size, "4 P + 4 T: whole, in float32, and the stored weights")]
-    if model.item == 2:
-        found.append(Quantity("host: its exact weights", 4 * model.trained, "4 T, until DeepSpeed has its masters"))
+    builds = "host: a rank builds its model"
+    if model.divides and gang.zero_stage == 3 and gang.ranks > 1:
+        size = 4 * (share(model.elements - model.tables, gang.ranks) + model.tables + model.largest)
+        formula = "4 (P - V)/R + 4 V + 4 M: cut up while it is loaded, but for the vocabulary's tables"
+        found = [Quantity(builds, size, formula)]
+        rounded = share(4 * model.trained - 2 * model.elements, gang.ranks) if model.item == 2 else 0
+        if rounded > 0:
+            formula = "(4 T - 2 P)/R: rounded, while the exact ones wait for DeepSpeed's masters"
+            found.append(Quantity("host: its weights in bfloat16", rounded, formula))
+    else:
+        whole = model.elements + model.quantized
+        found = [Quantity(builds, 4 * whole, "4 P: whole, in float32, also what is quantized then")]
+        if model.item == 2 and (rounded := 4 * model.trained - 2 * model.elements) > 0:
+            formula = "4 T - 2 P: rounded, while the exact ones wait for DeepSpeed's masters"
+            found.append(Quantity("host: its weights in bfloat16", rounded, formula))
     if model.beside.get("penalties"):
         found.append(Quantity("host: penalties", model.beside["penalties"], "8 bytes an element: strength, anchor"))
     left = _left_to_the_host(gang)
-    found += [
-        Quantity(f"host: {each.kind} (offload)", each.bytes, each.formula)
-        for each in _resident(model, gang, gang.zero_stage)
-        if each.kind in left
-    ]
+    for each in _resident(model, gang, gang.zero_stage):
+        if each.kind == "weights" and gang.in_files:
+            found.append(Quantity("files: weights", each.bytes, f"{each.formula}; pieces of less than 1 MB in memory"))
+            if gang.is_gpu:
+                found.append(_file_buffers(model, gang))
+        elif each.kind in left:
+            found.append(Quantity(f"host: {each.kind} (offload)", each.bytes, each.formula))
     return tuple(found)
 
 

@@ -204,7 +204,8 @@ class _Rank:
         offload = cluster.offload
         if not stage or (offload == "all" and stage < 3):
             offload = None
-        return Gang(workers, stage or 0, engine, cluster.gpus_per_worker > 0, offload)
+        in_files = offload == "all" and cluster.offload_folder is not None
+        return Gang(workers, stage or 0, engine, cluster.gpus_per_worker > 0, offload, in_files)
 
     def near(self, workers: int, stage: int, rows: int) -> int:
         """Return a peak by a straight line between one row and the configured micro-batch, which are traced."""

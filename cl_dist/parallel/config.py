@@ -1,9 +1,6 @@
 """How a Train stage is spread over workers: the settings of the engine; torch-free."""
 
-import os
-import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -33,8 +30,8 @@ class EngineConfig(Section):
     parameters too, which come to the device a few layers at a time (stage 3)."""
     offload_folder: str | None = None
     """With `offload: all` parameters lie in files below this folder instead, which should be on an NVMe disk of each
-    node; pieces of less than 1 MB stay in memory, and none may have more than 100 million elements (DeepSpeed's
-    buffers). Needs libaio, and a compiler at the first start."""
+    node; pieces of less than 1 MB stay in memory. Needs libaio, a compiler at the first start, and locked memory
+    (`ulimit -l`) for the buffers that `plan` tells."""
     checkpoint_minutes: float = Field(10.0, ge=0)
     """A Train stage is saved when so much time has passed since it began or was saved; with 0 only when the run is told
     to stop (SIGTERM, Ctrl-C)."""
@@ -113,22 +110,12 @@ def deepspeed_settings(
     }
 
 
-def swap_folder(config: EngineConfig) -> Path | None:
-    """Return the folder in which this process keeps parameters, if it keeps any in files."""
-    return (
-        None
-        if config.offload_folder is None
-        else Path(config.offload_folder) / f"cl-dist-{platform.node()}-{os.getpid()}"
-    )
-
-
 def offloaded(config: EngineConfig) -> dict[str, Any]:
-    """Return what DeepSpeed's ZeRO is told of offload."""
+    """Return what DeepSpeed's ZeRO is told of offload to memory."""
     parts: dict[str, Any] = {}
     if config.offload is not None:
         parts["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if config.offload == "all":
-        parts["offload_param"] = {"device": "cpu", "pin_memory": True}
-    if (folder := swap_folder(config)) is not None:
-        parts["offload_param"] |= {"device": "nvme", "nvme_path": str(folder), "max_in_cpu": 0}
+        # What is only on its way to files must not stay in torch's cache of pinned blocks.
+        parts["offload_param"] = {"device": "cpu", "pin_memory": config.offload_folder is None}
     return parts

@@ -8,14 +8,14 @@ from cl_dist.parallel.engine import start_deepspeed
 from cl_dist.parallel.world import World
 
 
-def is_divided(config: EngineConfig, world: World) -> bool:
-    """Return whether the parameters of a model in training are cut up over the ranks."""
+def divides(config: EngineConfig, world: World) -> bool:
+    """Return whether an engine cuts the parameters of a model in training up over the ranks."""
     return config.engine == "deepspeed" and config.zero_stage == 3 and world.size > 1
 
 
 @contextmanager
-def dividing(config: EngineConfig, world: World, *, bf16: bool) -> Iterator[None]:
-    """Have `from_pretrained` of transformers cut up each module's parameters as soon as they exist.
+def dividing(config: EngineConfig, world: World) -> Iterator[None]:
+    """Have `from_pretrained` of transformers cut up each module's parameters, in float32, as soon as they exist.
 
     They are then filled one module at a time, from the first rank's view of the file. All ranks load the same models.
     """
@@ -24,7 +24,6 @@ def dividing(config: EngineConfig, world: World, *, bf16: bool) -> Iterator[None
 
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": bf16},
         "zero_optimization": {"stage": 3, **offloaded(config)},
     }
     held = HfDeepSpeedConfig(settings)  # type: ignore[no-untyped-call]  # transformers keeps a weak reference alone

@@ -5,10 +5,8 @@ is this rank's share of a sum over the global batch: DeepSpeed's averaging over 
 """
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +14,10 @@ from torch import Tensor, nn
 
 from cl_dist.errors import ConfigError
 from cl_dist.parallel import params
-from cl_dist.parallel.config import EngineConfig, buffer_bounds, deepspeed_settings, swap_folder
+from cl_dist.parallel.config import EngineConfig, buffer_bounds, deepspeed_settings
+from cl_dist.parallel.files import Files
 from cl_dist.parallel.world import World
+from cl_dist.pieces import is_divided, whole_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Optimizing:
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                plain = parameter.dim() < 2 or name in self.no_decay
+                plain = len(whole_shape(parameter)) < 2 or name in self.no_decay
                 key = (self.lr_of.get(name, self.lr), 0.0 if plain else self.weight_decay)
                 groups.setdefault(key, []).append(parameter)
         return [{"params": groups[key], "lr": key[0], "weight_decay": key[1]} for key in sorted(groups)]
@@ -186,7 +186,7 @@ class _Held:
             if not scale.decay or not parameter.requires_grad:
                 continue
             piece, start = params.local(parameter, rank)
-            whole = torch.empty(getattr(parameter, "ds_shape", parameter.shape), device=piece.device)
+            whole = torch.empty(whole_shape(parameter), device=piece.device)
             keep = (scale.factor(whole) == 0).flatten()[start : start + piece.numel()]
             keep = torch.nn.functional.pad(keep, (0, piece.numel() - keep.numel()))
             if bool(keep.any()):
@@ -263,25 +263,27 @@ class DeepSpeedEngine:
         pulls: Mapping[str, Pull],
     ) -> None:
         deepspeed = start_deepspeed(world)
-        self.world, self._swap_folder = world, swap_folder(config)
-        _sweep(self._swap_folder)
+        self.world = world
+        self._files = None if config.offload_folder is None else Files(config.offload_folder)
         self._pulls = [(model.get_parameter(name), pull) for name, pull in pulls.items()]
         self._undo_mean = world.size * num_micro
         self._norm: Tensor | None = None
         self.optimizer, self.schedule = _adamw(model, optimizing)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        exact = params.read(trained) if bf16 else {}
-        if bf16 and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        exact = params.Exact(trained if bf16 else {})
+        if bf16 and (self._files is not None or any(is_divided(parameter) for parameter in model.parameters())):
             # Where some parameters are cut up already, DeepSpeed takes it that all have been lowered.
             for parameter in model.parameters():
-                if not hasattr(parameter, "ds_id"):
-                    parameter.data = parameter.data.to(torch.bfloat16)
-        elements = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()]
-        held = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained.values()]
+                params.lower(parameter)
+        elements = [whole_shape(parameter).numel() for parameter in model.parameters()]
+        held = [whole_shape(parameter).numel() for parameter in trained.values()]
         bounds = buffer_bounds(sum(elements), sum(held), max(elements))
         settings = deepspeed_settings(
             config, num_micro=num_micro, micro_batch=micro_batch, clip=optimizing.clip, bf16=bf16, bounds=bounds
         )
+        if self._files is not None:
+            deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+            settings = self._files.take(model, settings, world.size)
         for buffer in model.buffers():  # DeepSpeed leaves those of a model that was cut up where they are
             buffer.data = buffer.data.to(world.device)
         self._engine, *_ = deepspeed.initialize(
@@ -289,7 +291,7 @@ class DeepSpeedEngine:
         )
         self.module: nn.Module = self._engine.module
         # DeepSpeed makes its masters from weights that it has rounded to bfloat16: what must not move would move here.
-        params.write(exact, trained, world.rank)
+        exact.put_back(world.rank)
 
     @property
     def flats(self) -> list[Tensor]:
@@ -328,16 +330,8 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """See Engine."""
         self._engine.destroy()
-        if self._swap_folder is not None:
-            shutil.rmtree(self._swap_folder, ignore_errors=True)
-
-
-def _sweep(own: Path | None) -> None:
-    """Remove what processes of this host that are gone have left beside this one's own folder of parameters."""
-    for folder in () if own is None else own.parent.glob(f"{own.name.rpartition('-')[0]}-*"):
-        pid = folder.name.rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        if self._files is not None:
+            self._files.close()
 
 
 def _adamw(model: nn.Module, optimizing: Optimizing) -> tuple[HeldAdamW, Any]:

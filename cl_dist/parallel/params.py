@@ -1,20 +1,77 @@
 """Reading and setting whole parameters, whatever ZeRO has done to them.
 
 Under ZeRO-1/2/3 the values that count are float32 masters, cut up over the ranks; `p.data` is a copy at best, empty at
-worst. Everything here is a collective: every rank calls it with the same names in the same order.
+worst. What is no collective says so; the rest every rank calls with the same names in the same order.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl_dist.errors import CheckpointError
+from cl_dist.parallel import files
+from cl_dist.pieces import is_divided, whole_shape
 
-def read(named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return whole float32 values on the CPU, one parameter at a time."""
-    return {name: _read(parameter).detach().to("cpu", torch.float32, copy=True) for name, parameter in named.items()}
+
+@torch.no_grad()
+def load(model: nn.Module, values: Mapping[str, Tensor], rank: int) -> None:
+    """Put whole values into a model that no engine has yet; parts of it may have been cut up while it was loaded.
+
+    Values are asked for one after the other. No collective.
+
+    Raises:
+        CheckpointError: If a value has another shape.
+    """
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        value, held = values.get(name), cast("Any", parameter)
+        if value is None:
+            continue
+        if value.shape != whole_shape(parameter):
+            raise CheckpointError(
+                f"{name} is stored as {tuple(value.shape)}, the model has {tuple(whole_shape(parameter))}"
+            )
+        if is_divided(parameter):
+            held.ds_tensor.copy_(_own_piece(held, value, rank))
+        else:
+            held.copy_(value)
+
+
+def lower(parameter: nn.Parameter) -> None:
+    """Round a parameter to bfloat16, cut up or not. No collective."""
+    parameter.data = parameter.data.to(torch.bfloat16)
+    if is_divided(parameter):
+        held: Any = parameter
+        rounded = held.ds_tensor.data.to(torch.bfloat16)
+        held.ds_tensor.data = rounded.pin_memory() if held.ds_tensor.is_pinned() else rounded
+
+
+class Exact:
+    """What parameters are in float32 before an engine takes them, which rounds them; no copy of them."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
+        self._kept: list[tuple[Any, Tensor, bool]] = []
+        for parameter in named.values():
+            held: Any = parameter
+            divided = is_divided(parameter)
+            self._kept.append((parameter, (held.ds_tensor if divided else held).detach(), divided))
+
+    @torch.no_grad()
+    def put_back(self, rank: int) -> None:
+        """Set the float32 masters to it. A collective.
+
+        The parameters themselves follow at the next optimizer step; until then the two round to the same values.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for parameter, value, was_divided in self._kept:
+            if is_divided(parameter):
+                local(parameter, rank)[0].copy_(value if was_divided else _own_piece(parameter, value, rank))
+            else:
+                safe_set_full_fp32_param(parameter, value)
+        self._kept = []
 
 
 def _read(parameter: nn.Parameter) -> Tensor:
@@ -31,7 +88,7 @@ def add_gradient(parameter: nn.Parameter, gradient: Callable[[Tensor], Tensor], 
         from deepspeed.utils import safe_get_full_grad, safe_set_full_grad, safe_set_local_grad
 
         whole = safe_get_full_grad(parameter) + gradient(_read(parameter))
-        if hasattr(parameter, "ds_id"):
+        if is_divided(parameter):
             safe_set_local_grad(parameter, _own_piece(parameter, whole, rank))
         else:
             safe_set_full_grad(parameter, whole)
@@ -40,50 +97,35 @@ def add_gradient(parameter: nn.Parameter, gradient: Callable[[Tensor], Tensor], 
         parameter.grad += gradient(parameter.detach())
 
 
-def write(values: Mapping[str, Tensor], named: Mapping[str, nn.Parameter], rank: int) -> None:
-    """Set the float32 masters of parameters that ZeRO holds: each rank the pieces that are its own.
-
-    The parameters themselves follow at the next optimizer step; until then the two must round to the same values.
-    """
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    for name, value in values.items():
-        parameter: Any = named[name]
-        if hasattr(parameter, "ds_id"):
-            safe_set_local_fp32_param(parameter, _own_piece(parameter, value, rank))
-        else:
-            safe_set_full_fp32_param(parameter, value)
-
-
 def _own_piece(parameter: Any, value: Tensor, rank: int) -> Tensor:
     """Cut a rank's flat piece out of a whole value. DeepSpeed's setters cannot where the ranks do not divide it."""
-    size = parameter.ds_tensor.numel()
+    size = parameter.ds_tensor.ds_numel  # where it lies in a file, its tensor is another one
     flat = value.flatten()[rank * size : (rank + 1) * size]
     return F.pad(flat, (0, size - flat.numel()))
 
 
 def is_managed(parameter: nn.Parameter) -> bool:
-    """Return whether ZeRO holds the master of this parameter; the same on every rank.
+    """Return whether ZeRO holds the master of this parameter; the same on every rank. No collective.
 
     ZeRO-1/2 set `_hp_mapping` on all trainable parameters, to None on ranks that own no piece: asking for its
     value here would let some ranks skip a collective.
     """
-    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+    return hasattr(parameter, "_hp_mapping") or is_divided(parameter)
 
 
 def local(parameter: nn.Parameter, rank: int) -> tuple[Tensor, int]:
     """Return this rank's piece of a parameter, flat, and where in the parameter it begins. No collective.
 
-    The float32 master where ZeRO holds one, else the parameter as the forward pass reads it. With ZeRO-1/2 a rank may
-    own no piece; with ZeRO-3 the last piece may be filled up beyond the parameter's end.
+    The float32 master where ZeRO holds one, else the parameter as the forward pass reads it, or a copy from its file.
+    With ZeRO-1/2 a rank may own no piece; with ZeRO-3 the last piece may be filled up beyond the parameter's end.
     """
     managed: Any = parameter
-    if hasattr(parameter, "ds_id"):
+    if is_divided(parameter):
         if not parameter.requires_grad:
-            return managed.ds_tensor, rank * managed.ds_tensor.numel()
+            return files.read(managed), rank * managed.ds_tensor.ds_numel
         # The public call brings a copy to the device where the masters are with the host.
         piece, _ = managed._z3_optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)
-        return piece, rank * managed.ds_tensor.numel()
+        return piece, rank * managed.ds_tensor.ds_numel
     if hasattr(parameter, "_hp_mapping"):
         mapping = managed._hp_mapping
         if mapping is None:

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from cl_dist.errors import ConfigError
 from cl_dist.parallel.world import World
 
 M = TypeVar("M", bound=nn.Module)
@@ -53,10 +54,19 @@ def by_layers(
         room: Bytes by device.
         rest: Where layers rest that have no room: "cpu", or "disk", in files of a folder.
         folder: For "disk".
+
+    Raises:
+        ConfigError: If layers with quantized weights would rest: accelerate brings buffers to the devices for good.
     """
     from accelerate import dispatch_model
 
     places = placing(model, layer, room, rest)
+    at_rest = [model.get_submodule(name) for name, place in places.items() if place == rest]
+    if any(buffer.dtype == torch.uint8 for module in at_rest for buffer in module.buffers()):
+        raise ConfigError(
+            "science.model.weight_bits: a model that is scored does not fit, and quantized weights cannot rest with "
+            "the host; raise cluster.workers_per_model"
+        )
     log.info("model divided places=%s", dict(Counter(places.values())))
     if rest in places.values():
         log.warning("layers rest on %s, and come to a device when used: that is slow", rest)

@@ -20,7 +20,7 @@ from torch import nn
 
 from cl_dist.errors import StorageError
 from cl_dist.ledger import UNFINISHED, sha256, sync_folder, synced, write_json
-from cl_dist.parallel import moments
+from cl_dist.parallel import moments, params
 from cl_dist.parallel.engine import Engine
 from cl_dist.parallel.world import World
 from cl_dist.stages.weights import TRAINABLE, Pieces, StoredWeights
@@ -63,9 +63,9 @@ class Checkpoint:
     best: Best | None
     folder: Path
 
-    def load_weights(self, model: nn.Module) -> None:
+    def load_weights(self, model: nn.Module, rank: int) -> None:
         """Put the trained weights into a model, before an engine takes it."""
-        model.load_state_dict(dict(StoredWeights(self.folder)), strict=False)
+        params.load(model, StoredWeights(self.folder), rank)
 
     def load_moments(self, engine: Engine) -> None:
         """Put the optimizer where it was."""

@@ -22,14 +22,15 @@ from cl_dist.errors import StoppedError, TrainingError
 from cl_dist.methods.base import Learner, Rows
 from cl_dist.models.backbone import load_tokenizer, recompute_activations
 from cl_dist.models.classifier import count_parameters
-from cl_dist.parallel.divided import is_divided
+from cl_dist.parallel.divided import divides
 from cl_dist.parallel.engine import Engine, GradScale, Optimizing, Pull, build_engine
 from cl_dist.parallel.guard import Guard
 from cl_dist.parallel.seeds import seeded
 from cl_dist.parallel.world import World
 from cl_dist.stage import Train
 from cl_dist.stages import checkpoint
-from cl_dist.stages.job import LEARNER, Due, Job, build_learner, replayed_rows, task_data
+from cl_dist.stages.build import LEARNER, build_learner
+from cl_dist.stages.job import Due, Job, replayed_rows, task_data
 from cl_dist.stages.pace import Pace
 from cl_dist.stages.schedule import Schedule
 from cl_dist.stages.weights import Pieces, StoredWeights
@@ -59,14 +60,14 @@ def run(
     stage, world = job.stage, World.current()
     assert isinstance(stage, Train)
     began = entered = time.monotonic()
-    learner = build_learner(job, divided=is_divided(job.engine, world))
+    learner = build_learner(job, divided=divides(job.engine, world))
     start(job, learner)
     if job.engine.activation_checkpointing:
         recompute_activations(learner.model)
     scales, pulls = learner.grad_scales(), learner.pulls()  # by the weights that the stage starts from
     saved = checkpoint.latest(out, world)
     if saved is not None:
-        saved.load_weights(learner.model)
+        saved.load_weights(learner.model, world.rank)
         began -= saved.seconds
         if world.rank == 0:
             report({"event": "continued", "step": saved.step})
@@ -83,7 +84,7 @@ def run(
     loop.go_on_from(saved)
     perf = {"perf/startup_s": time.monotonic() - entered}
     guard = Guard(engine, scales) if job.engine.verify_protection_every else None
-    with closing(checkpoint.Writer(out, engine)) as writer:
+    with closing(engine), closing(checkpoint.Writer(out, engine)) as writer:
         pace = Pace(job.engine, world, asked, loop.done, writer)
         for step in range(loop.done, schedule.total_steps):
             alive(step)
@@ -104,11 +105,10 @@ def run(
                 alive(None)
                 raise StoppedError(f"stopped after step {step + 1} of {schedule.total_steps}, which is saved")
 
-    alive(None)
-    perf |= loop.speed()
-    (checkpoint.Best(0.0, Pieces(engine)) if loop.best is None else loop.best).write(out, world.rank)
-    world.gather(None)  # all have written what any of them reads now
-    engine.close()
+        alive(None)
+        perf |= loop.speed()
+        (checkpoint.Best(0.0, Pieces(engine)) if loop.best is None else loop.best).write(out, world.rank)
+        world.gather(None)  # all have written what any of them reads now
     learner = _ended(job, learner, rows, StoredWeights(out), world)
     if world.rank == 0:
         if state := learner.state_dict():

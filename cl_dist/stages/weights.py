@@ -19,6 +19,7 @@ from torch import Tensor
 from cl_dist.errors import CheckpointError
 from cl_dist.parallel import moments, params
 from cl_dist.parallel.engine import Engine
+from cl_dist.pieces import whole_shape
 
 TRAINABLE = "trainable"
 
@@ -35,7 +36,7 @@ class Pieces:
         for name, parameter in engine.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            shape = list(getattr(parameter, "ds_shape", parameter.shape))
+            shape = list(whole_shape(parameter))
             piece, start = params.local(parameter, self._world.rank)
             if moment is not None:
                 piece, start = moments.local(engine, parameter, moment)

@@ -1,9 +1,10 @@
-"""A frozen backbone that is cut up while it is loaded: ZeRO-3 on two gloo ranks, none of which ever holds all of it.
+"""A backbone that is cut up while it is loaded: ZeRO-3 on two gloo ranks, none of which ever holds all of it.
 
 What is alive is counted: bytes of the storages of tensors, each once, from their making to their end. Files that are
 mapped into memory do not count, since their pages are the operating system's to keep or drop.
 """
 
+import os
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,8 @@ from cl_dist.parallel.config import EngineConfig
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref
 from cl_dist.stages import train
-from cl_dist.stages.job import Job, build_learner
+from cl_dist.stages.build import build_learner
+from cl_dist.stages.job import Job
 from cl_dist.stages.weights import StoredWeights
 from tests import parity, tiny
 from tests.architectures import TINY
@@ -37,7 +39,7 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 LAYERS = 6
-TRAIN = {"epochs": 1, "global_batch": 4, "min_round_steps": 1, "select": "last"}
+TRAIN = {"epochs": 1, "global_batch": 4, "min_round_steps": 1, "select": "last", "weight_decay": 0.5}
 DEEP = {"num_hidden_layers": LAYERS, "hidden_size": 128, "intermediate_size": 2048, "initializer_range": 0.1}
 
 
@@ -78,14 +80,17 @@ class Alive(TorchDispatchMode):
 class Seen:
     """What a rank saw while it trained a stage."""
 
+    built: int
+    """Bytes alive at most until the model was built, with the weights of the task before."""
     peak: int
-    """Bytes alive at most, from building the model to the saved weights."""
+    """The same until the trained weights were saved."""
     whole: int
     """Most bytes of the backbone's parameters that were whole at a time when a layer began or ended."""
 
 
 def observe(rank: int, world: int, job: Job, out: str) -> Seen:
     whole: list[int] = []
+    peaks: list[int] = []
 
     def look(model: Any) -> None:
         whole.append(sum(p.untyped_storage().nbytes() for p in backbone_of(model)))
@@ -95,6 +100,7 @@ def observe(rank: int, world: int, job: Job, out: str) -> Seen:
 
     def built(*args: Any, **kwargs: Any) -> Any:
         learner = build(*args, **kwargs)
+        peaks.append(alive.peak)
         look(learner.model)
         for _, layer in layers_of(learner.model.backbone):
             layer.register_forward_pre_hook(lambda *_: look(learner.model))
@@ -102,23 +108,37 @@ def observe(rank: int, world: int, job: Job, out: str) -> Seen:
         return learner
 
     module.build_learner = built
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # tensors made by other threads would not be counted
     try:
         with Alive() as alive:
             train.run(job, Path(out), lambda event: None)
     finally:
         module.build_learner = build
-    return Seen(alive.peak, max(whole))
+        del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+    return Seen(peaks[0], alive.peak, max(whole))
 
 
-METHODS: dict[str, Any] = {
+FROZEN: dict[str, Any] = {
     "ctr": {**tiny.CTR, "tsm_size": 8, "capsule_mid": 4, "filters": 3},
     "lamol with lora": {"name": "lamol", "gamma": 0.0, "lora": {"r": 4}},
 }
 
 
-@pytest.fixture(scope="module", params=METHODS)
+TRAINED: dict[str, Any] = {
+    "sequential": {"name": "sequential"},
+    "lamol": {"name": "lamol", "gamma": 0.0},
+    "heads": {"name": "rational_lamol", "gamma": 0.0, "freeze": "list", "level": "head", "frozen_units": [[1, 0]]},
+}
+
+
+@pytest.fixture(scope="module", params=FROZEN)
 def book(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workbook:
-    return made(tmp_path_factory.mktemp("divided"), METHODS[request.param])
+    return made(tmp_path_factory.mktemp("divided"), FROZEN[request.param])
+
+
+@pytest.fixture(scope="module", params=TRAINED)
+def trained_book(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+    return made(tmp_path_factory.mktemp("trained"), TRAINED[request.param])
 
 
 def made(folder: Path, method: Any, **over: Any) -> Workbook:
@@ -160,18 +180,26 @@ def test_no_rank_holds_the_whole_model_from_building_to_saving(ranks: Ranks, boo
     The most that is alive, 0.92 of the backbone here, is half of it, what is gathered, plugins, moments, activations.
     """
     job = second(book, activation_checkpointing=tiny.writes(book.config.science.method.name))  # LAMOL reads rows twice
-    whole = backbone_bytes(job)
-    trained = []
+    size = backbone_bytes(job)
+    divided, whole = trained_both_ways(ranks, job, tmp_path)
+    assert max(seen.whole for seen in divided) < size / 4  # what is gathered for a layer or two
+    assert max(seen.peak for seen in divided) < size
+    assert min(seen.whole for seen in whole) >= size
+
+
+def trained_both_ways(ranks: Ranks, job: Job, folder: Path) -> tuple[list[Seen], list[Seen]]:
+    """Train a stage on a backbone that is cut up while it is loaded, and on one that is loaded whole, to equal bits.
+
+    Returns:
+        What the ranks of the one and of the other saw.
+    """
+    seen, trained = [], []
     for function, name in ((observe, "divided"), (_observe_whole, "whole")):
-        (tmp_path / name).mkdir()
-        seen = ranks.run(function, job, str(tmp_path / name), timeout_s=250.0)
-        if name == "divided":
-            assert max(each.whole for each in seen) < whole / 4  # what is gathered for a layer or two
-            assert max(each.peak for each in seen) < whole
-        else:
-            assert min(each.whole for each in seen) >= whole
-        trained.append(Trained.read(tmp_path / name))
+        (folder / name).mkdir()
+        seen.append(ranks.run(function, job, str(folder / name), timeout_s=250.0))
+        trained.append(Trained.read(folder / name))
     assert trained[0].difference(trained[1]) == {"weights": 0, "metrics": 0, "mask_bits": 0}
+    return seen[0], seen[1]
 
 
 def _observe_whole(rank: int, world: int, job: Job, out: str) -> Seen:
@@ -180,12 +208,12 @@ def _observe_whole(rank: int, world: int, job: Job, out: str) -> Seen:
 
 def _undivided(function: Any, *args: Any) -> Any:
     module: Any = train
-    before = module.is_divided
-    module.is_divided = lambda config, world: False
+    before = module.divides
+    module.divides = lambda config, world: False
     try:
         return function(*args)
     finally:
-        module.is_divided = before
+        module.divides = before
 
 
 def test_plugins_alone_are_saved_by_the_ranks_that_own_them_and_loaded_on_any_number(
@@ -230,3 +258,17 @@ def test_in_bfloat16_a_divided_backbone_is_rounded_as_a_whole_one(ranks: Ranks, 
 
 def _train_whole(rank: int, world: int, job: Job, out: str) -> None:
     _undivided(_train, rank, world, job, out)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_backbone_that_is_trained_is_cut_up_too(
+    ranks: Ranks, trained_book: Workbook, dtype: str, tmp_path: Path
+) -> None:
+    """Loaded, with the weights of the task before, and trained: never whole, and the same bits as one loaded whole."""
+    job = second(trained_book)
+    job = replace(job, model=job.model.model_copy(update={"dtype": dtype}))
+    size = backbone_bytes(job)
+    divided, whole = trained_both_ways(ranks, job, tmp_path)
+    assert max(seen.built for seen in divided) < 0.75 * size  # a half, and the largest parameter
+    assert max(seen.whole for seen in divided) < size / 2
+    assert min(seen.built for seen in whole) >= size

@@ -12,7 +12,8 @@ from cl_dist.errors import ProtectionError
 from cl_dist.parallel import engine
 from cl_dist.stage import Ref, Train
 from cl_dist.stages import train
-from cl_dist.stages.job import Job, build_learner
+from cl_dist.stages.build import build_learner
+from cl_dist.stages.job import Job
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny
 from tests.parity import Cell, train_here

@@ -3,6 +3,8 @@
 On a CPU host and device are one memory; DeepSpeed goes its ways for offload all the same.
 """
 
+import os
+import resource
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -11,17 +13,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel
 
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError
 from cl_dist.jobs import Workbook
-from cl_dist.parallel import engine
-from cl_dist.parallel.config import EngineConfig, swap_folder
+from cl_dist.parallel import files, params
+from cl_dist.parallel.config import EngineConfig
+from cl_dist.pieces import whole_shape
 from cl_dist.run_config import ClusterConfig, RunConfig
 from cl_dist.stages import train
-from cl_dist.stages.job import Job, build_learner
+from cl_dist.stages.build import build_learner
+from cl_dist.stages.job import Job
 from cl_dist.stages.weights import StoredWeights
 from tests import parity
+from tests.architectures import TINY
 from tests.integration import test_divided
 from tests.integration.test_frozen import frozen_job
 from tests.integration.test_step_checkpoints import train_until
@@ -66,8 +73,12 @@ def look(rank: int, world: int, job: Job, out: str) -> dict[str, Any]:
         seen["parameters"] = bool(getattr(optimizer, "offload_param", False))
         pieces = [p.ds_tensor for p in engine.module.parameters() if hasattr(p, "ds_tensor")]
         seen["held"] = sum(piece.untyped_storage().nbytes() for piece in pieces)
-        folder = swap_folder(job.engine)
-        seen["files"] = sum(path.stat().st_size for path in folder.rglob("*.swp")) if folder else 0
+        folder = job.engine.offload_folder
+        own = Path(folder).glob(f"cl-dist-*-{os.getpid()}/**/*.swp") if folder else ()
+        seen["files"] = sum(path.stat().st_size for path in own)
+        frozen = [parameter for parameter in engine.module.parameters() if not parameter.requires_grad]
+        pieces = [(whole_shape(parameter).numel(), *params.local(parameter, rank)) for parameter in frozen]
+        seen["frozen"] = [piece[: size - start].detach().double().sum().item() for size, piece, start in pieces]
         return engine
 
     module.build_engine = built
@@ -175,13 +186,33 @@ def test_frozen_heads_keep_their_bits_and_checkpoints_are_written(
 
 
 def test_what_dead_processes_left_in_the_folder_is_removed(tmp_path: Path) -> None:
-    folder = swap_folder(EngineConfig(zero_stage=3, offload="all", offload_folder=str(tmp_path)))
-    assert folder is not None
-    dead = folder.with_name(f"{folder.name.rpartition('-')[0]}-999999999")
-    for each in (folder, dead, tmp_path / "cl-dist-another-host-999999999"):
+    own = files.Files(str(tmp_path)).folder
+    dead = own.with_name(f"{own.name.rpartition('-')[0]}-999999999")
+    for each in (own, dead, tmp_path / "cl-dist-another-host-999999999"):
         each.mkdir()
-    engine._sweep(folder)
-    assert {path.name for path in tmp_path.iterdir()} == {folder.name, "cl-dist-another-host-999999999"}
+    files.Files(str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {own.name, "cl-dist-another-host-999999999"}
+
+
+def test_buffers_are_as_many_as_pieces_that_are_whole_at_a_time() -> None:
+    maker: Any = AutoModel
+    model = maker.from_config(AutoConfig.for_model("llama", **TINY["llama"]))
+    assert files.num_buffers(model, lambda parameter: True) == 5
+    assert files.num_buffers(nn.ModuleList([nn.ParameterList([torch.ones(1)] * 9), model]), lambda _: True) == 9 + 2
+    model.gradient_checkpointing_enable()
+    assert files.num_buffers(model, lambda parameter: True) == 9 + 2  # four of attention, three, two norms
+    assert files.num_buffers(model, lambda parameter: parameter.dim() == 2) == 7 + 2
+
+
+def test_memory_that_may_not_be_locked_is_asked_for_before_deepspeed_aborts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (8 * 2**20, 8 * 2**20))
+    files._check_lockable(8 * 2**20)
+    monkeypatch.setattr(files, "_may_lock", lambda: False)
+    files._check_lockable(8 * 2**20)
+    with pytest.raises(ConfigError, match=r"take 9 MiB of locked memory .* may lock 8 MiB; .*ulimit -l"):
+        files._check_lockable(9 * 2**20)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY, 0))
+    files._check_lockable(2**50)
 
 
 @pytest.fixture
@@ -195,25 +226,63 @@ def aio() -> None:
     builder.load(verbose=False)
 
 
+IN_FILES: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "frozen": (test_divided.FROZEN["ctr"], "float32", {}),
+    "frozen, rounded": (test_divided.FROZEN["ctr"], "bfloat16", {}),
+    "low-rank updates": (test_divided.FROZEN["lamol with lora"], "float32", {}),
+    "computed again": (test_divided.FROZEN["lamol with lora"], "float32", {"activation_checkpointing": True}),
+    "trained": (test_divided.TRAINED["sequential"], "float32", {}),
+    "some kept whole": (test_divided.TRAINED["sequential"], "float32", {"persistence_threshold": 128 * 128}),
+    "trained, rounded": (test_divided.TRAINED["lamol"], "bfloat16", {}),
+    "frozen heads": (test_divided.TRAINED["heads"], "bfloat16", {}),
+}
+
+
+def small_files(rank: int, world: int, function: Any, *args: Any) -> Any:
+    """Run a function of a rank where pieces of 8 KB go into files: a small model has many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "MEGABYTE", 8192)
+        return function(rank, world, *args)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("method", ["ctr", "lamol with lora"])
+@pytest.mark.parametrize("case", IN_FILES)
 @pytest.mark.usefixtures("aio")
-def test_parameters_in_files_train_the_same_and_leave_no_files(ranks: Ranks, tmp_path: Path, method: str) -> None:
-    """Pieces of less than 1 MB stay in memory: the backbone is wide."""
-    book = test_divided.made(tmp_path, test_divided.METHODS[method], intermediate_size=WIDE)
-    files = _new(tmp_path / "files")
-    in_files = test_divided.second(book, offload="all", offload_folder=str(files))
-    plain = ranks.run(look, test_divided.second(book), str(_new(tmp_path / "plain")), timeout_s=400.0)
-    found = ranks.run(look, in_files, str(_new(tmp_path / "out")), timeout_s=400.0)
+def test_parameters_in_files_train_the_same_and_leave_no_files(ranks: Ranks, tmp_path: Path, case: str) -> None:
+    """A deep model has more pieces than DeepSpeed has buffers. The stage is stopped, and goes on, in between."""
+    method, dtype, settings = IN_FILES[case]
+    book = test_divided.made(tmp_path, method, intermediate_size=256, num_hidden_layers=16)
+    folder = _new(tmp_path / "files")
+    job = test_divided.second(book, offload="all", **settings)
+    job = replace(job, model=job.model.model_copy(update={"dtype": dtype}))
+    watched = {"offload_folder": str(folder), "verify_protection_every": 1}
+    in_files = replace(job, engine=job.engine.model_copy(update=watched))
+    plain = ranks.run(look, job, str(_new(tmp_path / "plain")), timeout_s=400.0)
+    out = str(_new(tmp_path / "out"))
+    ranks.run(small_files, train_until, in_files, out, 1, timeout_s=400.0)
+    assert list(folder.iterdir()) == []
+    found = ranks.run(small_files, look, in_files, out, timeout_s=400.0)
     for before, after in zip(plain, found, strict=True):
         assert before["files"] == 0
-        assert after["files"] == 3 * test_divided.LAYERS * 128 * WIDE // 2 * 4  # half of the feed-forward weights
+        assert after["files"] >= 16 * 3 * 128 * 256 // 2 * (2 if dtype == "bfloat16" else 4)  # half of each
         assert after["held"] < before["held"] / 10
+        assert after["frozen"] == before["frozen"]  # read from the files
     difference = Trained.read(tmp_path / "out").difference(Trained.read(tmp_path / "plain"))
-    assert difference["weights"] <= 1e-6, difference
+    assert difference["weights"] == 0, difference
     assert difference["mask_bits"] == 0
-    assert list(files.iterdir()) == []
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("aio")
+def test_pieces_of_a_megabyte_lie_in_files(ranks: Ranks, tmp_path: Path) -> None:
+    """Of 2 MB, here; attention's, of 32 KB, do not."""
+    book = test_divided.made(tmp_path, test_divided.FROZEN["ctr"], intermediate_size=WIDE, num_hidden_layers=2)
+    job = test_divided.second(book, offload="all", offload_folder=str(_new(tmp_path / "files")))
+    for seen in ranks.run(look, job, str(_new(tmp_path / "out")), timeout_s=400.0):
+        assert seen["files"] == 2 * 3 * 128 * WIDE // 2 * 4  # half of the feed-forward weights
 
 
 def _new(folder: Path) -> Path:

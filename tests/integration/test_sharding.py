@@ -18,7 +18,8 @@ from cl_dist.parallel import params
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.world import World
 from cl_dist.stages import train
-from cl_dist.stages.job import Job, build_learner, task_data
+from cl_dist.stages.build import build_learner
+from cl_dist.stages.job import Job, task_data
 from cl_dist.stages.schedule import Schedule
 from tests import parity
 from tests.pool import Ranks

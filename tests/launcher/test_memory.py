@@ -1,5 +1,6 @@
 """Formulas of a plan, against arithmetic by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,6 +84,19 @@ def test_penalties_stay_with_the_host_of_a_gpu() -> None:
     assert parts(memory.host(held, Gang(1, 2)))["host: penalties"] == 80
 
 
+def test_what_building_a_model_takes_of_the_host() -> None:
+    """Whole on every rank, in float32, unless it is cut up while it is loaded."""
+    key, model = "host: a rank builds its model", replace(MODEL, item=2)
+    cut = replace(model, divides=True)
+    for found in (memory.host(model, Gang(2, 3)), memory.host(cut, Gang(2, 2)), memory.host(cut, Gang(1, 3))):
+        assert parts(found) == {key: 4000, "host: its weights in bfloat16": 400}
+    assert parts(memory.host(replace(model, trained=100), Gang(2, 2))) == {key: 4000}  # others are let go one by one
+    rounded = {"host: its weights in bfloat16": 200}
+    assert parts(memory.host(cut, Gang(2, 3))) == {key: 2000 + 1200} | rounded
+    assert parts(memory.host(replace(cut, tables=200), Gang(2, 3))) == {key: 1600 + 800 + 1200} | rounded
+    assert parts(memory.host(replace(MODEL, quantized=500), Gang(2, 3))) == {key: 6000}
+
+
 def test_keys_and_values_of_a_cache() -> None:
     decoder = Decoder(layers=3, heads=8, groups=2, size=16, vocabulary=100)
     # keys and values, 3 layers, 2 groups of 16, 33 tokens rounded up to 48
@@ -130,6 +144,20 @@ def test_what_a_gpu_leaves_to_its_host_is_counted_there() -> None:
             name: moved[name] for name in left if name in moved
         }
     assert not any("offload" in name for name in parts(memory.host(MODEL, plain)))
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_weights_in_files_are_no_memory_but_their_buffers_are(is_gpu: bool) -> None:
+    memory_only = Gang(2, 3, is_gpu=is_gpu, offload="all")
+    in_files = replace(memory_only, in_files=True)
+    before, after = (parts(memory.host(MODEL, gang)) for gang in (memory_only, in_files))
+    whole = parts(memory.training(MODEL, ONE, Gang(2, 3)).resident)["weights"]
+    trains = parts(memory.training(MODEL, ONE, in_files).resident)
+    assert "weights" not in trains
+    place = after if is_gpu else trains  # on a CPU the host's memory is what it trains in
+    assert place.pop("buffers for files") == MODEL.item * (5 * MODEL.largest // 2 + MODEL.trained // 2)
+    before.pop("host: weights (offload)", None)
+    assert after == before | {"files: weights": whole}
 
 
 def test_on_a_cpu_nothing_is_left_to_a_host() -> None:
