@@ -1,10 +1,8 @@
 """From the run file to what identifies a stage (facts) and what a worker is given (job)."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cl_dist.data.load import load_task
 from cl_dist.data.rows import TaskData
@@ -29,9 +27,7 @@ from cl_dist.stage import (
     digest_of,
     flat,
 )
-
-if TYPE_CHECKING:
-    from cl_dist.stages.job import Job
+from cl_dist.stages.job import Job
 
 
 class Workbook:
@@ -184,8 +180,6 @@ class Workbook:
 
     def job(self, stage: Stage) -> Job:
         """Return what a worker needs to run a stage."""
-        from cl_dist.stages.job import Job  # late: it needs torch
-
         science = self.config.science
         return Job(
             stage=stage,

@@ -123,7 +123,7 @@ class ClusterConfig(EngineConfig):
     gpus_per_worker: float = Field(0.0, ge=0)
     workers_per_model: int = Field(1, gt=0)
     """How many workers' resources hold one model where it has to be whole: when it writes, votes or is scored. With
-    more than 1 its layers lie on the GPUs of so many workers of a node; the results are the same bits."""
+    more than 1 a model that the first of these GPUs cannot hold lies on all of them, by layers; same bits."""
     max_failures: int = Field(3, ge=0)
     """How often a crashed gang or shard is started again before the run fails."""
     stop_timeout_s: float = Field(60.0, ge=0)
@@ -180,6 +180,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"method {method!r} adds penalties to gradients, which DeepSpeed holds out of reach with offload under "
                 f"zero_stage {self.cluster.zero_stage}; expected zero_stage 3, or no offload"
+            )
+        bits = self.science.model.weight_bits
+        if bits is not None and not METHODS[method].takes_quantized:
+            able = ", ".join(name for name, entry in METHODS.items() if entry.takes_quantized)
+            raise ValueError(
+                f"science.model.weight_bits={bits}: method {method!r} trains the backbone's layers, or wraps them; "
+                f"take one of {able}, or in a baseline model: {{weight_bits: null}}"
             )
         for name in self.baselines:
             self.baseline(name)

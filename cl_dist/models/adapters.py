@@ -6,7 +6,6 @@ Axes: B rows, L tokens, H hidden units.
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from cl_dist.models.architectures import architecture, layers_of
 from cl_dist.models.backbone import replace
 from cl_dist.models.classifier import Classifier, freeze
+from cl_dist.pieces import whole
 
 
 @dataclass
@@ -28,11 +28,8 @@ def copied(module: nn.Module) -> nn.Module:
     """Return a copy with whole weights, also of a module that ZeRO-3 has cut up; then a collective."""
     copy = deepcopy(module)
     for own, base in zip(copy.parameters(), module.parameters(), strict=True):
-        if hasattr(base, "ds_id"):
-            cut: Any = base
-            cut.all_gather()
-            own.data = cut.data.clone()
-            cut.partition()
+        with whole(base) as values:
+            own.data = values.clone()
     return copy
 
 

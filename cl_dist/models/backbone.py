@@ -49,11 +49,21 @@ def load_backbone(config: ModelConfig, *, causal: bool = False, dtype: torch.dty
     """Load a backbone with every dropout rate replaced by `dropout`; the engine lowers the precision later.
 
     causal: whether its language modelling head is wanted too. With `config.config` nothing is loaded: the weights are
-    drawn, always the same ones, in float32.
+    drawn, always the same ones, in float32. Weights that are quantized are loaded in float32 whatever dtype says.
 
     Raises:
-        ConfigError: If transformers cannot load the source.
+        ConfigError: If transformers cannot load the source, or bitsandbytes is wanted and not there.
     """
+    if config.weight_bits is None:
+        return _load(config, causal, dtype)
+    from cl_dist.models.quantized import quantize_layers
+
+    backbone = _load(config, causal, torch.float32)
+    quantize_layers(backbone, config.weight_bits)
+    return backbone
+
+
+def _load(config: ModelConfig, causal: bool, dtype: torch.dtype) -> PreTrainedModel:
     kind = AutoModelForCausalLM if causal else AutoModel
     try:
         if config.config is not None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from cl_dist.errors import ConfigError
 from cl_dist.models.architectures import architecture
+from cl_dist.pieces import whole_shape
 
 Batch = dict[str, Tensor]
 """input_ids, attention_mask and, where the tokenizer gives them, token_type_ids (B, L) int64; label, row, task
@@ -92,5 +93,5 @@ def freeze(module: nn.Module) -> None:
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
     """Return (trainable, all) parameter counts; of what ZeRO-3 has cut up, the whole."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
+    sizes = [(whole_shape(p).numel(), p.requires_grad) for p in module.parameters()]
     return sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes)

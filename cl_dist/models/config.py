@@ -17,6 +17,9 @@ class ModelConfig(Section):
     """Commit on the hub: name one, so that the weights cannot change under a run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass; bfloat16 keeps float32 masters in the optimizer (ZeRO stages 1-3)."""
+    weight_bits: Literal[4, 8] | None = None
+    """Keep the weights of a frozen backbone's linear layers in 4 (NF4) or 8 bits, by bitsandbytes: for methods that put
+    modules of their own into it. Activations, embeddings and norms are not rounded."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Replaces every dropout rate of the backbone. Above 0, results depend on how rows meet ranks."""
     pooling: Literal["mean", "cls", "pooler", "last"] | None = None

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cl_dist.models.architectures import Attention, architecture, layers_of
+from cl_dist.pieces import whole_shape
 
 Level = Literal["block", "group", "head"]
 
@@ -67,7 +68,7 @@ def kept(
                 found[f"{path}.{name}.bias"] = ("row", keep)
         for name, keep in zip(attention.norms, (query, shared), strict=False):
             for inner, parameter in _parameters_at(layer, name):
-                known = getattr(parameter, "ds_numel", parameter.numel())
+                known = whole_shape(parameter).numel()
                 shared_by_all = torch.ones(size) * keep.min()
                 found[f"{path}.{name}.{inner}"] = ("row", keep if known == len(keep) else shared_by_all)
         if output:

@@ -36,7 +36,7 @@ def add_update(backbone: PreTrainedModel, shape: LoraShape, name: str) -> None:
     try:
         inject_adapter_in_model(settings, backbone, adapter_name=name)
     except ValueError as error:
-        raise ConfigError(f"target_modules={targets}: {error}") from error
+        raise ConfigError(f"science.method: target_modules={targets}: {error}") from error
     updated: Any = dict(layers_with_updates(backbone))  # the library's methods carry no types
     for layer in updated.values():  # peft draws in the precision of the layer below, and on its device
         for factor in (layer.lora_A[name], layer.lora_B[name]):

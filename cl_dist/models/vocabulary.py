@@ -10,20 +10,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cl_dist.pieces import is_divided, whole
+
 
 @torch.no_grad()
 def extend(model: PreTrainedModel, size: int, known: int, seed: int, dtype: torch.dtype = torch.float32) -> None:
     """Give a model rows for `size` tokens; those from `known` on start at the mean of the others plus seeded noise.
 
     A row's initial value depends on its number and the seed alone, whatever the size, and on the mean of what the other
-    rows are in the forward pass, whose precision dtype is: they may be held in float32 or in that.
+    rows are in the forward pass, whose precision dtype is: they may be held in float32 or in that. Tables that ZeRO-3
+    has cut up over the ranks are whole afterwards, and it is a collective then.
     """
     untyped: Any = model
+    _make_whole(untyped.get_input_embeddings(), untyped.get_output_embeddings())
     if untyped.get_input_embeddings().weight.shape[0] < size:
         untyped.resize_token_embeddings(size, mean_resizing=False)
     for weight in _tables(model):
         weight[known:] = _fresh(weight, known, weight.shape[0], seed, dtype)
     _without_bias(model, known, None)
+
+
+def _make_whole(*tables: nn.Module) -> None:
+    """Give tables that are cut up whole weights, tied ones the same."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for table in tables:
+        for name, parameter in list(table.named_parameters(recurse=False)):
+            if not is_divided(parameter):
+                continue
+            if parameter not in made:
+                with whole(parameter) as values:
+                    made[parameter] = nn.Parameter(values.to("cpu", copy=True))
+            setattr(table, name, made[parameter])
 
 
 def _without_bias(model: Any, first: int, stop: int | None) -> None:
@@ -89,20 +106,14 @@ def own_rows(model: PreTrainedModel, size: int, known: int, seed: int, dtype: to
     """
     untyped: Any = model
     embedding, head = untyped.get_input_embeddings(), untyped.get_output_embeddings()
-    rows = [nn.Parameter(_read(table.weight, known, size, seed, dtype)) for table in (embedding, head)]
+    rows = []
+    for table in (embedding, head):
+        with whole(table.weight) as values:
+            rows.append(nn.Parameter(_fresh(values, known, size, seed, dtype)))
     if embedding.weight is head.weight:
         rows[1] = rows[0]
     untyped.set_input_embeddings(OwnEmbedding(embedding, known, rows[0]))
     untyped.set_output_embeddings(OwnLogits(head, known, rows[1]))
-
-
-def _read(weight: Any, known: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
-    if not hasattr(weight, "ds_id"):
-        return _fresh(weight, known, size, seed, dtype)
-    weight.all_gather()
-    found = _fresh(weight.data, known, size, seed, dtype)
-    weight.partition()
-    return found
 
 
 @torch.no_grad()

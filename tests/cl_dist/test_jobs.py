@@ -67,6 +67,7 @@ MODEL: Tree = {
     "pooling": "cls",
     "answers": "class",
     "spare_task_tokens": 8,
+    "weight_bits": 4,
     "config": {"model_type": "bert"},
 }
 GENERATE: Tree = {
