@@ -1,17 +1,13 @@
 """The loop: every stage of every task, in order, each once."""
 
-from __future__ import annotations
-
 import logging
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from cl_dist.jobs import Workbook
 from cl_dist.stage import Stage, ref
+from cl_dist.stages.job import Job
 from cl_dist.storage import told_when_full
 from cl_dist.tracking import Tracker
-
-if TYPE_CHECKING:
-    from cl_dist.stages.job import Job  # needs torch, which a driver need not have
 
 log = logging.getLogger(__name__)
 

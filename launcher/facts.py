@@ -126,6 +126,10 @@ class Shape:
     """The model of a run's last task, which has most parts, on its longest rows."""
 
     dry: Dry
+    divides: bool
+    """Whether ZeRO-3 cuts the backbone up while it is loaded."""
+    whole_at_once: int
+    """Pieces that are in memory at a time where the others lie in files."""
     item: int
     train: TrainConfig
     """Settings of the task with the longest rows."""
@@ -137,6 +141,8 @@ class Shape:
     @classmethod
     def of(cls, known: Known) -> Shape | None:
         """Shape the model, or return None where its sizes are not at hand."""
+        from cl_dist.parallel.files import MEGABYTE, num_buffers
+        from cl_dist.stages.build import loads_in_pieces
         from cl_dist.stages.dry import Dry
 
         model = known.model()
@@ -149,11 +155,14 @@ class Shape:
         tasks = tuple({*stages[-1].data, *stages[-1].replay})
         recompute = book.config.cluster.activation_checkpointing
         dry = Dry(method, model, labels, vocabulary=vocabulary, tasks=tasks, recompute=recompute)
+        divides = loads_in_pieces(dry.learner, book.config.science.model)
         before = Dry(method, model, labels[:-1], vocabulary=vocabulary).parts.elements if len(labels) > 1 else 0
         settings = [book.config.science.train_of(task) for task in book.tasks.tasks]
         longest = max(settings, key=lambda train: train.max_length * train.global_batch)
         item = 2 if model.dtype == "bfloat16" else 4
-        return cls(dry, item, longest, answer, dry.parts.elements - before, is_text)
+        smallest = MEGABYTE * book.config.cluster.workers // item
+        whole = num_buffers(dry.learner.model, lambda parameter: parameter.numel() >= smallest)
+        return cls(dry, divides, whole, item, longest, answer, dry.parts.elements - before, is_text)
 
     @property
     def model(self) -> Model:
@@ -167,6 +176,10 @@ class Shape:
             task_elements=dry.parts.elements,
             buffers=dry.buffers,
             beside=dry.beside,
+            divides=self.divides,
+            whole_at_once=self.whole_at_once,
+            quantized=dry.quantized,
+            tables=dry.tables,
         )
 
     def step(self, rows: int, accumulates: bool) -> Step:

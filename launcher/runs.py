@@ -206,7 +206,7 @@ def _dispatcher(config: RunConfig) -> Any:
         from cl_dist.dispatch_local import LocalDispatcher
 
         return LocalDispatcher()
-    from cl_dist.dispatch_ray import RayDispatcher
+    from cl_dist.dispatch_ray.dispatcher import RayDispatcher
 
     return RayDispatcher(config.cluster, config.folder)
 

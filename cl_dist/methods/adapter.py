@@ -33,7 +33,7 @@ class Adapter(Learner):
 
     config: AdapterConfig
     model: AdapterClassifier
-    takes_divided = True
+    takes_divided = freezes_backbone = True
 
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
         """See Learner."""
@@ -64,4 +64,5 @@ METHOD = Method(
     plan=plan_sequential,
     learners={"class": "cl_dist.methods.adapter:Adapter"},
     about="bottleneck adapters of its own for every task in a frozen backbone",
+    takes_quantized=True,
 )

@@ -53,6 +53,8 @@ class Method:
     """One line for `cl-dist list methods`."""
     penalises: bool = False
     """Whether its learner has `pulls`."""
+    takes_quantized: bool = False
+    """Whether its learner works beside layers whose weights are quantized: it neither trains nor wraps them."""
 
     def answers(self, wanted: str | None) -> str:
         """Return how a run of this method answers: "class" or "text".
@@ -131,8 +133,13 @@ class Learner(ABC):
     def takes_divided(self) -> bool:
         """Whether it can build on a backbone that is cut up over the ranks already.
 
-        It then freezes the backbone, and reads none of its weights before training but those that it copies.
+        It then reads none of the backbone's weights before training but those that it copies.
         """
+        return False
+
+    @property
+    def freezes_backbone(self) -> bool:
+        """Whether nothing of the backbone is trained."""
         return False
 
     @abstractmethod

@@ -80,4 +80,5 @@ METHOD = Method(
     plan=plan,
     learners={"class": "cl_dist.methods.ctr:Ctr"},
     about="capsule CL-plugins with transfer routing and task masks in a frozen backbone",
+    takes_quantized=True,
 )

@@ -63,6 +63,16 @@ class Finetune(Learner):
     config: TunedConfig
     model: Classifier
 
+    @property
+    def takes_divided(self) -> bool:
+        """See Learner. A pooler may not be in the file, and then be drawn in another way where it is cut up."""
+        return self.pooling != "pooler"
+
+    @property
+    def freezes_backbone(self) -> bool:
+        """See Learner."""
+        return self.config.tune == "head"
+
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
         """See Learner."""
         from cl_dist.models.classifier import Classifier, freeze

@@ -47,7 +47,7 @@ class Hat(Learner):
 
     config: MaskedConfig
     model: CtrClassifier
-    takes_divided = True
+    takes_divided = freezes_backbone = True
 
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
         """See Learner."""
@@ -155,4 +155,5 @@ METHOD = Method(
     plan=plan_sequential,
     learners={"class": "cl_dist.methods.hat:Hat"},
     about="task masks over adapters in a frozen backbone",
+    takes_quantized=True,
 )

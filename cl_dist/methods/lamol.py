@@ -72,8 +72,8 @@ class Lamol(TextLearner):
 
     @property
     def takes_divided(self) -> bool:
-        """See TextLearner. A teacher is a copy of the whole model."""
-        return super().takes_divided and not self.config.distill
+        """See Learner. A teacher is a copy of the whole model."""
+        return not self.config.distill
 
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
         """See TextLearner. The weights at hand are those before the task: with distillation, a copy of them teaches."""

@@ -29,7 +29,7 @@ class Lora(Learner):
 
     config: LoraSettings
     model: Classifier
-    takes_divided = True
+    takes_divided = freezes_backbone = True
 
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
         """See Learner.

@@ -194,17 +194,18 @@ class RationalLamol(Lamol):
         import torch
 
         from cl_dist.models.classifier import count_parameters
+        from cl_dist.pieces import whole_shape
 
         trained, total = count_parameters(self.model)
         if self.lora is not None:
             from cl_dist.models.lowrank import own_parameters
 
             own = own_parameters(self.model)
-            total = sum(getattr(p, "ds_numel", p.numel()) for name, p in self.model.named_parameters() if name in own)
+            total = sum(whole_shape(p).numel() for name, p in self.model.named_parameters() if name in own)
         frozen = total - trained
         for name, scale in self.grad_scales().items():
             parameter = self.model.get_parameter(name)
-            whole = torch.empty(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 may hold a piece of it
+            whole = torch.empty(whole_shape(parameter))  # ZeRO-3 may hold a piece of it
             frozen += int((scale.factor(whole) == 0).sum()) if scale.decay else 0
         return {"frozen_units": [list(pair) for pair in self._frozen], "freeze/params_frac": frozen / total}
 

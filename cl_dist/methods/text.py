@@ -65,6 +65,11 @@ class TextLearner(Learner):
     @property
     def takes_divided(self) -> bool:
         """See Learner."""
+        return True
+
+    @property
+    def freezes_backbone(self) -> bool:
+        """See Learner."""
         return self.lora is not None
 
     def fitted(self, name: str, stored: Tensor, initial: Tensor) -> Tensor:

@@ -31,8 +31,9 @@ from cl_dist.models.causal import CausalModel
 from cl_dist.models.config import ModelConfig
 from cl_dist.models.heads import block_parameters, shape_of
 from cl_dist.models.plugin import Plugin
+from cl_dist.models.quantized import QuantizedLinear
 from cl_dist.parallel.engine import attach
-from cl_dist.stages.job import new_learner
+from cl_dist.stages.build import new_learner
 from cl_dist.stages.live import Live, held
 
 
@@ -88,21 +89,28 @@ class Dry:
             recompute: Whether activations are computed again in the backward pass.
         """
         self._task = len(num_labels) - 1
-        self._learner = new_learner(method, model, num_labels, 0)
-        is_text = isinstance(self._learner, TextLearner)
+        self.learner = new_learner(method, model, num_labels, 0)
+        is_text = isinstance(self.learner, TextLearner)
         if is_text and vocabulary is not None and model.config is not None:
             model = model.model_copy(update={"config": model.config | {"vocab_size": vocabulary}})
         with torch.device("meta"):
             backbone: Any = load_backbone(model, causal=is_text)
             own = {id(parameter) for parameter in backbone.parameters()}
             # `build` of a decoder would ask a tokenizer which rows are new: only their number counts here.
-            if isinstance(self._learner, TextLearner):
+            if isinstance(self.learner, TextLearner):
                 size = backbone.config.vocab_size
                 new = Special(0, 0).size(len(num_labels), model.spare_task_tokens)
-                built = self._learner.shape(backbone, max(1, size - new), size)
+                built = self.learner.shape(backbone, max(1, size - new), size)
             else:
-                built = self._learner.build(backbone, self._task)
+                built = self.learner.build(backbone, self._task)
             teacher = load_backbone(model, causal=True) if getattr(method, "distill", 0) else None
+        quantized = [module.elements for module in built.modules() if isinstance(module, QuantizedLinear)]
+        both = (backbone.get_input_embeddings(), backbone.get_output_embeddings()) if is_text else ()
+        tables = {} if self.learner.freezes_backbone else {id(table.weight): table.weight.numel() for table in both}
+        self.tables = sum(tables.values())
+        """Elements of a decoder's vocabulary that are made whole on every rank, to get rows for special tokens."""
+        self.quantized = sum(quantized)
+        """Weights that are loaded whole, then held in fewer bits: buffers, no elements of the backbone."""
         self._config, is_own = backbone.config, [id(parameter) in own for parameter in built.parameters()]
         self.decoder = (*shape_of(backbone), backbone.config.vocab_size) if is_text else None
         """(layers, heads, groups of heads, size of a head, rows of the vocabulary)."""
@@ -111,11 +119,11 @@ class Dry:
             for module in (built, *([] if teacher is None else [teacher])):
                 _embody(module)
             _copied_as(backbone, teacher)
-            self._learner.model = built
+            self.learner.model = built
             for earlier in range(self._task):
                 self._finish(earlier)
-            self._learner.start_task(self._task, tasks or (self._task,))
-        scales = self._learner.grad_scales()  # which look at their own small tensors
+            self.learner.start_task(self._task, tasks or (self._task,))
+        scales = self.learner.grad_scales()  # which look at their own small tensors
         with self._fake:
             self._count(is_own)
             first = [backbone.get_parameter(name) for name in block_parameters(backbone, 0)] if is_text else []
@@ -129,12 +137,12 @@ class Dry:
 
     def _finish(self, task: int) -> None:
         """Leave behind what the end of a task does: masks, importances."""
-        self._learner.start_task(task, (task,))
-        self._learner.end_task(dict(self._learner.model.named_parameters()), ())
+        self.learner.start_task(task, (task,))
+        self.learner.end_task(dict(self.learner.model.named_parameters()), ())
 
     def _count(self, is_own: list[bool]) -> None:
         """Count the model while it is in float32; is_own: whether each parameter is the backbone's."""
-        model = self._learner.model
+        model = self.learner.model
         sizes = [
             (mine, p.numel(), p.numel() * p.requires_grad) for mine, p in zip(is_own, model.parameters(), strict=True)
         ]
@@ -146,18 +154,18 @@ class Dry:
         self.largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
         """Elements of the module that holds most of them itself: what ZeRO-3 gathers at a time, at least."""
         self.buffers = _bytes(model.buffers())
-        pulls = [t for pull in self._learner.pulls().values() for t in (pull.strength, pull.anchor)]
+        pulls = [t for pull in self.learner.pulls().values() for t in (pull.strength, pull.anchor)]
         self._taught = [p for teacher in getattr(model, "_teacher", []) for p in held(teacher)]
         self.beside = {"penalties": _bytes(t for t in pulls if isinstance(t, Tensor)), "teacher": _bytes(self._taught)}
         """Bytes of what the method holds beside its model."""
 
     def micro(self, rows: int, length: int, answer: int) -> Micro:
         """Run a micro-batch of equally long rows, with so many labels in each answer, forward and backward."""
-        model = self._learner.model
+        model = self.learner.model
         with self._fake, _following(model.train(), self._config, self._taught) as trace:
             batch = self._batch(rows, length, answer)
             with trace.live:
-                loss = self._learner.loss(model, batch, Progress(0, 10, 0, 10))
+                loss = self.learner.loss(model, batch, Progress(0, 10, 0, 10))
                 terms = [(term * batch["weight"]).sum() for term in loss.rows.values()]
                 total = torch.stack([term.float() for term in (*terms, *loss.own.values())]).sum()
                 del loss, terms
@@ -169,9 +177,9 @@ class Dry:
 
     def scored(self, rows: int, length: int) -> int:
         """Return the most bytes beside the weights in a forward pass without gradients, of a decoder without logits."""
-        model: Any = self._learner.model
+        model: Any = self.learner.model
         with self._fake, torch.no_grad(), _following(model.eval(), self._config, []) as trace:
-            self._learner.activate(self._task)
+            self.learner.activate(self._task)
             batch = self._batch(rows, length, 1)
             with trace.live:
                 if isinstance(model, CausalModel):
@@ -188,20 +196,20 @@ class Dry:
         """
         with self._fake:
             self._finish(self._task)
-            state = self._learner.state_dict().values()
+            state = self.learner.state_dict().values()
         return sum(value.numel() * (4 if value.is_floating_point() else value.element_size()) for value in state)
 
     def labels(self, rows: int, length: int, answer: int) -> dict[str, int]:
         """Return the labels of a decoder's micro-batch by the loss that they are for: LAMOL reads every row twice."""
-        if not isinstance(self._learner, TextLearner):
+        if not isinstance(self.learner, TextLearner):
             return {}
-        has_samples = bool(self._learner.reading(training=True).get("samples"))
+        has_samples = bool(self.learner.reading(training=True).get("samples"))
         return {"qa": rows * answer} | ({"lm": rows * length} if has_samples else {})
 
     def _batch(self, rows: int, length: int, answer: int) -> dict[str, Tensor]:
         """Return a batch as this learner's rows give it, every row as long as any may be."""
         batch = {name: torch.zeros(rows, dtype=torch.int64) for name in ("row", "task")} | {"weight": torch.ones(rows)}
-        if not isinstance(self._learner, TextLearner):
+        if not isinstance(self.learner, TextLearner):
             names = ["input_ids", "attention_mask"]
             if getattr(self._config, "type_vocab_size", 0) > 1:
                 names.append("token_type_ids")

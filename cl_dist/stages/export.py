@@ -31,7 +31,8 @@ from cl_dist.models.causal import CausalModel
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.seeds import seeded
 from cl_dist.stage import Evaluate
-from cl_dist.stages.job import Job, build_learner, new_learner, task_data
+from cl_dist.stages.build import build_learner, new_learner
+from cl_dist.stages.job import Job, task_data
 
 CARD, PARTS = "cl_dist.json", "parts.safetensors"
 _MODEL, _LEARNER = "model.", "learner."
@@ -63,6 +64,8 @@ class Card(Section):
     dtype: Literal["float32", "bfloat16"]
     """Precision of the forward pass; the files hold float32."""
     dropout: float
+    weight_bits: Literal[4, 8] | None = None
+    """The files hold whole weights, which are rounded when they are loaded."""
     seed: int
     fingerprint: str
     """That of the Train stage whose model this is."""
@@ -93,6 +96,7 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
         pooling=job.model.pooling,
         dtype=job.model.dtype,
         dropout=job.model.dropout,
+        weight_bits=job.model.weight_bits,
         seed=job.seed,
         fingerprint=fingerprint,
     )
@@ -112,7 +116,8 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
         return
     _, places = _untrained(card, job.model)
     tensors = {name: tensor.detach().cpu() for name, tensor in learner.model.state_dict().items()}
-    backbone = load_backbone(job.model)  # one that no method has put anything into
+    plain = job.model.model_copy(update={"weight_bits": None})
+    backbone = load_backbone(plain)  # one that no method has put anything into
     backbone.load_state_dict({inner: tensors[name] for name, inner in places.items()}, strict=False)
     parts = {_MODEL + name: tensor for name, tensor in tensors.items() if name not in places}
     parts |= {_LEARNER + name: tensor.cpu() for name, tensor in learner.state_dict().items()}
@@ -158,7 +163,13 @@ def load_exported(folder: Path | str, task: str | None = None) -> tuple[nn.Modul
         raise ConfigError(f"task={task!r}: this model does not answer for it{did_you_mean(task, list(answered))}")
     number = card.task if task is None else answered[task]
 
-    config = ModelConfig(source=str(folder.absolute()), dtype=card.dtype, dropout=card.dropout, pooling=card.pooling)
+    config = ModelConfig(
+        source=str(folder.absolute()),
+        dtype=card.dtype,
+        dropout=card.dropout,
+        pooling=card.pooling,
+        weight_bits=card.weight_bits,
+    )
     try:
         parts = load_file(folder / PARTS)
         learner, places = _untrained(card, config)

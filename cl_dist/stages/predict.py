@@ -16,7 +16,8 @@ from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.decode import answer_all
 from cl_dist.parallel.world import World
-from cl_dist.stages.job import Job, build_learner, placed, task_data
+from cl_dist.stages.build import build_learner, placed
+from cl_dist.stages.job import Job, task_data
 
 
 class Predictor:

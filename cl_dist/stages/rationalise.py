@@ -14,7 +14,8 @@ from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.invrat import Players
 from cl_dist.parallel.world import World
 from cl_dist.stage import Rationalise
-from cl_dist.stages.job import Job, build_learner, task_data
+from cl_dist.stages.build import build_learner
+from cl_dist.stages.job import Job, task_data
 from cl_dist.stages.voters import Shard
 
 FOUND = "rationalise.json"

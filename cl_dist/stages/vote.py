@@ -25,7 +25,8 @@ from cl_dist.models.cci import Bits, Comparer, Floats, Recorder, watch, watched
 from cl_dist.models.heads import units_of
 from cl_dist.models.saliency import agreement, salient
 from cl_dist.stage import Record, Vote, VoteConfig, digest_of
-from cl_dist.stages.job import Job, build_learner, placed, task_data
+from cl_dist.stages.build import build_learner, placed
+from cl_dist.stages.job import Job, task_data
 from cl_dist.stages.voters import Shard
 
 log = logging.getLogger(__name__)
