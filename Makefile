@@ -24,7 +24,7 @@ $(DEMO): $(STAMP) launcher/recipes/ctr-demo.requirements.txt
 	@touch $@
 
 test: $(STAMP)  ## tests that run on CPU, with Ray; CI=true also fails on a skip not in tests/allowed_skips.txt
-	$(BIN)/python -X faulthandler -m pytest tests -rs -m 'not gpu and not bench and not long'
+	$(BIN)/python -X faulthandler -m pytest tests -n 2 --no-loadscope-reorder -rs --durations 15 -m 'not gpu and not bench and not long'
 
 test-long: $(STAMP)  ## jobs, manifests, several hosts, lost and drained nodes: Ray clusters of their own, minutes each
 	$(BIN)/python -X faulthandler -m pytest tests -rs -m long

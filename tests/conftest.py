@@ -4,6 +4,8 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,8 +28,12 @@ os.environ |= {
 os.environ.pop("RAY_ADDRESS", None)  # never somebody's real cluster
 
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.pool import Ranks
+
+ROOT = Path(__file__).parents[1]
+RAY_FILES = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py") if "mark.ray" in path.read_text()}
 
 # How long an example takes says how busy the machine is, and nothing about the code.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -39,6 +45,27 @@ _sessions: list[pytest.Session] = []
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     _sessions.append(session)
+
+
+def _starts_ray(nodeid: str) -> bool:
+    return nodeid.partition("::")[0] in RAY_FILES
+
+
+class _InTwoProcesses(LoadScopeScheduling):  # type: ignore[misc]  # the library carries no types
+    """How xdist hands tests out: all files that start Ray to one process, and each other file to one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if _starts_ray(nodeid) else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return _InTwoProcesses(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # those that take longest first
+        items.sort(key=lambda item: not _starts_ray(item.nodeid))
 
 
 @pytest.hookimpl(trylast=True)

@@ -21,7 +21,6 @@ from cl_dist.methods.base import Learner
 from cl_dist.models.classifier import Batch
 from cl_dist.models.config import PluginShape
 from cl_dist.models.plugin import CtrClassifier
-from cl_dist.parallel import params
 from cl_dist.parallel.engine import Optimizing, TorchEngine, attach
 from cl_dist.parallel.world import World
 from cl_dist.stages.schedule import Schedule
@@ -118,7 +117,7 @@ def train(
         engine.backward(loss.rows["ce"].mean(), sum(loss.own.values(), torch.zeros(())))
         engine.step()
     learner.activate(task)
-    learner.end_task(params.read(dict(learner.model.named_parameters())), ())
+    learner.end_task({name: p.detach().clone() for name, p in learner.model.named_parameters()}, ())
     engine.module.eval()
 
 

@@ -22,7 +22,8 @@ from cl_dist.models.backbone import load_tokenizer
 from cl_dist.parallel.engine import TorchEngine
 from cl_dist.stage import Evaluate, Ref, Train, ref
 from cl_dist.stages import train
-from cl_dist.stages.job import Job, build_learner, task_data
+from cl_dist.stages.build import build_learner
+from cl_dist.stages.job import Job, task_data
 from cl_dist.stages.weights import StoredWeights
 from cl_dist.tracking import Tracker
 from tests import parity, tiny

@@ -23,7 +23,8 @@ from cl_dist.models.config import ModelConfig
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import ref
 from cl_dist.stages import train
-from cl_dist.stages.job import build_learner, task_data
+from cl_dist.stages.build import build_learner
+from cl_dist.stages.job import task_data
 from tests import parity, tiny
 from tests.architectures import TINY
 from tests.parity import Cell, Trained

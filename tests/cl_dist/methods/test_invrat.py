@@ -16,7 +16,8 @@ from cl_dist.models.backbone import load_tokenizer
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.stage import Ref
 from cl_dist.stages import rationalise, train
-from cl_dist.stages.job import Job, build_learner
+from cl_dist.stages.build import build_learner
+from cl_dist.stages.job import Job
 from cl_dist.stages.shards import SHARDED
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny

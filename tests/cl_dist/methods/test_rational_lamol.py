@@ -14,7 +14,8 @@ from cl_dist.errors import CheckpointError, ConfigError, DataError
 from cl_dist.jobs import Workbook
 from cl_dist.stage import Record, Ref, Train, Vote, ref
 from cl_dist.stages import train, vote
-from cl_dist.stages.job import Job, build_learner
+from cl_dist.stages.build import build_learner
+from cl_dist.stages.job import Job
 from cl_dist.stages.predict import Predictor
 from cl_dist.stages.shards import SHARDED
 from cl_dist.stages.voters import Shard

@@ -13,8 +13,8 @@ from cl_dist.errors import ConfigError
 from cl_dist.jobs import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref, ref
+from cl_dist.stages.build import build_learner
 from cl_dist.stages.evaluate import compared
-from cl_dist.stages.job import build_learner
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny
 from tests.parity import train_here

@@ -20,8 +20,9 @@ from cl_dist.methods import METHODS
 from cl_dist.models.backbone import load_backbone, load_tokenizer
 from cl_dist.models.classifier import Batch
 from cl_dist.stage import Evaluate
+from cl_dist.stages.build import build_learner
 from cl_dist.stages.export import CARD, PARTS, export, load_exported
-from cl_dist.stages.job import Job, build_learner
+from cl_dist.stages.job import Job
 from cl_dist.stages.predict import Predictor
 from tests import tiny
 

@@ -11,8 +11,8 @@ from cl_dist.config import parse
 from cl_dist.jobs import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref
-from cl_dist.stages import job as jobs
-from cl_dist.stages.job import build_learner, placed
+from cl_dist.stages import build
+from cl_dist.stages.build import build_learner, placed
 from tests import parity, tiny
 from tests.architectures import TINY
 
@@ -45,7 +45,7 @@ def test_it_is_the_one_that_is_loaded_in_float32_and_rounded(
     parity.train_here(book.job(book.stage(first)), book.ledger.path(first))
     job = book.job(book.plan(0)[-1])
     found, loaded = {}, []
-    module: Any = jobs
+    module: Any = build
     load = module.load_backbone
 
     def noted(*args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from cl_dist.jobs import Workbook
 from cl_dist.parallel.spread import by_layers, placing
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stage import Ref
-from cl_dist.stages import job as jobs
+from cl_dist.stages import build
 from cl_dist.stages.shards import SHARDED
 from tests import tiny
 
@@ -59,7 +59,7 @@ def books(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workbook]:
 @pytest.fixture
 def divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Divided:
     found = Divided(tmp_path / "weights")
-    monkeypatch.setattr(jobs, "spread", found)
+    monkeypatch.setattr(build, "spread", found)
     return found
 
 
