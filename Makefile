@@ -49,8 +49,9 @@ fmt: $(STAMP)  ## format, and mend what ruff can mend
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## speed ratios, measured in one run
-	$(BIN)/python -m pytest tests/benchmarks -s -m bench --timeout 1800
+bench: $(STAMP)  ## speed ratios, measured in one run, into README.md
+	$(BIN)/python -m pytest tests/benchmarks -s -m bench --timeout 1800 --figures tests/results/speed.json
+	$(BIN)/python -m launcher.tables write
 
 parity: $(STAMP)  ## every method, ZeRO stage, gang of 1-3 and accumulation against one worker, into README.md
 	$(BIN)/python -m tests.parity tests/results/parity.json

@@ -171,11 +171,23 @@ def scaling(data: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def speed(data: Mapping[str, Any]) -> str:
+    """Return the Markdown table of `tests/benchmarks`: a row per figure."""
+    lines = ["| what | measured | allowed |", "| --- " * 3 + "|"]
+    lines += [f"| {row['what']} | {row['text']} | {row['budget'] or '-'} |" for row in data["figures"]]
+    lines += ["", f"{data['cores']} cores, torch {data['torch']}."]
+    return "\n".join(lines) + "\n"
+
+
+BLOCKS = {"parity": parity, "chaos": chaos, "memory": memory, "scaling": scaling, "speed": speed}
+"""How results are shown that are no summaries of runs."""
+
+
 def filled(readme: str) -> str:
     """Return a page with every marked block written from its results file."""
     for path in sorted(RESULTS.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf8"))
-        block = {"parity": parity, "chaos": chaos, "memory": memory, "scaling": scaling}.get(path.stem, table)(data)
+        block = BLOCKS.get(path.stem, table)(data)
 
         def put(match: re.Match[str], block: str = block) -> str:
             return match[1] + block + match[2]

@@ -14,6 +14,7 @@ from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.sequence import run
 from cl_dist.tracking import Tracker
 from tests import tiny
+from tests.benchmarks.conftest import Measured
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
 TASKS = 100
@@ -25,7 +26,9 @@ def _memory_mb() -> float:
 
 
 @pytest.mark.parametrize("method", [{"name": "individual"}, {"name": "adapter", "size": 8}])
-def test_a_hundred_tasks_cost_hardly_more_each_than_ten(tmp_path: Path, method: dict[str, Any]) -> None:
+def test_a_hundred_tasks_cost_hardly_more_each_than_ten(
+    tmp_path: Path, method: dict[str, Any], measured: Measured
+) -> None:
     tree = tiny.tree(tmp_path, {"science": {"method": method}}, tasks=("food",))
     (task,) = tree["science"]["tasks"]
     tree["science"]["tasks"] = [{**task, "id": f"task{number}"} for number in range(TASKS)]
@@ -50,10 +53,11 @@ def test_a_hundred_tasks_cost_hardly_more_each_than_ten(tmp_path: Path, method: 
         seconds, memory, files = series[number]
         print(f"{method['name']}: task {number + 1}: {seconds:.2f} s, {memory:.0f} MB, {files} open files")
     early, late = series[10:20], series[-10:]
-    assert late[-1][2] <= early[-1][2] + 2
-    assert mean(m for _, m, _ in late) < mean(m for _, m, _ in early) + 100
+    of = f"tasks 91 to 100 of `{method['name']}`, against tasks 11 to 20"
+    measured(f"open files: {of}", late[-1][2] - early[-1][2], "{:+d}", at_most=2)
+    memory = mean(m for _, m, _ in late) - mean(m for _, m, _ in early)
+    measured(f"memory: {of}", memory, "{:+.0f} MB", at_most=100)
     if method["name"] == "individual":  # the others score all seen tasks after each
         # Summaries go over all stages: some milliseconds of a task's time for each task before it.
         slope = (mean(s for s, _, _ in late) - mean(s for s, _, _ in early)) / 80
-        print(f"{method['name']}: {1000 * slope:.1f} ms more per earlier task")
-        assert slope < 0.002
+        measured(f"time: {of}", 1000 * slope, "{:+.1f} ms per earlier task", at_most=2)

@@ -8,6 +8,7 @@ from statistics import median
 import pytest
 import yaml
 
+from tests.benchmarks.conftest import Measured
 from tests.integration import ray_runs
 from tests.integration.ray_runs import Command, events
 
@@ -15,7 +16,9 @@ pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
 TASKS, STAGE_S = 10, 60.0
 
 
-def test_ten_tasks_of_a_minute_cost_a_tenth_more_and_a_warm_shard_stage_a_second(tmp_path: Path) -> None:
+def test_ten_tasks_of_a_minute_cost_a_tenth_more_and_a_warm_shard_stage_a_second(
+    tmp_path: Path, measured: Measured
+) -> None:
     tree = ray_runs.tree(tmp_path, {"run": {"name": "cost"}, "science": {"method": {"name": "sequential"}}})
     task = tree["science"]["tasks"][0]
     tree["science"]["tasks"] = [{**task, "id": f"task{number}"} for number in range(TASKS)]
@@ -32,7 +35,7 @@ def test_ten_tasks_of_a_minute_cost_a_tenth_more_and_a_warm_shard_stage_a_second
     steps = {event["stage"]: event["total_steps"] for event in events(run) if event["event"] == "round"}
     own = {s["key"]: s["metrics"]["perf/step_s"] * steps[s["key"]] for s in stages if s["kind"] == "train"}
     whole = {event["stage"]: event["seconds"] for event in events(run) if event["event"] == "stage_end"}
-    print(f"whole run {wall:.1f} s, steps {sum(own.values()):.1f} s, the rest {1 - sum(own.values()) / wall:.1%}")
+    print(f"whole run {wall:.1f} s, steps {sum(own.values()):.1f} s")
     trains = [key for key in whole if key.endswith("/train")]
     print("train, s beside its steps:", " ".join(f"{whole[key] - own[key]:.2f}" for key in trains))
     scored = [whole[key] for key in whole if key.endswith("/evaluate")]
@@ -40,8 +43,9 @@ def test_ten_tasks_of_a_minute_cost_a_tenth_more_and_a_warm_shard_stage_a_second
     stages_s = sum(whole.values())
     print(f"before the first stage, between stages and after the last: {wall - stages_s:.1f} s")
     assert median(own.values()) > STAGE_S / 2
-    assert 1 - sum(own.values()) / wall <= 0.10
-    assert median(scored[1:]) <= 1.0
+    rest = 100 * (1 - sum(own.values()) / wall)
+    measured(f"{TASKS} tasks of a minute on two Ray workers, all but training steps", rest, "{:.1f} %", at_most=10)
+    measured("a shard stage on warm Ray workers, median", median(scored[1:]), "{:.2f} s", at_most=1)
 
 
 def _epochs(folder: Path, tree: object) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.tables import PAGES, RESULTS, filled, kept, memory, parity, table
+from launcher.tables import PAGES, RESULTS, filled, kept, memory, parity, speed, table
 from tests.launcher.summaries import summaries
 
 ROOT = Path(__file__).parents[2]
@@ -64,3 +64,12 @@ def test_the_table_of_memory_has_a_row_per_gang_and_a_column_per_micro_batch() -
     rows = memory({"lines": lines, "length": 8, "global_batch": 4, "torch": "2"}).splitlines()[2:4]
     assert rows[0] == "| ctr, train | 2 | ZeRO-3 | 3.0 / 2.0 (1.500) | 1.0 / 2.0 (0.500) |"
     assert rows[1] == "| lamol, generate | 1 | torch | 3.0 / 2.0 (1.500) | - |"
+
+
+def test_the_table_of_speed_shows_each_figure_beside_what_is_allowed() -> None:
+    figures = [
+        {"what": "a vote", "value": 1.06, "text": "1.06x their time", "budget": "at most 1.1"},
+        {"what": "operations", "value": 437, "text": "437 each time", "budget": ""},
+    ]
+    rows = speed({"figures": figures, "cores": 2, "torch": "2"}).splitlines()[2:4]
+    assert rows == ["| a vote | 1.06x their time | at most 1.1 |", "| operations | 437 each time | - |"]
