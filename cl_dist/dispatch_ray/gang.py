@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import PlacementGroupID
 from ray._private.state import state
 from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, check_fits, last_lines
@@ -21,7 +23,7 @@ from cl_dist.stages.job import Job
 from cl_dist.tracking import Tracker
 
 log = logging.getLogger(__name__)
-FITS_S = 5.0
+FITS_S, CLOSE_S, QUIET_S = 5.0, 20.0, 2.0
 
 
 def _fit(cluster: ClusterConfig, storage: str, mailbox: Any, cwd: str) -> None:
@@ -212,11 +214,29 @@ class Gang:
         return places
 
     def close(self) -> None:
-        """Let the ranks return, so that Ray Train ends in order; in the middle of a stage they end with the driver."""
-        if self._busy:
-            return
+        """Let the ranks return, so that Ray Train ends in order; in the middle of a stage they are ended."""
         try:
-            ray.get(self._mailbox.close.remote(), timeout=ACTOR_TIMEOUT_S)
-            ray.wait([self._fit], timeout=20.0)
+            if not self._busy:
+                ray.get(self._mailbox.close.remote(), timeout=ACTOR_TIMEOUT_S)
+                if ray.wait([self._fit], timeout=CLOSE_S)[0]:
+                    return
+            ray.cancel(self._fit, force=True, recursive=False)  # its controller dies with it, and the ranks with that
+            _give_back()
         except RayError as error:
             log.warning("gang not closed in order: %s", error)
+
+
+def _give_back() -> None:
+    """Remove this job's placement groups until no more come.
+
+    A controller that starts its gang again just as the driver leaves makes a group that Ray takes for a living job's,
+    and its CPUs and GPUs would be taken for as long as the cluster lives.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    quiet_since = began = time.monotonic()
+    while quiet_since + QUIET_S > time.monotonic() < began + CLOSE_S:
+        for number, group in ray.util.placement_group_table().items():
+            if number.endswith(job) and group["state"] != "REMOVED":
+                ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
+                quiet_since = time.monotonic()
+        time.sleep(POLL_S)

@@ -5,6 +5,7 @@ Stages are compared with those of the run that the command line computed undistu
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from cl_dist.config import merged, parse
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.dispatch_ray.cluster import connect
 from cl_dist.dispatch_ray.dispatcher import RayDispatcher
+from cl_dist.dispatch_ray.gang import Gang
 from cl_dist.dispatch_ray.nodes import alive, check_storage, probe
 from cl_dist.errors import ClDistError, ClusterError, DataError, TrainingError
 from cl_dist.jobs import Workbook
@@ -143,6 +145,40 @@ def test_an_error_that_no_restart_would_cure_arrives_as_it_was_raised(address: s
         compute(workbook, lambda _, event: seen.append(event["event"]))
     assert type(caught.value) is DataError  # not Ray's wrapping of it
     assert seen == ["begin", "stage_start"]
+
+
+class Late:
+    """Takes a CPU of the cluster after a while, as the controller of a gang does that starts again."""
+
+    def take(self, after_s: float) -> None:
+        time.sleep(after_s)
+        ray.util.placement_group([{"CPU": 1}])
+
+
+def test_a_gang_given_up_in_a_stage_takes_nothing_of_the_cluster_with_it(address: str, tmp_path: Path) -> None:
+    config = tiny.book(tmp_path, {"cluster": {"dispatcher": "ray", "address": address, "workers": 1}}).config
+    connect(config.cluster)
+    try:
+        gang = Gang(config.cluster, config.folder)
+        job = ray.get_runtime_context().get_job_id()
+        while not any(name.endswith(job) for name in groups()):
+            time.sleep(0.1)
+        gang._busy = True
+        late: Any = ray.remote(Late).options(num_cpus=0).remote()
+        ray.get(late.__ray_ready__.remote(), timeout=120)
+        late.take.remote(1.0)
+        gang.close()
+        states = [group["state"] for name, group in groups().items() if name.endswith(job)]
+        assert len(states) > 1
+        assert set(states) == {"REMOVED"}
+    finally:
+        ray.shutdown()
+
+
+def groups() -> Mapping[str, Any]:
+    """Return all placement groups that the cluster has seen."""
+    found: Mapping[str, Any] = ray.util.placement_group_table()
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- pool
