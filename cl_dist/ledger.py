@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,15 +50,20 @@ class Ledger:
         """Return the manifest of a finished stage, or None.
 
         Raises:
-            CheckpointError: If it is there but damaged.
+            CheckpointError: If it is there but damaged or cannot be read, or if its folder is a link.
         """
         path = self.path(stage) / MANIFEST
         try:
-            manifest: dict[str, Any] = self._parsed(path)
-            manifest["fingerprint"], manifest["facts"], manifest["files"].items()
+            refuse_links((path.parent.parent, path.parent))
+            manifest: dict[str, Any] = self._parsed(path, parse_manifest)
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be read: {error}; mend or remove the folder {path.parent}, or choose another "
+                "place with run.dir=..."
+            ) from error
+        except ValueError as error:
             raise CheckpointError(
                 f"{path}: damaged ({error}); remove the folder {path.parent} to compute the stage again"
             ) from None
@@ -90,8 +96,12 @@ class Ledger:
 
         Its name carries the fingerprint, so what was begun with other settings is never gone on with. Of what an
         earlier attempt with the same settings left, `UNFINISHED` stays until the stage is done.
+
+        Raises:
+            CheckpointError: If there is a link where the stage's own files and folders belong.
         """
         final, facts = self.path(ref(stage)), dict(self._facts_of(stage))
+        refuse_links(_places(final))
         fingerprint = digest_of(facts)
         partial = _partial(final, fingerprint)
         partial.mkdir(parents=True, exist_ok=True)
@@ -113,15 +123,20 @@ class Ledger:
         self._move(partial, final)
 
     def rescue(self, stage: Stage) -> bool:
-        """Publish what an earlier attempt had finished but for the last rename; return whether there was something."""
+        """Publish what an earlier attempt had finished but for the last rename; return whether there was something.
+
+        Raises:
+            CheckpointError: If there is a link where the stage's own files and folders belong.
+        """
         final, fingerprint = self.path(ref(stage)), self.fingerprint(stage)
+        refuse_links(_places(final))
         partial = _partial(final, fingerprint)
         try:
-            manifest = self._parsed(partial / MANIFEST)
+            manifest = self._parsed(partial / MANIFEST, parse_manifest)
             whole = all(sha256(partial / name) == digest for name, digest in manifest["files"].items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError):
             return False
-        if not whole or manifest.get("fingerprint") != fingerprint:
+        if not whole or manifest["fingerprint"] != fingerprint:
             return False
         self._move(partial, final)
         return True
@@ -187,12 +202,12 @@ class Ledger:
             raise CheckpointError(f"{path}: missing or damaged; remove the folder {path.parent.name!r} and resume")
         return self._parsed(path)
 
-    def _parsed(self, path: Path) -> Any:
+    def _parsed(self, path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
         """Return what a JSON file holds, read again only if the file has changed; not to be altered."""
         facts = path.stat()
         state = facts.st_size, facts.st_mtime_ns, facts.st_ino
         if self._read.get(path, (None, None))[0] != state:
-            self._read[path] = state, json.loads(path.read_text(encoding="utf8"))
+            self._read[path] = state, parse(path.read_text(encoding="utf8"))
         return self._read[path][1]
 
     def _is_whole(self, path: Path, digest: str | None) -> bool:
@@ -209,6 +224,58 @@ class Ledger:
 def _partial(final: Path, fingerprint: str) -> Path:
     """Return where a stage is computed before its folder gets its name."""
     return final.with_name(f"{final.name}.partial-{fingerprint[:12]}")
+
+
+def _places(final: Path) -> Iterator[Path]:
+    """Yield where a stage is or has been begun, from the outside inwards, so that a link comes before what it hides."""
+    yield from (final.parent, final)
+    for partial in final.parent.glob(f"{final.name}.partial-*"):
+        yield partial
+        yield from partial.rglob("*")
+
+
+def refuse_links(places: Iterable[Path]) -> None:
+    """Refuse a link among places that a run writes to and removes: what lies behind it is not the run's own.
+
+    Raises:
+        CheckpointError: If there is one.
+    """
+    for path in places:
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path}: a link, where a run keeps its own files; remove the link (not what it points to) and resume: "
+                "what is missing is computed again"
+            )
+
+
+def is_inside(name: str) -> bool:
+    """Return whether a name with slashes stays inside of the folder it is joined to, wherever it came from."""
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+def parse_manifest(text: str) -> dict[str, Any]:
+    """Return what a manifest holds, once all that is read of one is there and its facts have its fingerprint.
+
+    Raises:
+        ValueError: If it is not like that.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+        datetime.fromisoformat(manifest["started"])
+        right = {
+            "stage": isinstance(manifest["stage"], dict) and isinstance(manifest["stage"]["kind"], str),
+            "facts": isinstance(manifest["facts"], dict),
+            "seconds": isinstance(manifest["seconds"], float) and math.isfinite(manifest["seconds"]),
+            "files": all(is_inside(name) and isinstance(digest, str) for name, digest in manifest["files"].items()),
+        }
+        is_whole = digest_of(manifest["facts"]) == manifest["fingerprint"]
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a manifest: {type(error).__name__}: {error}") from None
+    if wrong := [name for name, is_right in right.items() if not is_right]:
+        raise ValueError(f"not what belongs there: {', '.join(wrong)}")
+    if not is_whole:
+        raise ValueError("its fingerprint is not that of its facts")
+    return manifest
 
 
 def sha256(path: Path) -> str:

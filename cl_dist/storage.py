@@ -1,4 +1,4 @@
-"""What a run needs of its storage: one driver at a time, and an error that says so when it is full."""
+"""What a run needs of its storage: one driver at a time, and an error that says so when it cannot be written."""
 
 import errno
 import fcntl
@@ -14,7 +14,7 @@ from pathlib import Path
 from cl_dist.errors import RunInUseError, StorageError
 
 LOCK = "driver.lock"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SHM = Path("/dev/shm")
 
 
@@ -48,20 +48,32 @@ def only_driver(folder: Path) -> Iterator[None]:
 
     Raises:
         RunInUseError: If another driver holds it.
+        StorageError: If it cannot be written or locked.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # it is emptied below: no link to a file
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             holder = path.read_text(encoding="utf8").strip() or "another process"
             raise RunInUseError(
                 f"{folder}: {holder} is at work on this run; wait for it or stop it, then `cl-dist resume {folder}`"
             ) from error
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {platform.node()}\n".encode())
+        except OSError as error:
+            raise StorageError(
+                f"{folder}: cannot be locked: {error}. A run needs a file system with locks, which keep a second "
+                "driver out: choose another place with run.dir=..., or mount this one with locks"
+            ) from error
+        try:
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {platform.node()}\n".encode())
+        except OSError as error:
+            raise _unwritable(folder, error) from error
         yield
     finally:
         os.close(handle)
@@ -69,7 +81,7 @@ def only_driver(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def told_when_full(folder: Path | str) -> Iterator[None]:
-    """Turn an error of a full or read-only disk into one that says what to do.
+    """Turn an error of a full or read-only disk, or of a file in the folder that is another user's, into what to do.
 
     Raises:
         StorageError: Instead of such an error.
@@ -77,10 +89,24 @@ def told_when_full(folder: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # safetensors makes text of the system's error: "... (os error 28)"
-        if getattr(error, "errno", None) in _FULL or any(f"(os error {number})" in str(error) for number in _FULL):
-            raise StorageError(
-                f"{getattr(error, 'filename', None) or folder}: cannot be written: {error}. Make room, or remove runs "
-                "that are not needed; finished stages are kept, and `cl-dist resume` goes on from here."
-            ) from error
+        where = getattr(error, "filename", None)
+        # A refusal elsewhere is that of something to be read, such as rows or a backbone.
+        is_inside = where is not None and Path(str(where)).absolute().is_relative_to(Path(folder).absolute())
+        if _is(error, *_FULL, errno.EROFS) or (is_inside and isinstance(error, PermissionError)):
+            raise _unwritable(where or folder, error) from error
         raise
+
+
+def _is(error: Exception, *numbers: int) -> bool:
+    # safetensors makes text of the system's error: "... (os error 28)"
+    return getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers)
+
+
+def _unwritable(where: Path | str, error: Exception) -> StorageError:
+    remedy = "Make it writable, or choose another place with run.dir=..."
+    if _is(error, *_FULL):
+        remedy = "Make room, or remove runs that are not needed"
+    return StorageError(
+        f"{where}: cannot be written: {error}. {remedy}; finished stages are kept, and `cl-dist resume` goes on from "
+        "here."
+    )

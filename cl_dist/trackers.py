@@ -9,6 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -72,10 +73,11 @@ def _totals(path: Path) -> dict[str, int]:
     """Return the optimizer steps of each stage that earlier attempts have told of, in their order."""
     totals: dict[str, int] = {}
     if path.exists():
-        for line in path.read_text(encoding="utf8").splitlines():
+        for line in path.read_text(encoding="utf8", errors="replace").splitlines():
             if '"round"' in line:
-                event = json.loads(line)
-                totals[event["stage"]] = event["total_steps"]
+                with suppress(ValueError, KeyError, TypeError, RecursionError):  # a kill may have cut a line off
+                    event = json.loads(line)
+                    totals[event["stage"]] = event["total_steps"]
     return totals
 
 

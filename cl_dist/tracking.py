@@ -1,6 +1,7 @@
 """Driver side of what a run tells: status, events, the matrix R, and a summary from which every figure is drawn."""
 
 import csv
+import io
 import json
 import logging
 import os
@@ -17,12 +18,15 @@ from typing import Any
 from cl_dist.data.rows import SPLITS
 from cl_dist.errors import CheckpointError
 from cl_dist.jobs import Workbook
-from cl_dist.ledger import write_json
+from cl_dist.ledger import write_json, write_text
 from cl_dist.metrics import summarize
 from cl_dist.stage import Choose, Evaluate, Generate, Ref, Stage, Train, Vote, ref
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("cl-dist", "torch", "deepspeed", "accelerate", "transformers", "datasets", "ray", "peft")
+STATE = {"status": str, "command": str, "versions": dict, "attempts": list}
+ATTEMPT = {"pid": int, "host": str}
+"""What is read of run.json, and of its attempts."""
 Matrix = list[list[float | None]]
 Watcher = Callable[[Mapping[str, Any]], None]
 
@@ -34,6 +38,7 @@ class Tracker:
         self._book, self._command, self._watch = book, command, watch
         self._folder = book.config.folder
         self._stage: Stage | None = None
+        self._state: dict[str, Any] = {}
         self._began = time.monotonic()
 
     def begin(self, stages: Sequence[Stage], done: set[Ref]) -> None:
@@ -41,7 +46,7 @@ class Tracker:
         (self._folder / "metrics").mkdir(parents=True, exist_ok=True)
         state = read_state(self._folder)
         attempt = {"started": _now(), "pid": os.getpid(), "host": platform.node(), "stages_done": len(done)}
-        self._state: dict[str, Any] = {
+        self._state = {
             "schema_version": 1,
             "run": self._book.config.run.name,
             "status": "running",
@@ -73,8 +78,7 @@ class Tracker:
             }
         line |= event
         if event.get("event") != "step":  # thousands of them; the rounds say enough
-            with (self._folder / "metrics" / "events.jsonl").open("a", encoding="utf8") as file:
-                file.write(json.dumps(line) + "\n")
+            _append(self._folder / "metrics" / "events.jsonl", json.dumps(line))
         self._watch(line)
 
     def stage_done(self, stage: Stage) -> None:
@@ -90,19 +94,34 @@ class Tracker:
 
     def write_summary(self) -> dict[str, Any]:
         """Write R.csv and summary.json, and return the summary."""
-        found = summary(self._book)
+        found = summary(self._book) | {"status": self._state["status"]}
         write_matrix(self._folder / "metrics" / "R.csv", self._book, found["matrix"]["accuracy"])
         write_json(self._folder / "metrics" / "summary.json", found)
         return found
 
     def finish(self, status: str = "finished") -> None:
-        """Note how the attempt ended."""
-        self._state |= {"status": status, "attempts": self._state["attempts"]}
+        """Note how the attempt ended; nothing if it had not begun."""
+        if not self._state:
+            return
+        self._state["status"] = status
         self._state["attempts"][-1] |= {"ended": _now(), "seconds": round(time.monotonic() - self._began, 3)}
-        write_json(self._folder / "run.json", self._state)
+        if status != "finished":  # what ended the run, a full disk or damage, may forbid the summary too
+            write_json(self._folder / "run.json", self._state)
+        # A resume does this again unless run.json says finished, which is why that comes after R.csv and the summary;
+        # and the event after run.json, because it makes the mirror copy all three.
         metrics = {name: found["value"] for name, found in self.write_summary()["metrics"].items()}
         numbers = {name: value for name, value in metrics.items() if value is not None}
+        write_json(self._folder / "run.json", self._state)
         self.event({"event": status, "tasks": len(self._book.tasks), "metrics": numbers})
+
+
+def _append(path: Path, line: str) -> None:
+    """Append a line to a file, after ending a last one that a kill has cut off."""
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -113,13 +132,19 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf8"))
+        if not _has(state, STATE) or not all(_has(attempt, ATTEMPT) for attempt in state["attempts"]):
+            raise ValueError(f"expected {', '.join(STATE)}, each attempt with {' and '.join(ATTEMPT)}")
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{folder / 'run.json'}: damaged: {error}; remove it, the stages do not need it"
         ) from None
     return state
+
+
+def _has(found: Any, kinds: Mapping[str, type]) -> bool:
+    return isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
 
 
 def matrix(book: Workbook, score: str) -> Matrix:
@@ -140,13 +165,13 @@ def matrix(book: Workbook, score: str) -> Matrix:
 def write_matrix(path: Path, book: Workbook, cells: Matrix) -> None:
     """Write a matrix as CSV, one row per learned task, empty cells where nothing was measured."""
     names = [task.id for task in book.tasks.tasks]
-    with path.open("w", encoding="utf8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["after", *names])
-        writer.writerows(
-            [name, *("" if cell is None else repr(cell) for cell in row)]
-            for name, row in zip(names, cells, strict=True)
-        )
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["after", *names])
+    writer.writerows(
+        [name, *("" if cell is None else repr(cell) for cell in row)] for name, row in zip(names, cells, strict=True)
+    )
+    write_text(path, text.getvalue())
 
 
 def summary(book: Workbook, individual: Sequence[float | None] | None = None, joint: Any = None) -> dict[str, Any]:

@@ -156,14 +156,14 @@ def status(
 
 def _alive(state: dict[str, Any]) -> str:
     """Return a run's status; one whose driver is gone is not running, whatever it wrote last."""
-    if state.get("status") != "running":
+    if state.get("status") != "running" or not state.get("attempts"):
         return str(state.get("status", "not begun"))
     attempt = state["attempts"][-1]
     if attempt["host"] != platform.node():
         return f"running on {attempt['host']}"
     try:
         os.kill(attempt["pid"], 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return "killed"
     except PermissionError:
         pass

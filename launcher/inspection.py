@@ -7,11 +7,10 @@ from pathlib import Path
 
 from cl_dist.config import Tree
 from cl_dist.errors import CheckpointError, ConfigError, DataError
-from cl_dist.ledger import MANIFEST, sha256
+from cl_dist.ledger import MANIFEST, parse_manifest, sha256
 from cl_dist.models.config import ModelConfig
 from cl_dist.places import resolve
 from cl_dist.run_config import ClusterConfig, RunConfig
-from cl_dist.stage import digest_of
 from launcher import runs
 from launcher.tensors import BITS, Stored, groups, masks, read_header, read_weights
 
@@ -131,14 +130,11 @@ def _manifest(folder: Path) -> tuple[Tree | None, str]:
     """Return the manifest of a stage's folder, or None and why there is none."""
     path = folder / MANIFEST
     try:
-        manifest: Tree = json.loads(path.read_text(encoding="utf8"))
-        manifest["stage"]["kind"], manifest["started"], manifest["seconds"], dict(manifest["files"])
-        is_whole = digest_of(dict(manifest["facts"])) == manifest["fingerprint"]
+        return parse_manifest(path.read_text(encoding="utf8")), ""
     except FileNotFoundError:
         return None, f"{path}: no such file"
-    except (ValueError, KeyError, TypeError) as error:
-        return None, f"{path}: damaged: {error!r}; remove the folder {folder} to compute the stage again"
-    return manifest, "" if is_whole else f"{path}: damaged: its fingerprint is not that of its facts"
+    except ValueError as error:
+        return None, f"{path}: damaged: {error}; remove the folder {folder} to compute the stage again"
 
 
 def _manifested(folder: Path) -> Tree:

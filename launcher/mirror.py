@@ -5,19 +5,18 @@ a stage is in the copy whole or not at all; run.json, the run file and the metri
 folder, on a machine that has never seen it, starts from the copy. Checkpoints inside a stage are not copied.
 """
 
-import json
 import logging
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from cl_dist.errors import CheckpointError, ClDistError, ConfigError, StorageError
-from cl_dist.ledger import MANIFEST, sha256
+from cl_dist.ledger import MANIFEST, is_inside, parse_manifest, refuse_links, sha256
 from cl_dist.run_config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -32,13 +31,16 @@ class Mirror:
         """Open the store; nothing is read or written yet.
 
         Raises:
-            ConfigError: If its kind is not known here.
+            ConfigError: If its kind is not known here, or needs more than a URL.
+            StorageError: If it cannot be reached.
         """
         assert config.run.mirror is not None
         self._folder, self._url = config.folder, f"{config.run.mirror.rstrip('/')}/{config.run.name}"
         try:
             self._store, self._root = fsspec.core.url_to_fs(self._url)
-        except (ImportError, ValueError) as error:
+        except OSError as error:
+            raise StorageError(f"run.mirror: {self._url}: cannot be reached: {error}") from error
+        except Exception as error:  # every store has errors of its own kind
             raise ConfigError(f"run.mirror={config.run.mirror!r}: {error}; s3:// needs pip install s3fs") from error
 
     def probe(self) -> None:
@@ -76,7 +78,7 @@ class Mirror:
 
         Raises:
             StorageError: If the store cannot be read.
-            CheckpointError: If a file is not the one that its manifest names.
+            CheckpointError: If a file is not the one that its manifest names, or would not lie in the stage's folder.
         """
         with self._told("read"):
             return self._pull()
@@ -85,17 +87,17 @@ class Mirror:
         brought = 0
         for there in sorted(self._store.glob(f"{self._root}/stages/*/*/{MANIFEST}")):
             remote = there.rpartition("/")[0]
-            final = self._folder / "stages" / Path(*remote.split("/")[-2:])
+            key = "/".join(remote.split("/")[-2:])
+            if not is_inside(key):
+                raise _damaged(remote, "its name is none of a stage's folder:")
+            final = self._folder / "stages" / key
+            partial = final.with_name(f"{final.name}.mirrored")
+            refuse_links((final.parent, final, partial))
             if (final / MANIFEST).exists():
                 continue
-            partial = final.with_name(f"{final.name}.mirrored")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            for path in self._store.find(remote):
-                local = partial / path.removeprefix(f"{remote}/")
-                local.parent.mkdir(parents=True, exist_ok=True)
-                self._store.get_file(path, str(local))
-            self._check(partial, remote)
+            self._fetch(remote, partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             brought += 1
@@ -112,18 +114,24 @@ class Mirror:
         except Exception as error:  # every store has errors of its own kind
             raise StorageError(f"run.mirror: {self._url}: cannot be {done}: {type(error).__name__}: {error}") from error
 
-    def _check(self, folder: Path, remote: str) -> None:
+    def _fetch(self, remote: str, folder: Path) -> None:
+        """Bring a stage's manifest and the files that it names, and nothing else that may lie beside them."""
+        text, wrong = self._store.cat_file(f"{remote}/{MANIFEST}"), []
         try:
-            files: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf8"))["files"]
-            wrong = [name for name, digest in files.items() if sha256(folder / name) != digest]
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            wrong = [f"{MANIFEST} ({error})"]
+            files: dict[str, str] = parse_manifest(text.decode("utf8"))["files"]
+        except ValueError as error:
+            files, wrong = {}, [f"{MANIFEST} ({error})"]
+        for name, digest in files.items():
+            local = folder / name
+            local.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                self._store.get_file(f"{remote}/{name}", str(local))
+            if not local.is_file() or sha256(local) != digest:
+                wrong.append(name)
         if wrong:
             shutil.rmtree(folder)
-            raise CheckpointError(
-                f"run.mirror: {remote}: {', '.join(wrong)} missing or damaged; remove that folder there, and the stage "
-                "is computed again"
-            )
+            raise _damaged(remote, f"{', '.join(wrong)} missing or damaged;")
+        (folder / MANIFEST).write_bytes(text)
 
     def _same(self, manifest: Path) -> bool:
         there = self._remote(manifest)
@@ -136,6 +144,10 @@ class Mirror:
 
     def _remote(self, path: Path) -> str:
         return f"{self._root}/{path.relative_to(self._folder).as_posix()}"
+
+
+def _damaged(remote: str, what: str) -> CheckpointError:
+    return CheckpointError(f"run.mirror: {remote}: {what} remove that folder there, and the stage is computed again")
 
 
 class Mirroring:

@@ -64,7 +64,7 @@ class Finished:
                 if found["digest"] != digest_of(found["result"]):
                     raise ValueError("not what its digest says")
                 self._results[shard] = found["result"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 log.warning("shard damaged file=%s error=%s: computed again", path, error)
 
     def _path(self, number: int) -> Path:

@@ -1,6 +1,6 @@
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +143,41 @@ def test_a_missing_file_is_named(make: Make) -> None:
         ledger.read(ref(STAGE), "train.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"fingerprint": ""}', "null"])
-def test_a_damaged_manifest_is_named_and_never_taken_for_a_missing_one(make: Make, text: str) -> None:
+DAMAGE: Mapping[str, Callable[[dict[str, Any]], object]] = {
+    "another fingerprint": lambda whole: whole | {"fingerprint": "0" * 64},
+    "facts are a list": lambda whole: whole | {"facts": []},
+    "facts of others": lambda whole: whole | {"facts": {"seed": 1}},
+    "no seconds": lambda whole: {key: value for key, value in whole.items() if key != "seconds"},
+    "endless seconds": lambda whole: whole | {"seconds": float("inf")},
+    "begun at no time": lambda whole: whole | {"started": "noon"},
+    "stage is a name": lambda whole: whole | {"stage": "train"},
+    "files are a list": lambda whole: whole | {"files": ["train.json"]},
+    "digest is a number": lambda whole: whole | {"files": {"train.json": 1}},
+    "a file elsewhere": lambda whole: whole | {"files": {"../../../run.json": "0"}},
+}
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"fingerprint": ""}', "null", "[" * 100_000, *DAMAGE])
+def test_a_damaged_manifest_is_named_and_never_taken_for_a_missing_one(make: Make, damage: str) -> None:
     ledger = make()
-    (publish(ledger) / "manifest.json").write_text(text)
-    for ask in (lambda: ledger.is_done(STAGE), lambda: ledger.read(ref(STAGE), "train.json")):
-        with pytest.raises(CheckpointError, match=r"01-film/train/manifest.json: damaged .*; remove the folder"):
+    path = publish(ledger) / "manifest.json"
+    path.write_text(json.dumps(DAMAGE[damage](json.loads(path.read_text()))) if damage in DAMAGE else damage)
+    for ask in (
+        lambda: ledger.manifest(ref(STAGE)),
+        lambda: ledger.is_done(STAGE),
+        lambda: ledger.read(ref(STAGE), "train.json"),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"01-film/train/manifest.json: damaged .*; remove the folder"
+        ) as caught:
             ask()
+        assert not isinstance(caught.value, StageConflictError)
+
+
+def test_a_manifest_that_cannot_be_read_is_named(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where the run folder should be")
+    with pytest.raises(CheckpointError, match=r"01-film/train/manifest.json: cannot be read: .*run\.dir="):
+        make().is_done(STAGE)
 
 
 def test_a_reader_sees_the_old_json_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +226,48 @@ def test_what_was_finished_but_for_the_last_rename_is_published(make: Make, cut_
     assert not ledger.rescue(STAGE)
 
 
-def test_a_damaged_rest_is_not_published(cut_off: tuple[Ledger, Path]) -> None:
+@pytest.mark.parametrize(("name", "text"), [("train.json", "{}"), ("manifest.json", "[" * 100_000)])
+def test_a_damaged_rest_is_not_published(cut_off: tuple[Ledger, Path], name: str, text: str) -> None:
     ledger, partial = cut_off
-    (partial / "train.json").write_text("{}")
+    (partial / name).write_text(text)
     assert not ledger.rescue(STAGE)
+
+
+@pytest.mark.parametrize("inside", ["", "shards", "checkpoints", "checkpoints/step-00000002.partial"])
+def test_a_link_in_what_was_begun_is_refused_and_not_gone_through(
+    make: Make, cut_off: tuple[Ledger, Path], tmp_path: Path, inside: str
+) -> None:
+    ledger, partial = cut_off
+    elsewhere = tmp_path / "elsewhere"
+    partial.rename(elsewhere)
+    link = partial / inside
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(elsewhere)
+    before = names(elsewhere)
+    for each in (ledger, make(seed=1)):  # to the second one it is stale
+        for go_on in (lambda each=each: each.rescue(STAGE), lambda each=each: publish(each)):
+            with pytest.raises(CheckpointError, match=r"a link, .*remove the link") as caught:
+                go_on()
+            assert f"{link}:" in str(caught.value)
+    assert names(elsewhere) == before
+    link.unlink()  # as the message says
+    publish(ledger)
+
+
+@pytest.mark.parametrize("name", ["stages/01-film", "stages/01-film/train"])
+def test_a_link_in_place_of_a_stage_is_refused(make: Make, tmp_path: Path, name: str) -> None:
+    ledger, link, elsewhere = make(), tmp_path / "run" / name, tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere)
+    for ask in (lambda: ledger.is_done(STAGE), lambda: ledger.rescue(STAGE), lambda: publish(ledger)):
+        with pytest.raises(CheckpointError, match=f"{link}: a link"):
+            ask()
+    assert names(elsewhere) == []
+
+
+def test_a_run_folder_may_be_a_link(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
+    publish(make())
+    assert make().is_done(STAGE)

@@ -96,6 +96,16 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
         Trackers(["mlflow"], tmp_path, "tiny", {})
 
 
+@pytest.mark.parametrize(
+    "cut", ['{"event": "round", "stage": "01-fi', '["round"]', '{"event": "round"}', '"round"' + "[" * 10**5]
+)
+def test_a_damaged_line_of_events_is_passed_over(tmp_path: Path, cut: str) -> None:
+    lines = [f'{{"event": "round", "stage": "{t}-x/train", "total_steps": {t}}}' for t in (3, 5)]
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / trackers.EVENTS).write_text("\n".join([lines[0], cut, lines[1], cut]))
+    assert Trackers([], tmp_path, "tiny", {})._totals == {"3-x/train": 3, "5-x/train": 5}
+
+
 def test_the_module_needs_no_torch() -> None:
     code = "import sys, cl_dist.trackers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -7,17 +7,23 @@ from typing import Any
 import pytest
 
 from cl_dist.dispatch_local import LocalDispatcher
-from cl_dist.errors import CheckpointError
+from cl_dist.errors import CheckpointError, StoppedError
 from cl_dist.jobs import Workbook
 from cl_dist.metrics import summarize
+from cl_dist.run_config import RunConfig
 from cl_dist.sequence import run
 from cl_dist.stage import Ref
 from cl_dist.stages.job import Job
-from cl_dist.tracking import Tracker, matrix, read_state, summary
+from cl_dist.tracking import Tracker, Watcher, matrix, read_state, summary
+from launcher import runs
 from tests import tiny
 
 FAST = {"train": {"epochs": 1, "min_round_steps": 1}}
 SEQUENTIAL = FAST | {"method": {"name": "sequential"}}
+
+
+class KilledError(BaseException):
+    """Ends a process in the middle, as far as a test can."""
 
 
 class Watching(LocalDispatcher):
@@ -147,6 +153,64 @@ def test_every_attempt_is_noted_with_what_it_found_done_and_how_it_ended(tmp_pat
     assert all("ended" in attempt for attempt in state["attempts"])
 
 
+@pytest.mark.parametrize("name", ["R.csv", "summary.json", "run.json"])
+def test_killed_while_it_notes_its_end_a_run_is_finished_by_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    book = tiny.compute(tiny.book(tmp_path, {"science": SEQUENTIAL}, tasks=("food",)))
+    folder, replace = book.config.folder, Path.replace
+    matrix_file, stored = (folder / "metrics/R.csv").read_bytes(), read(book, "metrics/summary.json")
+    (folder / "run.json").unlink()
+    tracker = Tracker(book)
+    tracker.begin([], set())
+
+    def killed(self: Path, target: Path) -> Path:
+        if target.name == name:
+            raise KilledError
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KilledError):
+            tracker.finish()
+    assert read_state(folder)["status"] == "running"
+    assert (folder / "metrics/R.csv").read_bytes() == matrix_file
+    told: list[str] = []
+
+    def watched(config: RunConfig, watch: Watcher) -> Watcher:
+        return lambda event: told.append(f"{event['event']} {read_state(folder)['status']}")
+
+    monkeypatch.setattr(runs, "_watched", watched)
+    runs.execute(book.config, "cl-dist resume")
+    assert told == ["begin running", "finished finished"]  # a mirror copies what is there by then
+    assert (folder / "metrics/R.csv").read_bytes() == matrix_file
+    assert read(book, "metrics/summary.json")["status"] == "finished"
+    assert read(book, "metrics/summary.json")["matrix"] == stored["matrix"]
+
+
+def test_a_run_that_is_stopped_before_it_begins_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped() -> None:
+        raise StoppedError("told to")
+
+    book = tiny.book(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
+    monkeypatch.setattr("cl_dist.tracking._git", stopped)
+    with pytest.raises(StoppedError, match="told to"):
+        runs.execute(book.config, "cl-dist train")
+    assert read_state(book.config.folder) == {}
+
+
+def test_an_event_after_a_line_that_was_cut_off_is_on_a_line_of_its_own(tmp_path: Path) -> None:
+    book = tiny.book(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
+    path = book.config.folder / "metrics" / "events.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"event": "begin"}\n{"event": "rou')
+    Tracker(book).event({"event": "saved"})
+    Tracker(book).event({"event": "saved"})
+    whole, cut, *rest = path.read_text().splitlines()
+    assert (whole, cut) == ('{"event": "begin"}', '{"event": "rou')
+    assert [json.loads(line)["event"] for line in rest] == ["saved", "saved"]
+
+
 def test_events_frame_each_stage_and_steps_are_shown_but_not_stored(tmp_path: Path) -> None:
     book = tiny.book(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
     shown: list[Mapping[str, Any]] = []
@@ -163,7 +227,25 @@ def test_events_frame_each_stage_and_steps_are_shown_but_not_stored(tmp_path: Pa
     assert stored[-2]["accuracy"] == {"food": matrix(book, "accuracy")[0][0]}
 
 
-def test_a_damaged_run_json_is_named(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("{")
+WHOLE = {"status": "running", "command": "", "versions": {}, "attempts": [{"pid": 1, "host": "x"}]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "null",
+        "{}",
+        "[" * 100_000,
+        json.dumps(WHOLE | {"attempts": 1}),
+        json.dumps(WHOLE | {"attempts": [1]}),
+        json.dumps(WHOLE | {"attempts": [{"pid": "1", "host": "x"}]}),
+    ],
+)
+def test_a_damaged_run_json_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(WHOLE))
+    assert read_state(tmp_path) == WHOLE
+    (tmp_path / "run.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"run.json: damaged"):
         read_state(tmp_path)

@@ -149,7 +149,10 @@ def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(
     assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
 
 
-def test_a_damaged_shard_is_computed_again(run: Workbook, finished: Workbook, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damage", [flip, lambda path: path.write_text("[" * 100_000)], ids=["one bit", "deep"])
+def test_a_damaged_shard_is_computed_again(
+    run: Workbook, finished: Workbook, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object]
+) -> None:
     shutil.rmtree(run.config.folder / "stages/01-film/generate")
     merge = "cl_dist.stages.shards.Finished.merge"
 
@@ -162,7 +165,7 @@ def test_a_damaged_shard_is_computed_again(run: Workbook, finished: Workbook, mo
     kept = sorted(run.config.folder.rglob("shards/*.json"))
     assert len(kept) >= 2
     before = [path.stat().st_mtime_ns for path in kept]
-    flip(kept[0])
+    damage(kept[0])
     with pytest.raises(ClDistError, match="killed before the merge"):
         go_on(Workbook(run.config))
     after = [path.stat().st_mtime_ns for path in kept]

@@ -1,6 +1,7 @@
 """The command line as a person meets it: exit codes, one clear message, JSON; runs are computed in this process."""
 
 import json
+import platform
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -204,6 +205,28 @@ def test_status_of_a_finished_run_and_its_baselines(cli: Cli, finished: Path) ->
         ("plain", "finished", 4, 4, None),
     ]
     assert "finished" in cli("status", finished / "runs" / "tiny").out
+
+
+@pytest.mark.parametrize(
+    ("attempts", "status"), [([], "running"), ([{"pid": 2**70, "host": platform.node()}], "killed")]
+)
+def test_status_of_a_run_that_nobody_is_at_work_on(
+    cli: Cli, finished: Path, tmp_path: Path, attempts: list[Any], status: str
+) -> None:
+    run = shutil.copytree(finished / "runs" / "tiny", tmp_path / "copy")
+    state = {"status": "running", "command": "", "versions": {}, "attempts": attempts}
+    (run / "run.json").write_text(json.dumps(state), encoding="utf8")
+    assert cli("status", run, "--json").json()[0]["status"] == status
+
+
+@pytest.mark.parametrize("verb", ["status", "resume"])
+def test_a_damaged_manifest_is_told_without_a_traceback(cli: Cli, finished: Path, tmp_path: Path, verb: str) -> None:
+    run = shutil.copytree(finished / "runs" / "tiny", tmp_path / "copy")
+    path = run / "stages/00-food/train/manifest.json"
+    path.write_text(path.read_text("utf8").replace('"seconds"', '"secondr"'), encoding="utf8")
+    ended = cli(verb, run)
+    assert (ended.code, "Traceback" in ended.err) == (6, False)
+    assert f"remove the folder {path.parent}" in ended.err.replace("\n", " ")
 
 
 def test_status_and_resume_find_the_run_worked_on_last(

@@ -1,14 +1,17 @@
 """Finished stages are copied to another store, and a machine that has never seen the run starts from the copy."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
 from cl_dist.config import merged, parse
 from cl_dist.errors import CheckpointError, ConfigError, StorageError
+from cl_dist.jobs import Workbook
 from cl_dist.run_config import RunConfig
 from launcher import runs
 from launcher.mirror import Mirror, Mirroring
@@ -71,6 +74,67 @@ def test_a_damaged_copy_is_refused_by_name(tmp_path: Path, url: str) -> None:
     assert not list(run.folder.glob("stages/00-food/train*"))
 
 
+@pytest.fixture
+def bucket(tmp_path: Path) -> Iterator[tuple[RunConfig, Any]]:
+    """A run, and the names and bytes of the store that holds its first stage: any names, as in a bucket."""
+    run, memory = config(tmp_path / "here", "memory://bucket/runs"), fsspec.filesystem("memory")
+    book = Workbook(run)
+    with book.ledger.publish(book.plan(0)[0]) as out:
+        (out / "train.json").write_text("{}")
+    Mirror(run).push()
+    shutil.rmtree(run.folder)
+    yield run, memory
+    memory.store.clear()
+
+
+STAGE = "/bucket/runs/tiny/stages/00-food/train"
+
+
+def test_only_what_a_manifest_names_is_brought_back(tmp_path: Path, bucket: tuple[RunConfig, Any]) -> None:
+    run, memory = bucket
+    for name in ("more.json", "../../../../ESCAPED", f"..{tmp_path}/ESCAPED"):
+        memory.store[f"{STAGE}/{name}"] = memory.store[f"{STAGE}/train.json"]
+    assert Mirror(run).pull() == 1
+    assert sorted(bytes_of(run.folder)) == ["stages/00-food/train/manifest.json", "stages/00-food/train/train.json"]
+    assert not list(tmp_path.rglob("ESCAPED"))
+
+
+@pytest.mark.parametrize("name", ["../../../../ESCAPED", "{}/ESCAPED", "a/../../ESCAPED", "..\\ESCAPED", "./x", "\0"])
+def test_a_manifest_that_names_files_elsewhere_is_refused(
+    tmp_path: Path, bucket: tuple[RunConfig, Any], name: str
+) -> None:
+    run, memory = bucket
+    name = name.format(tmp_path)
+    manifest = json.loads(memory.cat_file(f"{STAGE}/manifest.json"))
+    manifest["files"][name] = manifest["files"]["train.json"]
+    memory.pipe_file(f"{STAGE}/manifest.json", json.dumps(manifest).encode())
+    memory.store[f"{STAGE}/{name}"] = memory.store[f"{STAGE}/train.json"]
+    with pytest.raises(CheckpointError, match=r"00-food/train: manifest\.json .*files.* missing or damaged; remove"):
+        Mirror(run).pull()
+    assert not list(tmp_path.rglob("*ESCAPED"))
+    assert not bytes_of(run.folder)
+
+
+@pytest.mark.parametrize("key", ["../train", "00-food/.."])
+def test_a_stage_folder_elsewhere_is_refused(tmp_path: Path, bucket: tuple[RunConfig, Any], key: str) -> None:
+    run, memory = bucket
+    for name in ("manifest.json", "train.json"):
+        memory.store[f"/bucket/runs/tiny/stages/{key}/{name}"] = memory.store.pop(f"{STAGE}/{name}")
+    with pytest.raises(CheckpointError, match="its name is none of a stage's folder: remove that folder there"):
+        Mirror(run).pull()
+    assert not run.folder.exists()
+
+
+def test_a_stage_is_not_brought_back_through_a_link(tmp_path: Path, bucket: tuple[RunConfig, Any]) -> None:
+    run, _ = bucket
+    (tmp_path / "elsewhere").mkdir()
+    (run.folder / "stages").mkdir(parents=True)
+    (run.folder / "stages/00-food").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="stages/00-food: a link"):
+        Mirror(run).pull()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_store_that_is_away_for_a_while_is_caught_up_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config(tmp_path, f"file://{tmp_path}/store/runs")
     put, calls = Mirror._put, list[Path]()
@@ -92,9 +156,17 @@ def test_a_store_that_stays_away_is_told(tmp_path: Path) -> None:
         runs.execute(config(tmp_path, f"file://{tmp_path}/store/runs"), "cl-dist train", baselines=False)
 
 
-def test_a_store_of_an_unknown_kind_is_a_wrong_setting(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"run\.mirror='nowhere://bucket'.*nowhere"):
-        runs.execute(config(tmp_path, "nowhere://bucket"), "cl-dist train")
+@pytest.mark.parametrize(
+    ("url", "error", "message"),
+    [
+        ("nowhere://bucket", ConfigError, r"run\.mirror='nowhere://bucket'.*nowhere"),
+        ("github://bucket", ConfigError, r"run\.mirror='github://bucket'.*missing"),
+        ("ftp://127.0.0.1:1/x", StorageError, r"run\.mirror: ftp://127\.0\.0\.1:1/x/tiny: cannot be reached"),
+    ],
+)
+def test_a_store_that_cannot_be_opened_is_told(tmp_path: Path, url: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        runs.execute(config(tmp_path, url), "cl-dist train")
 
 
 @pytest.mark.parametrize("how", ["stopped", "interrupted", "failed"])
