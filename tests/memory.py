@@ -88,12 +88,11 @@ def peak(rank: int, world: int, job: Job, out: str) -> int:
     """Train a stage on a rank and return the most bytes of its later steps."""
     live, most = Live(), 0
 
-    def alive(step: int | None) -> None:
+    def alive(step: int) -> None:
         nonlocal most
         if step == 1:
             live.restart()
-        if step is None:
-            most = most or live.peak
+        most = live.peak
 
     Path(out).mkdir(parents=True, exist_ok=True)
     with live:

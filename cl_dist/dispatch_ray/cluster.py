@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from cl_dist.run_config import ClusterConfig
 log = logging.getLogger(__name__)
 ACTOR_TIMEOUT_S = 60.0
 """How long a call may take that only passes a message."""
+FITS_S = 5.0
 PROCESS_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -118,6 +120,46 @@ def check_fits(cluster: ClusterConfig) -> None:
                 f"cluster.workers_per_model={cluster.workers_per_model}: {together:g} {resource} of a node hold one "
                 f"model, the nodes have {', '.join(f'{amount:g}' for amount in have)}; lower it, or take larger nodes"
             )
+
+
+class Fits:
+    """Watches whether the cluster can still hold the run: Ray would wait for a lost node for ever."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self._cluster, self._looked = cluster, time.monotonic()
+        self._missing_since: float | None = None
+
+    def look(self) -> bool:
+        """Look every few seconds; return whether it was time to.
+
+        Raises:
+            ClusterError: If nodes have been missing for longer than lost_node_timeout_s.
+        """
+        now = time.monotonic()
+        if now - self._looked < FITS_S:
+            return False
+        self._looked = now
+        try:
+            check_fits(self._cluster)
+            self._missing_since = None
+        except ClusterError as error:
+            patience = self._cluster.lost_node_timeout_s
+            if self._missing_since is None:
+                self._missing_since = now
+                log.warning("cluster too small for the run, waiting for up to %gs: %s", patience, error)
+            if now - self._missing_since > patience:
+                raise ClusterError(
+                    "the cluster has lost nodes, and none has come back within cluster.lost_node_timeout_s="
+                    f"{patience:g}: {error}\nFinished stages and the last checkpoint are kept: `cl-dist resume` goes "
+                    "on from here, also with fewer workers (cluster.workers=...)."
+                ) from error
+        return True
+
+
+def free() -> str:
+    """Return what of the cluster nobody has taken."""
+    left = ray.available_resources()
+    return "free now: " + ", ".join(f"{left.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
 
 
 def enter(folder: str) -> None:

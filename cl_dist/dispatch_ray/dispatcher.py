@@ -71,7 +71,7 @@ class RayDispatcher:
         from cl_dist.stages.shards import Finished
 
         finished = Finished(job, Path(out))
-        self._pool.map(tracker, job, finished)
+        self._pool.map(tracker, job, finished, Path(out).parents[2] / "logs")
         finished.merge()
 
     def close(self) -> None:

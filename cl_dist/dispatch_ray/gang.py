@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, check_fits, last_lines
-from cl_dist.dispatch_ray.life import last_words
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Fits, Place, free, last_lines
+from cl_dist.dispatch_ray.life import last_words, remedy
 from cl_dist.dispatch_ray.mailbox import POLL_S, Mailbox, Parcel
 from cl_dist.dispatch_ray.ranks import gang_worker
 from cl_dist.errors import ClusterError, StoppedError, TrainingError
@@ -23,7 +25,7 @@ from cl_dist.stages.job import Job
 from cl_dist.tracking import Tracker
 
 log = logging.getLogger(__name__)
-FITS_S, CLOSE_S, QUIET_S = 5.0, 20.0, 2.0
+CLOSE_S, QUIET_S = 20.0, 2.0
 
 
 def _fit(cluster: ClusterConfig, storage: str, mailbox: Any, cwd: str) -> None:
@@ -50,40 +52,6 @@ def _fit(cluster: ClusterConfig, storage: str, mailbox: Any, cwd: str) -> None:
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
         ),
     ).fit()
-
-
-class _Fits:
-    """Watches whether the cluster can still hold the gang: Ray Train would wait for a lost node for ever."""
-
-    def __init__(self, cluster: ClusterConfig) -> None:
-        self._cluster, self._looked = cluster, time.monotonic()
-        self._missing_since: float | None = None
-
-    def look(self) -> bool:
-        """Look every few seconds; return whether it was time to.
-
-        Raises:
-            ClusterError: If nodes have been missing for longer than lost_node_timeout_s.
-        """
-        now = time.monotonic()
-        if now - self._looked < FITS_S:
-            return False
-        self._looked = now
-        try:
-            check_fits(self._cluster)
-            self._missing_since = None
-        except ClusterError as error:
-            patience = self._cluster.lost_node_timeout_s
-            if self._missing_since is None:
-                self._missing_since = now
-                log.warning("cluster too small for the gang, waiting for up to %gs: %s", patience, error)
-            if now - self._missing_since > patience:
-                raise ClusterError(
-                    "the cluster has lost nodes, and none has come back within cluster.lost_node_timeout_s="
-                    f"{patience:g}: {error}\nFinished stages and the last checkpoint are kept: `cl-dist resume` goes "
-                    "on from here, also with fewer workers (cluster.workers=...)."
-                ) from error
-        return True
 
 
 class Gang:
@@ -129,6 +97,8 @@ class Gang:
             "stopping: the stage is saved first, for up to cluster.stop_timeout_s=%g", self._cluster.stop_timeout_s
         )
         deadline = time.monotonic() + self._cluster.stop_timeout_s
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it again; Ctrl-C still ends the wait
         ray.get(self._mailbox.ask.remote("stop"), timeout=ACTOR_TIMEOUT_S)
         while time.monotonic() < deadline and not self._ended():
             news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)
@@ -157,7 +127,7 @@ class Gang:
             TrainingError: If it failed more often than allowed.
         """
         deadline = time.monotonic() + self._cluster.start_timeout_s
-        fits, drained = _Fits(self._cluster), set[str]()
+        fits, drained = Fits(self._cluster), set[str]()
         while True:
             news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)
             for event in news["events"]:
@@ -172,15 +142,16 @@ class Gang:
                 tracker.event({"event": "gang_restart", "starts": self._starts})
                 log.warning("gang restarted stage=train starts=%d", self._starts)
             if cause := self._ended():
+                words = f"{last_lines(cause)}\n{last_words(Path(parcel.logs), range(self._cluster.workers))}\n"
                 raise TrainingError(
-                    f"the gang failed more than cluster.max_failures={self._cluster.max_failures} times; last cause:\n"
-                    f"{last_lines(cause)}\n{last_words(Path(parcel.logs), self._cluster.workers)}\n"
+                    f"{parcel.job.key}: the gang failed more than cluster.max_failures={self._cluster.max_failures} "
+                    f"times; last cause:\n{words}{remedy(words)}"
                     "Finished stages and the last checkpoint are kept: `cl-dist resume` goes on from here."
                 ) from cause
             if news["starts"] == 0 and time.monotonic() > deadline:
                 raise ClusterError(
-                    f"the gang of {self._cluster.workers} workers did not start within cluster.start_timeout_s="
-                    f"{self._cluster.start_timeout_s:g}; free now: {ray.available_resources()}"
+                    f"{parcel.job.key}: the gang of {self._cluster.workers} workers did not start within "
+                    f"cluster.start_timeout_s={self._cluster.start_timeout_s:g}; {free()}"
                 )
             if fits.look() and (leaving := self._leaving(news["places"]) - drained):
                 drained |= leaving

@@ -1,11 +1,12 @@
-"""Signs of life of a gang's ranks: in their logs while they live, read from there when they are gone."""
+"""Signs of life of ranks and actors: in their logs while they live, read from there when they are gone."""
 
 import faulthandler
 import logging
 import resource
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 log = logging.getLogger(__name__)
 EVERY_S = 1.0
@@ -15,31 +16,44 @@ STARTED = "train start"
 
 
 class Alive:
-    """Notes a step a second in a rank's log, and ends the process, its stacks in the log, when none comes for too long.
+    """Ends the process, its stacks in a log, when no sign of life comes for too long; notes one a second in the log.
 
-    A rank that hangs in a collective hangs with all others: each ends itself, and the gang starts again.
+    A context: watched from its beginning, so that loading counts, to its end. A rank that hangs in a collective hangs
+    with all others: each ends itself, and the gang starts again.
     """
 
     def __init__(self, timeout_s: float, file: Any) -> None:
-        """Take the seconds that a step may take (0: any), and the open log file."""
+        """Take the seconds between two signs of life (0: any), and the open log file."""
         self._timeout_s, self._file, self._noted = timeout_s, file, 0.0
 
-    def __call__(self, step: int | None) -> None:
-        """Note that a step is done; None ends the watch."""
-        if step is None:
-            faulthandler.cancel_dump_traceback_later()
-            return
+    def __enter__(self) -> Self:
+        self._watch()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        if self._timeout_s:
+            faulthandler.dump_traceback_later(self._timeout_s + EVERY_S, exit=True, file=self._file)
+
+    def __call__(self, step: int) -> None:
+        """Note that so many steps are done."""
         if time.monotonic() - self._noted > EVERY_S:
             self._noted = time.monotonic()
-            if self._timeout_s:  # each watch is a thread of its own: too dear for every step
-                faulthandler.dump_traceback_later(self._timeout_s + EVERY_S, exit=True, file=self._file)
+            self._watch()  # each watch is a thread of its own: too dear for every step
             peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
             log.info("alive step=%d peak_memory_gb=%.2f", step, peak_gb)
 
 
-def last_words(logs: Path, workers: int) -> str:
-    """Return the ends of all ranks' logs, that of the rank first which fell silent first; stacks where it hung."""
-    known = [path for path in (logs / f"rank-{rank}.log" for rank in range(workers)) if path.exists()]
+def log_of(logs: Path, number: int, who: str = "rank") -> Path:
+    """Return where a rank of the gang, or an actor of the pool, has its log."""
+    return logs / f"{who}-{number}.log"
+
+
+def last_words(logs: Path, numbers: Iterable[int], who: str = "rank") -> str:
+    """Return the ends of some ranks' logs, that of the rank first which fell silent first; stacks where it hung."""
+    known = [path for path in (log_of(logs, number, who) for number in numbers) if path.exists()]
     parts = []
     for path in sorted(known, key=lambda path: path.stat().st_mtime):
         lines = path.read_text(encoding="utf8", errors="replace").strip().splitlines()
@@ -49,3 +63,20 @@ def last_words(logs: Path, workers: int) -> str:
         shown = lines[stacks[-1] :][: 3 * SHOWN] if stacks else lines[-SHOWN:]
         parts.append(f"{path.stem}, the end of {path}:\n" + "\n".join(f"  {line}" for line in shown))
     return "\n".join(parts)
+
+
+REMEDIES = {
+    "out of memory": "`cl-dist plan` tells what a worker needs: lower cluster.micro_batch, raise cluster.zero_stage, "
+    "or set cluster.offload or activation_checkpointing",
+    "low on memory": "the node's memory was full: fewer workers on a node, or cluster.zero_stage=3",
+    "Timeout (": "the stacks show where it waited; where a step, loading or a shard may take so long, raise "
+    "cluster.step_timeout_s",
+    "No space left on device": "make room, or name another run.dir",
+    "NCCL": "look at the network between the nodes; NCCL_DEBUG=INFO in their environment tells more",
+}
+"""What to change, by a word in an error or in a log."""
+
+
+def remedy(words: str) -> str:
+    """Return what the words of an error and of logs say should be changed, as a line of its own; else nothing."""
+    return next((f"What to change: {text}.\n" for word, text in REMEDIES.items() if word in words), "")

@@ -9,13 +9,15 @@ import time
 from collections import deque
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, enter, last_lines
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Fits, Place, enter, free, last_lines
+from cl_dist.dispatch_ray.life import Alive, last_words, log_of, remedy
 from cl_dist.errors import ClDistError, ClusterError, TrainingError
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stages.job import Job
@@ -25,30 +27,36 @@ if TYPE_CHECKING:
     from cl_dist.stages.shards import Finished, Shard, Worker
 
 log = logging.getLogger(__name__)
+ACTOR = "actor"
 
 
 class ShardWorker:
     """An actor of the pool: holds one model at a time and works on one shard at a time."""
 
-    def __init__(self, cwd: str, gpus: str | None) -> None:
+    def __init__(self, number: int, cwd: str, gpus: str | None) -> None:
         enter(cwd)
         if gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # before torch looks
         import cl_dist.stages.shards  # noqa: F401  # all that a shard needs
 
         gc.freeze()  # else every collection looks through all of it
+        self._number = number
         self._stage: str | None = None
         self._worker: Worker | None = None
 
-    def run(self, stage: str, job: Job, shard: Shard) -> Any:
-        """Work on a shard, loading the stage's model with the first one."""
+    def run(self, stage: str, job: Job, shard: Shard, logs: str, timeout_s: float) -> Any:
+        """Work on a shard, loading the stage's model with the first one, for so long at most."""
         from cl_dist.stages.shards import SHARDED
 
-        if stage != self._stage or self._worker is None:
-            self._worker = None
-            gc.collect()  # never two models resident: accelerate's hooks hold theirs in a cycle
-            self._stage, self._worker = stage, SHARDED[job.stage.kind].worker(job)
-        return self._worker.run(shard)
+        path = log_of(Path(logs), self._number, ACTOR)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf8") as file, Alive(timeout_s, file):
+            print(f"{job.key}: {shard}", file=file, flush=True)  # what hangs, above its stacks
+            if stage != self._stage or self._worker is None:
+                self._worker = None
+                gc.collect()  # never two models resident: accelerate's hooks hold theirs in a cycle
+                self._stage, self._worker = stage, SHARDED[job.stage.kind].worker(job)
+            return self._worker.run(shard)
 
     def drop(self) -> None:
         """Free the model, so that the gang has the memory."""
@@ -103,19 +111,21 @@ class Pool:
             kind = ray.remote(ShardWorker).options(
                 num_cpus=cluster.cpus_per_worker * each, num_gpus=cluster.gpus_per_worker * each
             )
-            return kind.remote(os.getcwd(), None)
+            return kind.remote(number, os.getcwd(), None)
         here = NodeAffinitySchedulingStrategy(place.node, soft=True)
         kind = ray.remote(ShardWorker).options(num_cpus=0, num_gpus=0, scheduling_strategy=here)
-        return kind.remote(os.getcwd(), place.gpus if cluster.gpus_per_worker else None)
+        return kind.remote(number, os.getcwd(), place.gpus if cluster.gpus_per_worker else None)
 
-    def map(self, tracker: Tracker, job: Job, finished: Finished) -> None:
+    def map(self, tracker: Tracker, job: Job, finished: Finished, logs: Path) -> None:
         """Have all missing shards worked on, each once, and keep each result as it comes.
 
         Every actor has a block of neighbouring shards, which it works on from the last to the first; one that has
-        finished its own takes the first of the longest block.
+        finished its own takes the first of the longest block. Actors that do not start, on a cluster that is full, are
+        not waited for as long as others work.
 
         Raises:
             TrainingError: If a shard failed more often than allowed.
+            ClusterError: If no actor starts in time, or nodes are lost for too long.
             ClDistError: As raised by a worker.
         """
         shards, total = finished.missing, len(finished.shards)
@@ -124,32 +134,49 @@ class Pool:
         blocks = [deque(shards[first:end]) for first, end in pairwise(bounds)]
         running: dict[Any, tuple[int, Shard]] = {}
         failures: dict[Shard, int] = {}
-        idle = list(range(len(self._actors)))
+        starting = {actor.__ray_ready__.remote(): number for number, actor in enumerate(self._actors)}
+        idle: list[int] = []
+        fits, worked = Fits(self._cluster), time.monotonic()
         while any(blocks) or running:
+            fits.look()
+            if running or idle:
+                worked = time.monotonic()
+            elif time.monotonic() - worked > self._cluster.start_timeout_s:
+                raise ClusterError(
+                    f"{job.key}: none of {len(self._actors)} actors started within cluster.start_timeout_s="
+                    f"{self._cluster.start_timeout_s:g}; {free()}"
+                )
             while any(blocks) and idle:
                 number = idle.pop()
                 shard = blocks[number].pop() if blocks[number] else max(blocks, key=len).popleft()
                 call = self._actors[number].run.options(name=job.key)  # what Ray's dashboard shows
-                running[call.remote(stage, shared, shard)] = (number, shard)
-            ended, _ = ray.wait(list(running), timeout=5.0)
+                running[call.remote(stage, shared, shard, str(logs), self._cluster.step_timeout_s)] = (number, shard)
+            ended, _ = ray.wait([*running, *starting], timeout=5.0)
             for future in ended:
+                if future in starting:
+                    idle.append(starting.pop(future))  # one that has died already says so with its first shard
+                    continue
                 number, shard = running.pop(future)
-                idle.append(number)
                 try:
                     finished.keep(shard, ray.get(future))
+                    idle.append(number)
                     tracker.event({"event": "step", "step": total - len(finished.missing), "total_steps": total})
                     continue
                 except RayTaskError as error:
                     cause: BaseException = error.cause if isinstance(error.cause, BaseException) else error
                     if isinstance(cause, ClDistError):
                         raise cause from error
+                    idle.append(number)
                 except RayActorError as error:
                     cause = error
                     self._actors[number] = self._start(number)
+                    starting[self._actors[number].__ray_ready__.remote()] = number
                 failures[shard] = failures.get(shard, 0) + 1
                 if failures[shard] > self._cluster.max_failures:
+                    words = f"{last_lines(cause)}\n{last_words(logs, [number], ACTOR)}\n"
                     raise TrainingError(
-                        f"shard {shard} failed {failures[shard]} times; last: {last_lines(cause)}"
+                        f"{job.key}: {shard} failed {failures[shard]} times; last cause:\n{words}{remedy(words)}"
+                        "Finished stages and shards are kept: `cl-dist resume` goes on from here."
                     ) from cause
                 tracker.event({"event": "shard_retry", "shard": str(shard), "attempt": failures[shard] + 1})
                 log.warning(

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, enter
-from cl_dist.dispatch_ray.life import Alive
+from cl_dist.dispatch_ray.life import Alive, log_of
 from cl_dist.errors import ClDistError, StoppedError
 from cl_dist.stages.job import Due
 from cl_dist.storage import told_when_full
@@ -37,24 +37,33 @@ def gang_worker(config: Mapping[str, Any]) -> None:
             return
         if parcel == "wait":
             continue
-        alive = Alive(parcel.step_timeout_s, _log_to(Path(parcel.logs) / f"rank-{world.rank}.log"))
+        alive = Alive(parcel.step_timeout_s, _log_to(log_of(Path(parcel.logs), world.rank)))
         try:
-            with told_when_full(parcel.out):
+            with told_when_full(parcel.out), alive:
                 train.run(parcel.job, Path(parcel.out), _Throttled(mailbox), lambda: _asks(mailbox), alive)
         except StoppedError:
             if world.rank == 0:
                 ray.get(mailbox.saved.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
             after = parcel.number
-            gc.collect()
+            _free()
             continue
         except ClDistError as error:
             ray.get(mailbox.fail.remote(error), timeout=ACTOR_TIMEOUT_S)
             raise
+        _free()  # before the pool borrows these GPUs
         world.gather(None)  # rank 0 has written its files, and nobody is still reading an input
         if world.rank == 0:
             ray.get(mailbox.done.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
         after = parcel.number
-        gc.collect()  # engines hold themselves in cycles, and the next stage builds another
+
+
+def _free() -> None:
+    """Let go of the stage's engine, which holds itself in cycles, and of what torch keeps of a GPU for later."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _asks(mailbox: Any) -> Due:

@@ -46,13 +46,13 @@ def run(
     out: Path,
     report: Report,
     asked: Callable[[], Due] = lambda: "",
-    alive: Callable[[int | None], None] = lambda step: None,
+    alive: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Train the stage's model and let rank 0 write its weights, learner state and facts to out.
 
-    report receives small progress events on rank 0; alive receives the number of each step on every rank, and None at
-    the last one's end. Every rank of the gang must call this with the same job. What an earlier attempt saved below out
-    is gone on from, whatever its number of ranks and ZeRO stage.
+    report receives small progress events on rank 0; alive receives the number of steps that are done, on every rank,
+    before each step and after the last. Every rank of the gang must call this with the same job. What an earlier
+    attempt saved below out is gone on from, whatever its number of ranks and ZeRO stage.
 
     Raises:
         StoppedError: If asked, which rank 0 calls about once a second, says "stop"; the stage is saved by then.
@@ -102,10 +102,9 @@ def run(
                 facts = loop.facts(step + 1, time.monotonic() - began)
                 writer.save(facts, loop.best, wait=due == "stop" or not job.engine.checkpoint_async)
             if due == "stop":
-                alive(None)
                 raise StoppedError(f"stopped after step {step + 1} of {schedule.total_steps}, which is saved")
 
-        alive(None)
+        alive(schedule.total_steps)
         perf |= loop.speed()
         (checkpoint.Best(0.0, Pieces(engine)) if loop.best is None else loop.best).write(out, world.rank)
         world.gather(None)  # all have written what any of them reads now

@@ -242,6 +242,33 @@ def test_a_run_that_only_has_an_evaluate_stage_left_starts_no_gang(pool: PoolSto
     assert not (pool.run / "logs" / "ray").exists()
 
 
+@pytest.fixture
+def only_scores(address: str, folder: Path, undisturbed: Path, request: pytest.FixtureRequest) -> Workbook:
+    """A run that only has an Evaluate stage left, with other settings of the cluster."""
+    number = sum(1 for _ in (folder / "runs").glob("scores-*"))
+    workbook = book(folder, f"scores-{number}", {"address": address, **request.param})
+    copytree(undisturbed / "stages", workbook.config.folder / "stages")
+    rmtree(workbook.config.folder / "stages/02-topic/evaluate")
+    return workbook
+
+
+@pytest.mark.parametrize("only_scores", [{"workers": 3, "min_workers": 1}], indirect=True)
+def test_a_pool_works_with_the_actors_that_the_cluster_can_hold(only_scores: Workbook, undisturbed: Path) -> None:
+    compute(only_scores)
+    scores = "stages/02-topic/evaluate/scores.json"
+    assert (only_scores.config.folder / scores).read_bytes() == (undisturbed / scores).read_bytes()
+
+
+@pytest.mark.parametrize("only_scores", [{"start_timeout_s": 3.0}], indirect=True)
+def test_a_pool_that_others_leave_no_room_says_so(only_scores: Workbook) -> None:
+    def watch(dispatcher: RayDispatcher, event: Event) -> None:
+        if event["event"] == "stage_start":
+            ray.get(ray.util.placement_group([{"CPU": 2}]).ready(), timeout=60)
+
+    with pytest.raises(ClusterError, match=r"02-topic/evaluate: none of 2 actors started .* free now: 0 CPU, 0 GPU"):
+        compute(only_scores, watch)
+
+
 # ----------------------------------------------------------------------------------------------------- pseudo-samples
 
 
