@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo
+FAULTS := tests/cl_dist/test_life.py tests/launcher/test_append.py tests/launcher/test_run_folder.py $(addprefix \
+	tests/integration/, test_chaos.py test_step_checkpoints.py test_cli_ray.py test_ray.py test_ray_jobs.py \
+	test_ray_recovery.py test_hosts.py)
 
 .PHONY: help setup demo test test-long test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables clean
 
@@ -57,9 +60,10 @@ parity: $(STAMP)  ## every method, ZeRO stage, gang of 1-3 and accumulation agai
 	$(BIN)/python -m tests.parity tests/results/parity.json
 	$(BIN)/python -m launcher.tables write
 
-chaos: $(STAMP)  ## kill runs at drawn points and resume them, into README.md
+chaos: $(STAMP)  ## kill runs at drawn points and resume them, into README.md; then every fault of its table
 	$(BIN)/python -m tests.chaos tests/results/chaos.json
 	$(BIN)/python -m launcher.tables write
+	$(BIN)/python -X faulthandler -m pytest -rs $(FAULTS)
 
 memory: $(STAMP)  ## the plan's memory against live tensors on one rank and two, into README.md
 	$(BIN)/python -m tests.memory tests/results/memory.json

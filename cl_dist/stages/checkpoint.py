@@ -3,7 +3,7 @@
     checkpoints/step-<N>/   after N optimizer steps
         trainable*.safetensors, exp_avg*.safetensors, exp_avg_sq*.safetensors    each rank writes what it owns
         best/trainable*.safetensors     weights of the best round so far, where one is selected
-        checkpoint.json                 step, rounds, running sums, and the digest of every file; written last
+        checkpoint.json                 step, rounds, running sums, digests of every file and its own; written last
 The folder appears under its name by one rename. The two newest are kept; a damaged one is passed over.
 """
 
@@ -23,6 +23,7 @@ from cl_dist.ledger import UNFINISHED, sha256, sync_folder, synced, write_json
 from cl_dist.parallel import moments, params
 from cl_dist.parallel.engine import Engine
 from cl_dist.parallel.world import World
+from cl_dist.stage import digest_of
 from cl_dist.stages.weights import TRAINABLE, Pieces, StoredWeights
 from cl_dist.storage import told_when_full
 
@@ -131,7 +132,8 @@ class Writer:
         partial, final = self._partial, self._partial.with_suffix("")
         if self._world.rank == 0:
             files = {name: digest for share in outcomes if isinstance(share, dict) for name, digest in share.items()}
-            write_json(partial / INDEX, {**self._facts, "files": files})
+            index = {**self._facts, "files": files}
+            write_json(partial / INDEX, {**index, "digest": digest_of(index)})
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             sync_folder(final.parent)
@@ -148,7 +150,7 @@ class Writer:
 
     @property
     def _partial(self) -> Path:
-        return self._folder / f"step-{self._facts['step']:08d}.partial"
+        return self._folder / f"{_name(self._facts['step'])}.partial"
 
 
 def _write(folder: Path, copies: Iterable[tuple[str, Pieces]], best: Best | None, rank: int) -> dict[str, str]:
@@ -182,6 +184,10 @@ def latest(out: Path, world: World) -> Checkpoint | None:
     return Checkpoint(index["step"], index["rounds"], index["sums"], index["seconds"], best, folder)
 
 
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def _found(out: Path) -> list[Path]:
     """Return the checkpoints below out, newest first."""
     return sorted((path.parent for path in (out / FOLDER).glob(f"step-*[0-9]/{INDEX}")), reverse=True)
@@ -190,9 +196,10 @@ def _found(out: Path) -> list[Path]:
 def _is_whole(folder: Path) -> bool:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf8"))
+        if index.pop("digest") != digest_of(index) or folder.name != _name(index["step"]):
+            raise ValueError("not what its digest says")
         damaged = [name for name, digest in index["files"].items() if sha256(folder / name) != digest]
-        index["step"], index["rounds"], index["sums"], index["seconds"], index["best_loss"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         damaged = [f"{INDEX} ({type(error).__name__}: {error})"]
     if damaged:
         log.warning("checkpoint damaged folder=%s files=%s: passed over", folder, ", ".join(damaged))
