@@ -22,7 +22,8 @@ from cl_dist.methods.text import UPDATE
 from cl_dist.stage import Choose, Rationalise, Record, Ref, Stage, Train, Vote, VoteConfig, model_after, ref
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from cl_dist.parallel.engine import GradScale
 
@@ -116,6 +117,33 @@ class RationalLamol(Lamol):
     """LAMOL's learner, with a part of the model frozen."""
 
     config: RationalLamolConfig
+
+    def shape(self, backbone: PreTrainedModel, known: int, size: int) -> nn.Module:
+        """See TextLearner.
+
+        Raises:
+            ConfigError: If low-rank updates leave nothing of a layer's units to freeze.
+        """
+        import torch
+
+        from cl_dist.models.architectures import architecture, layers_of
+        from cl_dist.models.heads import kept
+        from cl_dist.models.lowrank import kept_updates
+
+        model, config = super().shape(backbone, known, size), self.config
+        if config.lora is None or config.freeze == "none" or config.level == "block":
+            return model
+        layers = layers_of(backbone)
+        first = [(layer, 0) for layer in range(len(layers))]
+        with torch.device("cpu"):  # a plan shapes the model without data, but looks at these numbers
+            frozen = kept_updates(backbone, UPDATE, kept(backbone, first, config.level, config.freeze_output))
+        if not all(any(name.startswith(f"{path}.") for name in frozen) for path, _ in layers):
+            raise ConfigError(
+                f"method.lora.target_modules={config.lora.target_modules}: level: {config.level} freezes parts of "
+                "attention projections, which these are not, or not in every layer; add "
+                f"{', '.join(architecture(backbone).lora)}, or set level: block"
+            )
+        return model
 
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
         """See Lamol."""

@@ -26,12 +26,17 @@ class Classifier(nn.Module):
         """Take a backbone without a language modelling head; pooling is as in ModelConfig.
 
         Raises:
-            ConfigError: If the architecture is unknown, or has no pooler where one is wanted.
+            ConfigError: If the architecture is unknown, or has no such sentence vector.
         """
         super().__init__()
         self.backbone = backbone
         self._is_causal = architecture(backbone).is_causal
         self.pooling = pooling or ("last" if self._is_causal else "mean")
+        if pooling == "cls" and self._is_causal:
+            raise ConfigError(
+                f"science.model.pooling='cls': the first token of a {backbone.config.model_type} sees no other, so all "
+                "rows would be alike; expected last or mean, or leave it out"
+            )
         if pooling == "pooler" and getattr(backbone, "pooler", None) is None:
             raise ConfigError(
                 f"science.model.pooling='pooler': a {backbone.config.model_type} has no pooler; expected one of "

@@ -20,6 +20,7 @@ from cl_dist.models.capsules import Sharing
 from cl_dist.models.classifier import Batch, Classifier, freeze
 from cl_dist.models.config import MaskShape, PluginShape
 from cl_dist.models.gates import Gate, binary, sparsity
+from cl_dist.pieces import whole_shape
 
 
 @dataclass
@@ -218,7 +219,17 @@ class CtrClassifier(Classifier):
             plugin.mask2 = unpack(masks[f"{name}.mask2"], plugin.mask2.shape[1]).to(plugin.mask2.device)
 
     def save_plugins(self, path: Path | str) -> None:
-        """Write plugins, norms, heads and masks, without the backbone, as safetensors."""
+        """Write plugins, norms, heads and masks, without the backbone, as safetensors.
+
+        Raises:
+            ValueError: If this rank holds a piece of a parameter only.
+        """
+        cut = [name for name, p in self.own_parameters().items() if p.shape != whole_shape(p)]
+        if cut:
+            raise ValueError(
+                f"{path}: this rank holds pieces of parameters, see {cut[0]!r}; have all ranks gather own_parameters() "
+                "first, by deepspeed.zero.GatheredParameters"
+            )
         owned = {name: parameter.detach().contiguous() for name, parameter in self.own_parameters().items()}
         save_file({**owned, **{f"masks.{k}": v for k, v in self.masks().items()}}, str(path))
 

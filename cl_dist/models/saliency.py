@@ -22,6 +22,7 @@ def salient(
     """Return which of the first `context` tokens matter most to an answer: the given share of them, at least one.
 
     A token's weight is |sum over the embedding of gradient * input| of the answer's cross-entropy; ties: the earlier.
+    Attention is the model's own: inside `watched`, or where parameters are trained, more is kept for the same answer.
     """
     untyped: Any = model  # the library's methods carry no types
     tokens = torch.tensor([[*prefix, ans, *answer]], device=device_of(model))

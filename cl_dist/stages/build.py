@@ -41,11 +41,11 @@ def new_learner(
 
 
 def placed(job: Job, model: M) -> M:
-    """Bring a finished model to the precision of its forward pass and to this worker's devices, ready to be read."""
+    """Bring a finished model to the precision of its forward pass and to this worker's devices, to be read alone."""
     if job.model.dtype == "bfloat16":
         lower(model)  # before it goes to a device, where float32 may not fit
     backbone = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
-    return spread(model, type(layers_of(backbone)[0][1])).eval()
+    return spread(model, type(layers_of(backbone)[0][1])).eval().requires_grad_(False)
 
 
 class _Fitted(Mapping[str, Tensor]):

@@ -114,6 +114,9 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
         _save(learner.model.backbone, tokenizer, folder)
         write_json(folder / CARD, card.model_dump(mode="json"))
         return
+    if tokenizer.pad_token is None and tokenizer.all_special_tokens:
+        # Masked, so any will do; but one that is not special yet, as number 0 may be, would cut up texts that hold it.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.all_special_tokens[0]
     _, places = _untrained(card, job.model)
     tensors = {name: tensor.detach().cpu() for name, tensor in learner.model.state_dict().items()}
     plain = job.model.model_copy(update={"weight_bits": None})

@@ -59,13 +59,12 @@ class _Reader(ABC):
         data = task_data(self._job, shard.source)
         rows = voting_rows(data, self._vote.samples)
         found: Seen = []
-        with watched(self._model):
-            for number in range(shard.start, shard.stop):
-                row = rows[number]
-                tokens, kept = self._tokens(data, row)
-                line: dict[str, Any] = {"source": shard.source, "number": number, "row": row.id}
-                line["tokens"] = digest_of(tokens)
-                found.append(line | self.look(line, data, row, tokens, kept))
+        for number in range(shard.start, shard.stop):
+            row = rows[number]
+            tokens, kept = self._tokens(data, row)
+            line: dict[str, Any] = {"source": shard.source, "number": number, "row": row.id}
+            line["tokens"] = digest_of(tokens)
+            found.append(line | self.look(line, data, row, tokens, kept))
         return found
 
     @abstractmethod
@@ -96,7 +95,8 @@ class Recording(_Reader):
             found = {"agreement": agreement(text_T, human_T)} if human_T.any() else {}
         mask_T = np.pad(text_T, (0, len(tokens) - kept))
         recorder = Recorder(mask_T, units_of(self._model, self._vote.level), self._vote.beta)
-        watch(self._model, tokens, recorder)
+        with watched(self._model):  # around this alone: gradients would keep every map of every layer
+            watch(self._model, tokens, recorder)
         maps_LUT, iou_LU = recorder.maps()
         if line["number"] == 0:
             found["words"] = [self._speller.decode([token]) for token in tokens]
@@ -145,7 +145,8 @@ class Comparing(_Reader):
         if "skipped" in known:
             return {"skipped": known["skipped"]}
         comparer = Comparer(_maps(known), self._vote.beta)
-        watch(self._model, tokens, comparer)
+        with watched(self._model):
+            watch(self._model, tokens, comparer)
         return {"nearness": comparer.nearness().tolist()}
 
 

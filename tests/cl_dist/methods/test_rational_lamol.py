@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from cl_dist.data.rows import Row
 from cl_dist.errors import CheckpointError, ConfigError, DataError
@@ -15,6 +16,7 @@ from cl_dist.jobs import Workbook
 from cl_dist.stage import Record, Ref, Train, Vote, ref
 from cl_dist.stages import train, vote
 from cl_dist.stages.build import build_learner
+from cl_dist.stages.dry import Dry
 from cl_dist.stages.job import Job
 from cl_dist.stages.predict import Predictor
 from cl_dist.stages.shards import SHARDED
@@ -159,6 +161,31 @@ def test_gradients_stand_in_for_people(tmp_path: Path) -> None:
     assert set(example["looked_at"]) <= set(range(len(example["words"])))
 
 
+def test_gradients_keep_no_attention_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the backward pass needs grows with a text, not with its square, and holds nothing for weights."""
+    model = {"config": {"n_positions": 600}}
+    over = {"model": model, "method": {**tiny.METHODS["rational_lamol"], "rationales": "gradient"}}
+    book = tiny.book(tmp_path, {"science": {**over, "train": {"max_length": 600}}}, tasks=("food", "film"))
+    train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
+    reader = vote.Recording(book.job(book.stage(Ref(task=1, stage="record"))))
+    row, found = book.data(0).dev[0], []
+    for length in (250, 500):
+        long = replace(row, text="the " * length)
+        monkeypatch.setattr(vote, "voting_rows", lambda data, samples, long=long: [long])
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used again
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            (line,) = reader.run(Shard(0, 0, 1))
+        assert line["shape"][-1] == length
+        found.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    assert 0 < found[1] < 2.1 * found[0]
+    assert not any(parameter.requires_grad for parameter in reader._model.parameters())
+
+
 def test_the_example_shows_the_rationale_in_words(book: Workbook) -> None:
     example = book.ledger.read(Ref(task=1, stage="vote"), "critical.json")["example"]
     assert [example["words"][place] for place in example["rationale"]] in (["tasty"], ["bland"])
@@ -246,6 +273,23 @@ def test_a_unit_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
         made(tmp_path, freeze="list")
     with pytest.raises(ConfigError, match="frozen_units belong to freeze: list or brute_force"):
         made(tmp_path, frozen_units=[[1, 1]])
+
+
+@pytest.mark.parametrize("level", ["head", "group"])
+def test_updates_of_which_nothing_can_be_frozen_are_refused(tmp_path: Path, level: Any) -> None:
+    def build(*targets: str, **over: Any) -> None:
+        lora = {"r": 2, "target_modules": targets}
+        book = made(tmp_path, **{"level": level, "lora": lora, **over})
+        build_learner(book.job(book.plan(0)[0]))
+        Dry(book.config.science.method, book.config.science.model, (2, 2))  # what a plan does
+
+    for targets in (("c_fc",), ("c_fc", "c_proj")):
+        with pytest.raises(ConfigError, match=rf"target_modules=\('c_fc'.*level: {level} .* add c_attn, or"):
+            build(*targets)
+    build("c_fc", "c_attn")
+    build("c_proj", freeze_output=True)
+    build("c_fc", level="block")
+    build("c_fc", freeze="none")
 
 
 def test_brute_force_tries_every_unit_and_keeps_the_best(tmp_path: Path) -> None:

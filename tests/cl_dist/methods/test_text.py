@@ -14,9 +14,11 @@ from cl_dist.jobs import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref, ref
 from cl_dist.stages.build import build_learner
+from cl_dist.stages.dry import Dry
 from cl_dist.stages.evaluate import compared
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny
+from tests.architectures import TINY
 from tests.parity import train_here
 
 TEXT = {"model": {"answers": "text"}}
@@ -76,6 +78,23 @@ def test_turns_are_followed_through_their_dialogues() -> None:
     later = compared(task, (), rows, ["food: greek;", "area: west;", "area: east;"])
     assert later["turn_state"] == 2 / 3
     assert later["joint_state"] == 1 / 3  # what was missed in the first turn is still missed in the second
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [("lamol", "bert"), ("rational_lamol", "roberta"), ("sequential", "modernbert")]
+)
+def test_an_encoder_is_not_asked_to_write(tmp_path: Path, method: str, kind: str) -> None:
+    sizes = {"model_type": kind, **TINY[kind]}
+    tree = tiny.tree(tmp_path, {"science": {**TEXT, "method": dict(tiny.METHODS[method])}}, tasks=("food",))
+    tree["science"]["model"]["config"] = sizes
+    book = Workbook(parse(RunConfig, tree))
+    science = book.config.science
+    for build in (
+        lambda: build_learner(book.job(book.plan(0)[0])),
+        lambda: Dry(science.method, science.model, (2,)),  # what a plan does
+    ):
+        with pytest.raises(ConfigError, match=rf"model_type='{kind}' is an encoder, which writes no answers; .* gpt2,"):
+            build()
 
 
 def test_rows_longer_than_the_model_reads_are_refused(tmp_path: Path) -> None:

@@ -98,8 +98,10 @@ def test_the_last_token_answers_and_has_read_the_whole_row(kind: str) -> None:
     assert ((model(changed) - model(batch)).abs().amax(1) > 1e-4).all()
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
-@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [("bert", "mean"), ("bert", "cls"), ("bert", "last"), ("gpt2", "mean"), ("gpt2", "last")],
+)
 @torch.no_grad()
 def test_every_sentence_vector_ignores_padding_of_either_side(kind: str, pooling: str) -> None:
     model = Classifier(tiny(kind), pooling)
@@ -114,6 +116,11 @@ def test_every_sentence_vector_ignores_padding_of_either_side(kind: str, pooling
 def test_a_pooler_that_is_not_there_is_an_error_of_the_setting(kind: str) -> None:
     with pytest.raises(ConfigError, match=rf"science\.model\.pooling='pooler': a {kind} has no pooler"):
         Classifier(tiny(kind), "pooler")
+
+
+def test_the_first_token_of_a_decoder_is_no_sentence_vector() -> None:
+    with pytest.raises(ConfigError, match=r"science\.model\.pooling='cls': .* a gpt2 .*; expected last or mean"):
+        Classifier(tiny("gpt2"), "cls")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "phi", "olmo2"])

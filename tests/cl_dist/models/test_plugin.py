@@ -415,6 +415,19 @@ def test_a_file_of_another_task_count_is_refused_by_name(tmp_path: Path) -> None
             with_plugins(num_tasks=num_tasks).load_plugins(path)
 
 
+def test_pieces_of_parameters_are_not_saved(tmp_path: Path) -> None:
+    model, path = with_plugins(), tmp_path / "plugins.safetensors"
+    parameter: Any = model.plugins[0].fc1.weight
+    values, parameter.ds_shape = parameter.data, parameter.shape
+    parameter.data = torch.empty(0)  # as ZeRO-3 leaves it between uses
+    with pytest.raises(ValueError, match=r"pieces of parameters, see '.*fc1\.weight'; .*GatheredParameters"):
+        model.save_plugins(path)
+    parameter.data = values  # gathered
+    model.save_plugins(path)
+    with safe_open(path, "pt") as file:
+        assert torch.equal(file.get_tensor(next(name for name in file.keys() if "fc1.weight" in name)), values)  # noqa: SIM118
+
+
 # --- cost
 
 

@@ -13,18 +13,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from cl_dist.config import parse
 from cl_dist.data.classify import ClassifyRows
 from cl_dist.errors import CheckpointError, ConfigError
 from cl_dist.jobs import Workbook
 from cl_dist.methods import METHODS
 from cl_dist.models.backbone import load_backbone, load_tokenizer
 from cl_dist.models.classifier import Batch
+from cl_dist.run_config import RunConfig
 from cl_dist.stage import Evaluate
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.export import CARD, PARTS, export, load_exported
 from cl_dist.stages.job import Job
 from cl_dist.stages.predict import Predictor
 from tests import tiny
+from tests.architectures import TINY
 
 TASKS = ("food", "topic")
 
@@ -140,6 +143,32 @@ def test_the_tokenizer_cuts_where_the_run_did(exported: Path) -> None:
     assert encoded["input_ids"].shape == (2, 16)
     assert model(encoded).shape == (2, len(labels))
     assert AutoTokenizer.from_pretrained(exported).model_max_length == 32
+
+
+@pytest.mark.parametrize("end", [None, "[SEP]"])
+def test_a_decoder_whose_tokenizer_does_not_pad_is_given_texts_of_any_length(tmp_path: Path, end: str | None) -> None:
+    sizes = {"model_type": "llama", **TINY["llama"], "vocab_size": len(tiny.WORDS)}
+    tree = tiny.tree(tmp_path, {"science": {"train": {"epochs": 1}, "model": {"config": sizes}}}, tasks=TASKS)
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    known = {key: value for key, value in json.loads(settings.read_text("utf8")).items() if key != "pad_token"}
+    settings.write_text(json.dumps(known | ({"eos_token": end} if end else {})), "utf8")
+    book = tiny.compute(Workbook(parse(RunConfig, tree)))
+    job = last_job(book, 1)
+    spelling = load_tokenizer(job.model)
+    assert spelling.pad_token is None
+    export(job, 1, tmp_path / "x", "f00d")
+    model, tokenizer, _ = load_exported(tmp_path / "x")
+    assert tokenizer.pad_token == end or (end is None and tokenizer.pad_token in spelling.all_special_tokens)
+    assert len(tokenizer) == len(spelling)
+
+    texts = [row.text for row in book.data(1).test]
+    encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    assert not encoded["attention_mask"].all()
+    together = model(encoded).detach()
+    torch.testing.assert_close(together, logits_of_run(book, job, 1))
+    for number, text in enumerate(texts):
+        alone = spelling(text, return_tensors="pt")
+        torch.testing.assert_close(model(alone)[0].detach(), together[number])
 
 
 def test_a_folder_that_holds_something_is_refused(book: Workbook, tmp_path: Path) -> None:
