@@ -185,4 +185,5 @@ class Shape:
     def step(self, rows: int, accumulates: bool) -> Step:
         """Return the micro-batches of an optimizer step."""
         micro = self.dry.micro(rows, self.train.max_length, self.answer)
-        return Step(micro.kept, [(point.activations, point.gradients) for point in micro.points], accumulates)
+        points = [(point.activations, point.gradients) for point in micro.points]
+        return Step(micro.kept, points, accumulates, micro.operations)

@@ -66,6 +66,8 @@ class Step:
     """(bytes of activations by kind, elements of finished gradients) at the moments that may be the highest."""
     accumulates: bool
     """Whether it has more than one."""
+    operations: int = 0
+    """Of one micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ def plan(
         bool, typer.Option("--memory/--no-memory", help="also estimate memory, which imports torch")
     ] = True,
     with_scaling: Annotated[
-        bool, typer.Option("--scaling", help="also tell what a step would cost on 8 to 512 GPUs, on paper")
+        bool, typer.Option("--scaling", help="also tell what steps and stages would cost on 8 to 512 GPUs, on paper")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -54,12 +54,14 @@ def plan(
     document = planned(run, tuple(device_gib or DEVICES), with_memory)
     if with_scaling and document["memory"] is not None:
         document["scaling"] = list(scaling.on_paper(scaling.work_of(run, document), scaling.Machine()))
+        document["stage_seconds"] = list(scaling.stages_on_paper(run, document, scaling.Machine()))
     if as_json:
         console.out.print_json(json.dumps(document))
         return
     _show(document)
     if "scaling" in document:
         _show_scaling(document["scaling"])
+        _show_stages(document["stage_seconds"])
 
 
 def planned(config: RunConfig, devices: tuple[float, ...], with_memory: bool = True) -> Plan:
@@ -153,8 +155,13 @@ def _sizes(config: RunConfig, known: Known, shape: Shape, stages: list[Stage], d
             "micro_batch": configured,
             "micro_batches": rank.micro_batches(cluster.workers, configured),
             "max_length": shape.train.max_length,
+            "slots": _slots(config, shape),
             "labels": shape.dry.labels(configured, shape.train.max_length, shape.answer),
             "bytes_per_element": shape.item,
+            "operations": {
+                "trained_row": rank.operations(),
+                "read_row": shape.dry.scored(1, shape.train.max_length).operations,
+            },
             "elements": {
                 "P": model.elements,
                 "T": model.trained,
@@ -198,6 +205,11 @@ class _Rank:
         gang = self.gang(workers, stage)
         return memory.training(self._shape.model, memory.accumulating(step, accumulates), gang)
 
+    def operations(self) -> int:
+        """Return the operations of a row of the configured micro-batch, forward and backward."""
+        rows = self.rows(self._cluster.workers)
+        return self._steps[rows, False].operations // rows
+
     def gang(self, workers: int, stage: int | None) -> Gang:
         """Return a gang; stage None is plain torch. Offload is only for the stages that know it."""
         cluster, engine = self._cluster, "torch" if stage is None else "deepspeed"
@@ -229,10 +241,9 @@ def _pool(config: RunConfig, shape: Shape, stages: list[Stage]) -> dict[str, tup
         rows = science.evaluate.batch if kind in ("evaluate", "choose") else 1
         working: list[Quantity] = []
         if kind == "generate" and decoder is not None:
-            fitting = memory.rows_within(decoder, science.generate.slots, length, shape.item, science.generate.cache_gb)
-            working = list(memory.generating(decoder, fitting, length, shape.item))
+            working = list(memory.generating(decoder, _slots(config, shape), length, shape.item))
         else:
-            size = shape.dry.scored(rows, length)
+            size = shape.dry.scored(rows, length).peak
             working.append(Quantity("forward pass", size, "of rows * max_length tokens, without gradients; traced"))
             if kind in ("record", "vote") and decoder is not None:
                 working.append(memory.voting(decoder, length, shape.item))
@@ -241,6 +252,14 @@ def _pool(config: RunConfig, shape: Shape, stages: list[Stage]) -> dict[str, tup
         devices = config.cluster.workers_per_model if config.cluster.gpus_per_worker else 1
         found[kind] = memory.pooled(model, working, devices)
     return found
+
+
+def _slots(config: RunConfig, shape: Shape) -> int:
+    """Return how many samples are written side by side; 0 where nothing writes."""
+    if shape.dry.decoder is None:
+        return 0
+    decoder, generate = memory.Decoder(*shape.dry.decoder), config.science.generate
+    return memory.rows_within(decoder, generate.slots, shape.train.max_length, shape.item, generate.cache_gb)
 
 
 def _cluster(rank: _Rank, pool: dict[str, tuple[Quantity, ...]], gib: float) -> Plan:
@@ -322,6 +341,14 @@ def _show_scaling(lines: list[Plan]) -> None:
         numbers = (line["compute_s"], line["moved_bytes"] / GIB, line["link_s"], line["step_s"])
         rate = (f"{line['tokens_per_s']:,.0f}", f"{line['share_of_first']:.0%}")
         table.add_row(str(line["ranks"]), str(line["rows"]), *(f"{n:.3g}" for n in numbers), *rate, line["note"])
+    console.out.print(table)
+
+
+def _show_stages(lines: list[Plan]) -> None:
+    """Show the seconds of stages; what is not told is "-"."""
+    table = Table("stage", "rows", *map(str, scaling.RANKS), title="seconds of a stage on paper, by GPUs")
+    for line in lines:
+        table.add_row(line["stage"], "?" if line["rows"] is None else str(line["rows"]), *scaling.cells(line))
     console.out.print(table)
 
 

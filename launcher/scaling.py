@@ -1,21 +1,33 @@
-"""What an optimizer step costs on many GPUs, on paper: operations, bytes over links, and where more GPUs stop paying.
+"""What steps and stages cost on many GPUs, on paper: operations, bytes over links, and where more GPUs stop paying.
 
     P      elements of the model;  T of these are trained;  b bytes of an element
     R      ranks;  G rows of the global batch, which is science and so the same for all R;  L tokens of a row
     r      ceil(G / R) rows of a rank, in k micro-batches
-    operations of a rank      r L (4 P + 2 T): forward 2 P, backward 2 P for what flows back and 2 T for what is
-                              trained; 2 P more where activations are computed again; attention over tokens is left out
+    operations of a rank      r times those of a row, which are counted in a dry run of the method's own loss: about
+                              L (4 P + 2 T) where a row is read once, 2 P for what is computed forward, 2 P for what
+                              flows back, 2 T for what is trained; twice that where LAMOL reads a row as question and
+                              as sample; more where activations are computed again
     bytes of a rank           ZeRO-0 and 1: 2 b T; ZeRO-2: b T (k + 1); ZeRO-3: k b (2 P + T); all times (R - 1) / R
     seconds                   operations / (share of peak), and bytes / (the slowest link on the way)
 Nothing is hidden behind anything in `step_s`, everything in `least_s`: the truth lies between. Links are one GPU's.
+
+    training stage            steps * step_s, and loading
+    stage that is in shards   loading, and ceil(shards / models) times a shard's forward passes, where R workers hold
+                              R / workers_per_model models
+    forward pass              max(operations / (share of peak), b P / (what memory gives)): all weights are read for it
+    loading                   (b P + 4 T) / (what a worker reads of files): the backbone, then what was trained
+Every row has L tokens, and every sample is good at the first attempt. Left out: the start of workers, dev rows,
+checkpoints, the cache of keys and values, the host's part (launching kernels, comparing the maps of a vote).
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from cl_dist.jobs import Workbook
 from cl_dist.run_config import RunConfig
+from cl_dist.stage import Evaluate, Generate, Record, Stage, Train, Vote
 from launcher.memory import share
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
@@ -35,15 +47,23 @@ class Machine:
     between: float = 50e9
     """Bytes a second from a GPU to other nodes."""
     gpus: int = 8
+    memory: float = 3.35e12
+    """Bytes a second between a GPU and its memory."""
+    files: float = 2e9
+    """Bytes a second that a worker reads of files while the others of its node do the same."""
 
     def link(self, ranks: int) -> float:
         """Return the bytes a second of the slowest link that a ring over some ranks needs."""
         return self.inside if ranks <= self.gpus else self.between
 
+    def computing(self, operations: float) -> float:
+        """Return the seconds of some operations."""
+        return operations / (self.peak * self.used)
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step has to do."""
+    """What a step has to do, and what a model does that reads."""
 
     elements: int
     trained: int
@@ -54,7 +74,15 @@ class Work:
     zero_stage: int
     most_rows: int
     """Rows of a micro-batch at most."""
-    recomputes: bool
+    operations: int
+    """Of a row in a step, forward and backward."""
+    read_operations: int = 0
+    """Of a row in a forward pass."""
+    answer: int = 1
+    """Tokens that are written to answer a row; one where that is a class."""
+    slots: int = 0
+    """Samples that are written side by side."""
+    workers_per_model: int = 1
 
 
 def on_paper(work: Work, machine: Machine, ranks: Sequence[int] = RANKS) -> Iterator[dict[str, Any]]:
@@ -63,9 +91,8 @@ def on_paper(work: Work, machine: Machine, ranks: Sequence[int] = RANKS) -> Iter
     for size in ranks:
         rows = share(work.global_batch, size)
         micro = share(rows, min(rows, work.most_rows))
-        operations = rows * work.tokens * ((6 if work.recomputes else 4) * work.elements + 2 * work.trained)
         moved = _moved(work, size, micro)
-        compute_s, link_s = operations / (machine.peak * machine.used), moved / machine.link(size)
+        compute_s, link_s = machine.computing(rows * work.operations), moved / machine.link(size)
         rate = work.global_batch * work.tokens / (compute_s + link_s)
         first = rate / size if first is None else first
         yield {
@@ -101,9 +128,80 @@ def _note(work: Work, ranks: int, compute_s: float, link_s: float) -> str:
     return ""
 
 
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """A stage that is cut into equal shards."""
+
+    number: int
+    passes: tuple[tuple[int, int], ...]
+    """Forward passes of a shard: (how many, tokens of each)."""
+
+
+def stages_on_paper(
+    config: RunConfig, document: dict[str, Any], machine: Machine, ranks: Sequence[int] = RANKS
+) -> Iterator[dict[str, Any]]:
+    """Yield the seconds of each stage of a plan, for each number of GPUs; None where that is not told."""
+    book, work = Workbook(config), work_of(config, document)
+    stages = (stage for task in range(len(book.tasks)) for stage in book.plan(task))
+    for stage, line in zip(stages, document["stages"], strict=True):
+        rows = line["rows"]
+        seconds = _seconds(config, stage, rows, work, machine, ranks) if rows else None
+        yield {"stage": line["stage"], "rows": rows, "seconds": seconds}
+
+
+def _seconds(
+    config: RunConfig, stage: Stage, rows: int, work: Work, machine: Machine, ranks: Sequence[int]
+) -> list[float] | None:
+    loading = (work.item * work.elements + 4 * work.trained) / machine.files
+    if isinstance(stage, Train) and stage.learner is None:
+        train = stage.settings or config.science.train_of(config.science.sequence().tasks[stage.task])
+        steps = train.epochs * share(rows, train.global_batch)
+        found = on_paper(replace(work, global_batch=train.global_batch), machine, ranks)
+        return [loading + steps * step["step_s"] for step in found]
+    shards = _shards(config, stage, rows, work)
+    if shards is None:
+        return None
+    a_shard = sum(count * _pass(tokens, work, machine) for count, tokens in shards.passes)
+    return [loading + share(shards.number, max(1, size // work.workers_per_model)) * a_shard for size in ranks]
+
+
+def _pass(tokens: int, work: Work, machine: Machine) -> float:
+    """Return the seconds of a forward pass over so many tokens of any rows."""
+    operations = tokens * work.read_operations / work.tokens
+    return max(machine.computing(operations), work.item * work.elements / machine.memory)
+
+
+def _shards(config: RunConfig, stage: Stage, rows: int, work: Work) -> Shards | None:
+    """Return what a stage is cut into; None for those with a model of their own, or several."""
+    science, length = config.science, work.tokens
+    match stage:
+        case Evaluate():
+            size = min(rows, science.evaluate.shard_rows)
+            batch = min(size, science.evaluate.batch)
+            reads = (share(size, batch), batch * length)
+            return Shards(share(rows, size), (reads, (reads[0] * (work.answer - 1), batch)))
+        case Generate():
+            size = min(rows, science.generate.shard_samples)
+            slots = min(size, work.slots)
+            return Shards(share(rows, size), ((share(size, slots) * length, slots),))
+        case Record() | Vote():
+            size = min(rows, stage.vote.shard_samples)
+            by_gradients = isinstance(stage, Record) and stage.vote.rationales == "gradient"
+            return Shards(share(rows, size), ((size * (3 if by_gradients else 1), length),))  # forward, and back
+        case _:
+            return None
+
+
+def cells(line: dict[str, Any]) -> list[str]:
+    """Return the seconds of a stage as a table shows them."""
+    if line["seconds"] is None:
+        return ["-"] * len(RANKS)
+    return [f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}" for seconds in line["seconds"]]
+
+
 def work_of(config: RunConfig, document: dict[str, Any]) -> Work:
-    """Return the work of a step of a run, from its plan."""
-    found, science = document["memory"], config.science
+    """Return the work of a run, from its plan."""
+    found, science, cluster = document["memory"], config.science, config.cluster
     settings = [science.train_of(task) for task in science.sequence().tasks]
     return Work(
         elements=found["elements"]["P"],
@@ -111,7 +209,11 @@ def work_of(config: RunConfig, document: dict[str, Any]) -> Work:
         item=found["bytes_per_element"],
         global_batch=max(train.global_batch for train in settings),
         tokens=found["max_length"],
-        zero_stage=config.cluster.zero_stage,
+        zero_stage=cluster.zero_stage,
         most_rows=found["micro_batch"],
-        recomputes=config.cluster.activation_checkpointing,
+        operations=found["operations"]["trained_row"],
+        read_operations=found["operations"]["read_row"],
+        answer=found["labels"].get("qa", found["micro_batch"]) // found["micro_batch"],
+        slots=found["slots"],
+        workers_per_model=cluster.workers_per_model if cluster.gpus_per_worker else 1,
     )

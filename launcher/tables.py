@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from launcher.scaling import RANKS, cells
+
 RESULTS, README = Path("tests/results"), Path("README.md")
 PAGES = (README, Path("cluster_configs/SCALING.md"))
 """Where marked blocks may be."""
@@ -167,6 +169,18 @@ def scaling(data: Mapping[str, Any]) -> str:
         "",
         f"{data['machine']}; {rows['global_batch']} rows of {rows['tokens']} tokens a step, micro_batch: "
         f"{rows['micro_batch']}, activations computed again.",
+        "",
+        f"| seconds of a stage on paper | rows | {' | '.join(f'{size} GPUs' for size in RANKS)} |",
+        "| --- " * (2 + len(RANKS)) + "|",
+    ]
+    for each in data["paper"]:
+        for line in each["stages"]:
+            stage = line["stage"].partition("/")[2]
+            lines.append(f"| {each['what']}: {stage} | {line['rows']} | {' | '.join(cells(line))} |")
+    lines += [
+        "",
+        f"The second of two tasks of {rows['train']:,} train and {rows['test']:,} test rows, {rows['epochs']} epochs; "
+        "every row and sample as long as may be.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from cl_dist.data.language import Special
 from cl_dist.methods.base import MethodConfig, Progress
@@ -63,6 +65,17 @@ class Micro:
     """Bytes that wait for the backward pass, by kind."""
     points: tuple[Point, ...]
     """In order of time, so with more and more gradients: moments after which there are never as many activations."""
+    operations: int
+    """Additions and multiplications of its matrix products, those that are computed again included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A forward pass without gradients."""
+
+    peak: int
+    """The most bytes beside the weights."""
+    operations: int
 
 
 class Dry:
@@ -164,7 +177,7 @@ class Dry:
         model = self.learner.model
         with self._fake, _following(model.train(), self._config, self._taught) as trace:
             batch = self._batch(rows, length, answer)
-            with trace.live:
+            with trace.live, _Operations() as counted:
                 loss = self.learner.loss(model, batch, Progress(0, 10, 0, 10))
                 terms = [(term * batch["weight"]).sum() for term in loss.rows.values()]
                 total = torch.stack([term.float() for term in (*terms, *loss.own.values())]).sum()
@@ -173,21 +186,21 @@ class Dry:
                 total.backward()
             for parameter in model.parameters():
                 parameter.grad = None
-            return Micro(kept, trace.points())
+            return Micro(kept, trace.points(), counted.total)
 
-    def scored(self, rows: int, length: int) -> int:
-        """Return the most bytes beside the weights in a forward pass without gradients, of a decoder without logits."""
+    def scored(self, rows: int, length: int) -> Scored:
+        """Run a forward pass without gradients, of a decoder without logits."""
         model: Any = self.learner.model
         with self._fake, torch.no_grad(), _following(model.eval(), self._config, []) as trace:
             self.learner.activate(self._task)
             batch = self._batch(rows, length, 1)
-            with trace.live:
+            with trace.live, _Operations() as counted:
                 if isinstance(model, CausalModel):
                     untyped: Any = model.backbone
                     untyped.base_model(batch["input_ids"][:rows], use_cache=False)
                 else:
                     model(batch)
-            return trace.live.peak - trace.before
+            return Scored(trace.live.peak - trace.before, counted.total)
 
     def ended(self) -> int:
         """End the task and return the bytes that outlive it beside its weights: masks in bits, importances.
@@ -220,6 +233,32 @@ class Dry:
         batch["input_ids"] = torch.zeros(rows * len(parts), length, dtype=torch.int64)
         batch |= {name: torch.zeros(labels, dtype=torch.int64) for name in ("place", "target", "owner", "part")}
         return batch | {"unit": torch.ones(labels), "replayed": torch.zeros(rows)}
+
+
+class _Operations(TorchDispatchMode):
+    """Counts the operations of matrix products, convolutions and attention, by torch's own formulas.
+
+    Attention is counted whole, also where a kernel for causal attention leaves half of it out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # by the library
+        self.total = 0
+        aten, known = torch.ops.aten, flop_registry
+        self._formulas = known | {  # which lack the kernels of a CPU
+            aten._scaled_dot_product_flash_attention_for_cpu: known[aten._scaled_dot_product_flash_attention],
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: known[
+                aten._scaled_dot_product_flash_attention_backward
+            ],
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count it."""
+        result = func(*args, **(kwargs or {}))
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 class _Trace:
