@@ -1,18 +1,22 @@
 """Strict settings: a pydantic base that suggests the key you meant, YAML with `extends`, dotted overrides."""
 
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from yaml.composer import ComposerError
 
 from cl_dist.errors import ConfigError
 
 Tree = dict[str, Any]
+MAX_NODES, MAX_DEPTH = 100_000, 50
+"""Bounds of a tree: values, those behind aliases counted wherever they stand, and how deep they are nested."""
 
 
 class Section(BaseModel):
@@ -63,6 +67,8 @@ def parse(kind: type[S], tree: Mapping[str, Any], where: str = "") -> S:
     Raises:
         ConfigError: With one line per fault, each naming the dotted field, its value and what was expected.
     """
+    if unusable := list(_unusable(tree)):
+        raise ConfigError("\n".join(f"{where}{line}" for line in unusable))
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -71,9 +77,31 @@ def parse(kind: type[S], tree: Mapping[str, Any], where: str = "") -> S:
             path = ".".join(str(part) for part in fault["loc"]) or kind.__name__
             message = fault["msg"].removeprefix("Value error, ")
             given = fault["input"]
-            shown = f"={given!r}" if isinstance(given, str | int | float | bool | None) else ""
+            shown = f"={given!r:.200}" if isinstance(given, str | int | float | bool | None) else ""
             lines.append(f"{where}{path}{shown}: {message}")
         raise ConfigError("\n".join(lines)) from None
+
+
+def _unusable(node: Any, path: str = "", depth: int = 0) -> Iterator[str]:
+    """Yield a line for each value that no digest, file or tokenizer takes, and that a field of any type lets pass."""
+    if isinstance(node, str):
+        try:
+            node.encode()
+        except UnicodeEncodeError as error:
+            yield f"{path}: holds half a character, {node[error.start]!a} at position {error.start}"
+    elif isinstance(node, float):
+        if not math.isfinite(node):
+            yield f"{path}={node}: expected a finite number"
+    elif isinstance(node, Mapping | list | tuple):
+        if depth == MAX_DEPTH:
+            yield f"{path}: nested more than {MAX_DEPTH} deep"
+            return
+        pairs = node.items() if isinstance(node, Mapping) else enumerate(node)
+        for key, value in pairs:
+            if faults := list(_unusable(key, f"{path or 'the file'}: key {key!a}")):
+                yield from faults
+            else:
+                yield from _unusable(value, f"{path}.{key}" if path else str(key), depth + 1)
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
@@ -102,7 +130,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> Tree:
     base = tree.pop("extends", None)
     if base is not None and not isinstance(base, str):
         raise ConfigError(f"{path}: extends={base!r}: expected the path of another run file")
-    filled = _fill_env(tree, path)
+    filled: Tree = _with_texts(tree, lambda text: _fill_env(text, path))
     return merged(_read_yaml(path.parent / base, (*seen, path)), filled) if base else filled
 
 
@@ -110,29 +138,89 @@ def plain_yaml(path: Path) -> Tree:
     """Read a YAML mapping as it stands.
 
     Raises:
-        ConfigError: If the file is missing or is not a YAML mapping.
+        ConfigError: If the file is missing or is not a YAML mapping, or if what it says of the run is none.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf8"))
+        text = path.read_text(encoding="utf8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, for one
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    tree = _plain(text, f"{path}: ")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping with the keys run, science and cluster")
+    if not isinstance(tree.get("run", {}), dict):
+        raise ConfigError(f"{path}: run: expected a mapping with the keys name and dir, got {tree['run']!r:.50}")
     return tree
 
 
-def _fill_env(node: Any, path: Path) -> Any:
-    if isinstance(node, dict):
-        return {key: _fill_env(value, path) for key, value in node.items()}
+class _Loader(yaml.SafeLoader):
+    """Plain data alone, no key that comes twice, and no aliases that name what is around them, or far too much."""
+
+    yaml_constructors = {  # neither is JSON, and a set has another order in each process
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag not in ("tag:yaml.org,2002:binary", "tag:yaml.org,2002:set")
+    }
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._count = 0
+        self._counts: dict[yaml.Node, int] = {}
+        """Nodes below each finished one, with itself."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark, before = event.start_mark, self._count
+        node = super().compose_node(parent, index)
+        assert node is not None  # that of an empty text is asked for elsewhere
+        if isinstance(event, yaml.AliasEvent):
+            if node not in self._counts:
+                raise ComposerError(None, None, f"*{event.anchor} stands inside of what it names", mark)
+            self._count += self._counts[node]
+        else:
+            self._count += 1
+            self._counts[node] = self._count - before
+        if self._count > MAX_NODES:
+            raise ComposerError(None, None, f"more than {MAX_NODES} values, with those of aliases", mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":  # `<<` loses nothing
+                if (key.tag, key.value) in seen:
+                    raise ComposerError(None, None, f"key {key.value!r} comes twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
+def _plain(text: str, where: str) -> Any:
+    """Return what a YAML text holds.
+
+    Raises:
+        ConfigError: If it is no YAML, or names a key twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ConfigError(f"{where}not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # such as a date that is none
+        raise ConfigError(f"{where}not valid YAML: {error}") from None
+
+
+def _with_texts(node: Any, change: Callable[[str], str]) -> Any:
+    """Return a deep copy of plain data with every text changed; what an alias stands for is copied wherever it is."""
+    if isinstance(node, Mapping):
+        return {key: _with_texts(value, change) for key, value in node.items()}
     if isinstance(node, list):
-        return [_fill_env(value, path) for value in node]
-    if isinstance(node, str):
-        return re.sub(r"\$\{env:(\w+)\}", lambda match: _env(match[1], path), node)
-    return node
+        return [_with_texts(value, change) for value in node]
+    return change(node) if isinstance(node, str) else node
+
+
+def _fill_env(text: str, path: Path) -> str:
+    return re.sub(r"\$\{env:(\w+)\}", lambda match: _env(match[1], path), text)
 
 
 def _env(name: str, path: Path) -> str:
@@ -147,15 +235,12 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
     Raises:
         ConfigError: If an override has no '=', names a list item that does not exist, or does not parse.
     """
-    result: Tree = yaml.safe_load(yaml.safe_dump(dict(tree)))  # a deep copy of plain data
+    result: Tree = _with_texts(tree, str)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"{override!r}: expected dotted.key=value, such as science.train.epochs=3")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from None
+        value = _plain(text, f"{override!r}: the value is ")
         *parents, last = key.split(".")
         node: Any = result
         for part in parents:

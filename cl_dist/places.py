@@ -3,10 +3,27 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from cl_dist.errors import DataError
 
 PREFIX = "package:"
+MAX_NAME, MAX_PATH = 255, 3000
+"""Bytes of the longest name that Linux takes, and of the longest path: 4095, less what a run puts below its folder."""
+
+
+def _checked(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("holds a zero byte, which no path has")
+    if len(os.fsencode(path)) > MAX_PATH or any(len(os.fsencode(name)) > MAX_NAME for name in path.split("/")):
+        raise ValueError(f"is longer than a path can be: {MAX_PATH} bytes, {MAX_NAME} between two slashes")
+    return path
+
+
+Place = Annotated[str, AfterValidator(_checked)]
+"""A path of the run file, which need not be there, or a name on a hub."""
 
 
 def resolve(path: str) -> Path:
@@ -17,10 +34,11 @@ def resolve(path: str) -> Path:
     not installed.
 
     Raises:
-        DataError: If the package is not installed, or the inner path is empty or leaves the package's folder.
+        DataError: If the package is not installed, or the inner path is empty or leaves the package's folder, or there
+            is no such user behind `~`.
     """
     if not path.startswith(PREFIX):
-        return Path(path).expanduser()
+        return home(path)
     name, _, inner = path.removeprefix(PREFIX).partition("/")
     if not name.isidentifier() or not inner:
         raise DataError(f"{path}: expected package:NAME/inner/path with the top-level name of a package")
@@ -38,3 +56,15 @@ def resolve(path: str) -> Path:
     if any(not place.startswith(folder + os.sep) for place, folder in zip(places, folders, strict=True)):
         raise DataError(f"{path}: leaves the folder of package {name!r}; expected a path inside it")
     return next((Path(place) for place in places if os.path.exists(place)), Path(places[0]))
+
+
+def home(path: str) -> Path:
+    """Return a path with `~` expanded.
+
+    Raises:
+        DataError: If there is no such user behind `~`.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise DataError(f"{path}: there is no such user on this machine; write the whole path") from None

@@ -1,5 +1,6 @@
 """The run file as a whole: run, science (decides results) and cluster (must not), and its baselines."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,11 +10,12 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from cl_dist.config import Section, Tree, apply_overrides, did_you_mean, merged, parse, read_yaml
 from cl_dist.data.orders import check_order, read_orders
 from cl_dist.data.tasks import DataConfig, TaskConfig
-from cl_dist.errors import ConfigError
+from cl_dist.errors import ConfigError, DataError
 from cl_dist.methods import METHODS
 from cl_dist.methods.base import MethodConfig, TaskSequence
-from cl_dist.models.config import ModelConfig
+from cl_dist.models.config import ModelConfig, check_length, known_sizes, max_positions
 from cl_dist.parallel.config import EngineConfig
+from cl_dist.places import Place, home
 from cl_dist.stage import EvaluateConfig, GenerateConfig, TrainConfig
 from cl_dist.trackers import Name
 
@@ -24,14 +26,25 @@ class RunSection(Section):
     """Name and place of the run."""
 
     name: Annotated[str, Field(pattern=NAME)]
-    dir: str = "runs"
-    """Folder that holds run folders; on a cluster, one that every node sees."""
+    dir: Place = "runs"
+    """Folder that holds run folders, `~` is expanded; on a cluster, one that every node sees."""
     mirror: str | None = None
     """Where finished stages are copied as well, to <mirror>/<name>: s3://bucket/runs, gs://..., file:///... A run whose
     folder is not there starts from the copy. Needs the fsspec package of that store, such as s3fs."""
     trackers: list[Name] = []
     """Also send numbers to tensorboard, mlflow or wandb; the run folder holds all of them without. Needs
     `pip install 'cl-dist[tracking]'`."""
+
+    @model_validator(mode="after")
+    def _can_be_a_folder(self) -> "RunSection":
+        try:
+            folder = home(self.dir).absolute() / self.name
+        except DataError as error:
+            raise ValueError(f"dir={error}") from None
+        there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+        if not there.is_dir():
+            raise ValueError(f"dir={self.dir!r}: {there} is no folder; name one that is there, or a new one")
+        return self
 
 
 class Science(Section):
@@ -44,7 +57,7 @@ class Science(Section):
     tasks: list[TaskConfig] = Field(min_length=1)
     orders: dict[str, list[str]] = {}
     """Task orders by name."""
-    order_file: str | None = None
+    order_file: Place | None = None
     """File of orders: one task id per line, or PyContinual's lines of one whole order each; named row0, row1, ..."""
     order: list[str] | str | None = None
     """Task ids in the order they are learned, or the name of an order; None takes the tasks as listed."""
@@ -93,10 +106,15 @@ class Science(Section):
         check_order(order, list(by_id))
         return TaskSequence(tuple(by_id[name] for name in order))
 
-    def _order(self, ids: list[str]) -> list[str]:
-        orders = dict(self.orders)
+    def named_orders(self) -> dict[str, list[str]]:
+        """Return the orders that the run file names, and those of its order file."""
+        found = dict(self.orders)
         if self.order_file is not None:
-            orders |= {f"row{number}": order for number, order in enumerate(read_orders(self.order_file))}
+            found |= {f"row{number}": order for number, order in enumerate(read_orders(self.order_file))}
+        return found
+
+    def _order(self, ids: list[str]) -> list[str]:
+        orders = self.named_orders()
         if self.order is None:
             return orders["row0"] if self.order_file is not None else ids
         if isinstance(self.order, list):
@@ -129,12 +147,13 @@ class ClusterConfig(EngineConfig):
     stop_timeout_s: float = Field(60.0, ge=0)
     """How long a run that is told to stop waits for the stage to be saved."""
     step_timeout_s: float = Field(1800.0, ge=0)
-    """Longest time for one optimizer step, with the scoring of dev rows and saving where they follow; ranks that take
-    longer write their stacks to their logs and end themselves, and the gang starts again. 0 waits for ever."""
+    """Longest time for one optimizer step, with the scoring of dev rows and saving where they follow, for loading
+    before the first and all that comes after the last, and for one shard of what comes in shards; processes that take
+    longer write their stacks to their logs and end themselves, and are started again. 0 waits for ever."""
     lost_node_timeout_s: float = Field(300.0, ge=0)
     """How long a run waits for nodes without which the cluster cannot hold the gang any more."""
     start_timeout_s: float = Field(300.0, gt=0)
-    """How long to wait for the gang to start before the cluster is reported as too busy."""
+    """How long to wait for the gang, or for any actor, to start before the cluster is reported as too busy."""
 
     @model_validator(mode="after")
     def _engine_fits(self) -> "ClusterConfig":
@@ -195,7 +214,7 @@ class RunConfig(Section):
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.run.dir) / self.run.name
+        return home(self.run.dir) / self.run.name
 
     def baseline(self, name: str) -> "RunConfig":
         """Return the run file of a baseline: the same tasks and cluster, in a folder inside this run's.
@@ -214,6 +233,17 @@ class RunConfig(Section):
         parts = {"run": run, "science": science, "cluster": tree.get("cluster", {})}
         return parse(RunConfig, parts, f"baselines.{name}.")
 
+    def check_lengths(self, sizes: Mapping[str, Any]) -> None:
+        """Check that the backbone, of which this is config.json, can read rows as long as every task says.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+        writes = METHODS[self.science.method.name].answers(self.science.model.answers) == "text"
+        told = sizes.get("max_position_embeddings", sizes.get("n_positions")) if writes else max_positions(sizes)
+        for task in self.science.tasks:
+            check_length(self.science.train_of(task).max_length, told if isinstance(told, int) else None)
+
     def tree(self) -> Tree:
         """Return what was set, as plain data that parses back to an equal run file."""
         return self.model_dump(mode="json", exclude_unset=True)
@@ -223,13 +253,16 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a run file and lay dotted overrides over it.
 
     Raises:
-        ConfigError: With one line per fault.
+        ConfigError: With one line per fault, or if rows may be longer than a model that is at hand can read.
     """
     tree = apply_overrides(read_yaml(path), overrides or [])
     tree.setdefault("run", {})
     if isinstance(tree["run"], dict):
         tree["run"].setdefault("name", path.stem)
-    return parse(RunConfig, tree)
+    run = parse(RunConfig, tree)
+    for each in (run, *(run.baseline(name) for name in run.baselines)):
+        each.check_lengths(known_sizes(each.science.model))
+    return run
 
 
 def json_schema() -> Tree:

@@ -37,7 +37,7 @@ class TrainConfig(Section):
     """Share of the steps with a rising learning rate; it falls linearly to 0 afterwards."""
     clip: float = Field(1.0, ge=0)
     """Upper bound of the gradient norm; 0 switches clipping off."""
-    global_batch: int = Field(32, gt=0)
+    global_batch: int = Field(32, gt=0, le=1_000_000)
     """Rows behind one optimizer step, over all workers; accumulation follows from it."""
     max_length: int = Field(128, gt=2)
     """Longest input in tokens; longer ones are cut."""

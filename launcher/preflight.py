@@ -97,22 +97,22 @@ def _data(config: RunConfig) -> Iterator[Finding]:
 
 
 def _model(config: RunConfig) -> Iterator[Finding]:
-    from transformers import AutoConfig
-
-    from cl_dist.models.backbone import load_tokenizer, location
+    from cl_dist.models.backbone import load_config, load_tokenizer
 
     model = config.science.model
     try:
-        if model.config is None:
-            kind = AutoConfig.from_pretrained(location(model), revision=model.revision).model_type
-        else:
-            kind = str(model.config.get("model_type"))
+        known = load_config(model)
         load_tokenizer(model)
-    except (ClDistError, OSError, ValueError) as error:
+    except ClDistError as error:
         remedy = "name a folder, package:NAME/path, or a hub name that is in the cache or can be reached"
         yield Finding("model", "fail", model.source, str(error), remedy)
         return
-    yield Finding("model", "ok", model.source, f"model_type {kind}, with its tokenizer")
+    try:
+        config.check_lengths(known.to_dict())
+    except ClDistError as error:
+        yield Finding("model", "fail", model.source, str(error), "lower train.max_length, or take another model")
+        return
+    yield Finding("model", "ok", model.source, f"model_type {known.model_type}, with its tokenizer")
 
 
 def _time(config: RunConfig) -> Iterator[Finding]:

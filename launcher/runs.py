@@ -1,8 +1,8 @@
 """A run with its baselines: finding run files and folders, running, and bringing the results together."""
 
 import logging
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import yaml
 from cl_dist import sequence
 from cl_dist.config import Tree, apply_overrides, did_you_mean, parse, plain_yaml, read_yaml
 from cl_dist.data.tasks import TaskConfig
-from cl_dist.errors import ConfigError, DataError, StoppedError
+from cl_dist.errors import ClDistError, ConfigError, DataError, StoppedError
 from cl_dist.jobs import Workbook
 from cl_dist.ledger import write_json, write_text
 from cl_dist.run_config import RunConfig
@@ -23,6 +23,7 @@ from cl_dist.tracking import Tracker, Watcher, read_state, summary
 from launcher import console
 from launcher.report import write_report
 
+log = logging.getLogger(__name__)
 RECIPES = files("launcher") / "recipes"
 
 
@@ -59,13 +60,15 @@ def reopen(folder: Path, overrides: list[str], added: Path | None = None) -> Run
     Raises:
         ConfigError: If it is no run folder.
     """
+    if folder.name in ("", "..") or folder.is_symlink():
+        folder = folder.resolve()  # its own name, not that of `.` or of a link
     path = folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(
             f"RUN={str(folder)!r}: expected a run folder, with config.yaml in it; `cl-dist train` makes one"
         )
     tree = plain_yaml(path)
-    tree["run"] = {**tree.get("run", {}), "name": folder.resolve().name, "dir": str(folder.parent)}
+    tree["run"] = {**tree.get("run", {}), "name": folder.name, "dir": str(folder.parent)}
     if added is not None:
         tree = _with_tasks(tree, added)
     return parse(RunConfig, apply_overrides(tree, overrides))
@@ -83,15 +86,22 @@ def _with_tasks(tree: Tree, path: Path) -> Tree:
     new = found.get("tasks")
     if not isinstance(new, list) or not new or set(found) != {"tasks"}:
         raise ConfigError(f"{path}: expected `tasks:` with a list of tasks as in a run file, and nothing else")
-    science = parse(RunConfig, tree).science
-    order = [task.id for task in science.sequence().tasks]
+    config = parse(RunConfig, tree).science
+    order = [task.id for task in config.sequence().tasks]
     ids = [parse(TaskConfig, task, f"{path}: ").id for task in new]
     if known := sorted(set(order) & set(ids)):
         raise ConfigError(
             f"{path}: the run has {', '.join(known)} already; `cl-dist resume` without --add-tasks goes on with it"
         )
-    kept = {name: value for name, value in tree["science"].items() if name not in ("orders", "order_file")}
-    return {**tree, "science": {**kept, "tasks": [*tree["science"]["tasks"], *new], "order": [*order, *ids]}}
+    kept = {name: value for name, value in tree["science"].items() if name != "order_file"}
+    orders = {name: [*known, *ids] for name, known in config.named_orders().items()}  # baselines may name them
+    tasks = [*tree["science"]["tasks"], *new]
+    baselines = {
+        name: {**over, "order": [*over["order"], *ids]} if isinstance(over.get("order"), list) else over
+        for name, over in tree.get("baselines", {}).items()
+    }
+    science = {**kept, "tasks": tasks, "orders": orders, "order": [*order, *ids]}
+    return {**tree, "science": science, "baselines": baselines}
 
 
 def latest(root: Path) -> Path:
@@ -133,7 +143,7 @@ def execute(
     for book in books:
         book.ledger.check_order()
     missing = [bool(sequence.remaining(book)) for book in books]  # refuses conflicts before anything is written
-    with only_driver(config.folder):
+    with _only_driver(configs):
         for each in configs:
             save(each, source if each is config else None)
         handler = console.log_to(config.folder / "logs" / "driver.log")
@@ -149,11 +159,24 @@ def execute(
                     elif read_state(book.config.folder).get("status") != "finished":
                         tracker.begin([], set())  # killed between the last stage and the end
                         tracker.finish()
+                    elif book.config.run.mirror is not None:
+                        from launcher.mirror import Mirror
+
+                        Mirror(book.config).push()  # killed while that was copied, perhaps
         finally:
             if dispatcher is not None:
                 dispatcher.close()
             logging.getLogger("cl_dist").removeHandler(handler)
     return conclude(config)
+
+
+@contextmanager
+def _only_driver(configs: list[RunConfig]) -> Iterator[None]:
+    """Hold the folders of a run and of its baselines, which can be resumed by themselves."""
+    with ExitStack() as held:
+        for config in configs:
+            held.enter_context(only_driver(config.folder))
+        yield
 
 
 def _watched(config: RunConfig, watch: Watcher) -> Watcher:
@@ -180,7 +203,7 @@ def _brought_back(configs: list[RunConfig]) -> None:
     if mirrored:
         from launcher.mirror import Mirror
 
-        with only_driver(configs[0].folder):
+        with _only_driver(mirrored):
             for config in mirrored:
                 Mirror(config).pull()
 
@@ -189,15 +212,22 @@ def _run(book: Workbook, dispatcher: Any, tracker: Tracker) -> None:
     try:
         sequence.run(book, dispatcher, tracker)
     except (KeyboardInterrupt, StoppedError) as error:
-        tracker.finish("stopped" if isinstance(error, StoppedError) else "interrupted")
+        _end(tracker, "stopped" if isinstance(error, StoppedError) else "interrupted")
         raise
     except BaseException as error:
         if isinstance(error.__cause__, StoppedError):  # told in the middle of Ray's compiled code, which wraps it
-            tracker.finish("stopped")
+            _end(tracker, "stopped")
             raise error.__cause__ from None
-        with suppress(OSError):  # a full disk is what ended the run, and stays the error that is told
-            tracker.finish("failed")
+        _end(tracker, "failed")
         raise
+
+
+def _end(tracker: Tracker, status: str) -> None:
+    """Note how a run has ended; what ended it, a full disk say, stays the error that is told."""
+    try:
+        tracker.finish(status)
+    except (OSError, ClDistError) as error:
+        log.warning("run.json does not tell that the run has %s: %s", status, error)
 
 
 def _dispatcher(config: RunConfig) -> Any:

@@ -21,7 +21,7 @@ def read_orders(path: str) -> list[list[str]]:
         text = resolve(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected one task id or one order per line") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     lines = [line.partition("#")[0].split() for line in text.splitlines()]
     lines = [line for line in lines if line]

@@ -83,7 +83,7 @@ def read(source: Source, faults: list[Fault]) -> Iterator[Record]:
             yield from _read_path(source, split, path, faults)
         except FileNotFoundError:
             faults.append(Fault(path, None, None, "no such file; a relative path starts at the working directory"))
-        except (DataError, OSError, EOFError, zlib.error) as error:
+        except (DataError, OSError, EOFError, ValueError, zlib.error) as error:
             faults.append(Fault(path, None, None, str(error).removeprefix(f"{path}: ")))
 
 
@@ -209,9 +209,16 @@ def _csv_rows(lines: Iterator[tuple[int, str]], tabs: bool, report: Report) -> I
 def _tables(source: Source, path: str) -> Iterator[tuple[str, str | None, Any]]:
     """Yield (file, split, table) of a parquet file, a folder written by `save_to_disk`, or a set on the hub."""
     import datasets  # half a second that other kinds of source do not need
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
     from pyarrow import parquet
 
     place = resolve(path)
+    sets = "a folder written by save_to_disk, or a set on the hub"
+    if source.kind == "datasets" and not place.is_dir():
+        if path in _PACKAGED_DATASETS_MODULES:  # it would read all files of this format below the working directory
+            raise DataError(f"expected {sets}, not the name of a format; files have a kind of their own, such as jsonl")
+        if place.suffix == ".py" or place.is_file():
+            raise DataError(f"expected {sets}, not a file; scripts are never run")
     try:
         if source.kind == "parquet":
             found = datasets.Dataset(parquet.read_table(place))
@@ -219,10 +226,9 @@ def _tables(source: Source, path: str) -> Iterator[tuple[str, str | None, Any]]:
             found = datasets.load_from_disk(str(place))
         else:
             found = datasets.load_dataset(path, name=source.config, revision=source.revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if source.kind == "parquet" and isinstance(error, FileNotFoundError):
             raise
-        sets = "a folder written by save_to_disk, or a set on the hub"
         expected = "a parquet file" if source.kind == "parquet" else sets
         raise DataError(f"expected {expected}: {error}") from error
     if not isinstance(found, Mapping):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cl_dist.config import Section
+from cl_dist.places import Place
 
 
 class Split(Section):
@@ -42,10 +43,10 @@ class Source(Section):
     """
 
     kind: Literal["jsonl", "csv", "tsv", "parquet", "lines", "datasets", "planted"]
-    path: str = ""
+    path: Place = ""
     """File (.gz is read too); for `datasets` a folder written by `save_to_disk`, or the name of a hub set; for
     `planted` the theme of made-up texts with known rationales: food, film or place."""
-    paths: dict[Literal["train", "dev", "test"], str] = {}
+    paths: dict[Literal["train", "dev", "test"], Place] = {}
     config: str | None = None
     """Configuration of a hub data set."""
     revision: str | None = None

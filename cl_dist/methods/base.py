@@ -158,9 +158,18 @@ class Learner(ABC):
         raise ConfigError(f"{type(self).__name__} freezes nothing by vote")
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, training: bool) -> Rows:
-        """Return an empty collection that encodes rows as this learner reads them, in training or when it is scored."""
-        from cl_dist.data.classify import ClassifyRows
+        """Return an empty collection that encodes rows as this learner reads them, in training or when it is scored.
 
+        Raises:
+            ConfigError: If the model cannot read so long a row.
+        """
+        from transformers import PreTrainedModel
+
+        from cl_dist.data.classify import ClassifyRows
+        from cl_dist.models.config import check_length, max_positions
+
+        backbone = next(part for part in self.model.modules() if isinstance(part, PreTrainedModel))
+        check_length(max_length, max_positions(backbone.config.to_dict()))
         return ClassifyRows(tokenizer, max_length)
 
     def judge(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

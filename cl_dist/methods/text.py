@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from cl_dist.errors import ConfigError
 from cl_dist.methods.base import Learner, Loss, MethodConfig, Progress, idle_scales
 
 if TYPE_CHECKING:
@@ -113,10 +112,9 @@ class TextLearner(Learner):
             ConfigError: If the model cannot read so long a row.
         """
         from cl_dist.data.language import LanguageRows
+        from cl_dist.models.config import check_length
 
-        known = getattr(self.model.backbone.config, "max_position_embeddings", None)
-        if known is not None and max_length > known:
-            raise ConfigError(f"train.max_length={max_length}: this model reads at most {known} tokens")
+        check_length(max_length, getattr(self.model.backbone.config, "max_position_embeddings", None))
         return LanguageRows(tokenizer, max_length, **self.reading(training=training))
 
     def reading(self, *, training: bool) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Backbones: loading them from a folder, a package or the hub."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cl_dist.errors import ConfigError, DataError
+from cl_dist.errors import ClDistError, ConfigError, DataError
+from cl_dist.models.architectures import ARCHITECTURES
 from cl_dist.models.config import ModelConfig
 from cl_dist.places import resolve
 
@@ -25,6 +28,14 @@ _DROPOUTS = (
     *("attn_pdrop", "embd_pdrop", "resid_pdrop"),
     *("hidden_dropout", "embedding_dropout", "mlp_dropout", "pooler_dropout"),
 )
+_REASONS = {
+    "trust_remote_code": "it needs code of its own (auto_map), and custom code is not run; name a model whose "
+    "architecture transformers knows",
+    "no file named model.safetensors": "its weights are no safetensors, and others are not read; load it with "
+    "transformers and write it again with save_pretrained",
+    "ignore_mismatched_sizes": "its weights are of other sizes than config.json says",
+}
+"""What stands for an error of transformers with these words in it, where its own advice cannot be followed."""
 
 
 def location(config: ModelConfig) -> str:
@@ -52,7 +63,8 @@ def load_backbone(config: ModelConfig, *, causal: bool = False, dtype: torch.dty
     drawn, always the same ones, in float32. Weights that are quantized are loaded in float32 whatever dtype says.
 
     Raises:
-        ConfigError: If transformers cannot load the source, or bitsandbytes is wanted and not there.
+        ConfigError: If transformers cannot load the source, its weights are quantized already, it is an encoder where
+            a causal model is wanted, or bitsandbytes is wanted and not there.
     """
     if config.weight_bits is None:
         return _load(config, causal, dtype)
@@ -65,23 +77,105 @@ def load_backbone(config: ModelConfig, *, causal: bool = False, dtype: torch.dty
 
 def _load(config: ModelConfig, causal: bool, dtype: torch.dtype) -> PreTrainedModel:
     kind = AutoModelForCausalLM if causal else AutoModel
-    try:
+    hf = load_config(config)
+    _check(hf, config, causal)
+    _set_dropout(hf, config.dropout)
+    if config.config is not None and not causal and torch.get_default_device().type != "meta":
+        _check_vocabulary(hf, config)  # a causal model gets rows for tokens that it lacks, one without data reads none
+    with torch.random.fork_rng(), _named(config):
         if config.config is not None:
-            sizes = {name: value for name, value in config.config.items() if name != "model_type"}
-            hf = AutoConfig.for_model(config.config.get("model_type", ""), **sizes)
-            _set_dropout(hf, config.dropout)
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                drawn: PreTrainedModel = kind.from_config(hf, dtype=torch.float32)  # type: ignore[no-untyped-call]
-                return drawn
+            torch.manual_seed(0)
+            drawn: PreTrainedModel = kind.from_config(  # type: ignore[no-untyped-call]
+                hf, dtype=torch.float32, trust_remote_code=False
+            )
+            return drawn
         where = location(config)
-        hf = AutoConfig.from_pretrained(where, revision=config.revision)
-        _set_dropout(hf, config.dropout)
-        with torch.random.fork_rng():  # what the file lacks is drawn, more of it where the model is cut up over ranks
-            loaded: PreTrainedModel = kind.from_pretrained(where, revision=config.revision, config=hf, dtype=dtype)
-        return loaded
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"science.model.source={config.source!r}: cannot be loaded: {error}") from error
+        loaded: PreTrainedModel = kind.from_pretrained(  # what the file lacks is drawn, more of it where it is cut up
+            where,
+            revision=config.revision,
+            config=hf,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True if Path(where).is_dir() else None,  # what model_digest has looked at, no pickles
+        )
+    return loaded
+
+
+def load_config(config: ModelConfig) -> PretrainedConfig:
+    """Return the sizes of a backbone; its weights are not looked at.
+
+    Raises:
+        ConfigError: If transformers has no such model, or would have to run code that comes with it.
+    """
+    with _named(config):
+        if config.config is None:
+            found: PretrainedConfig = AutoConfig.from_pretrained(
+                location(config), revision=config.revision, trust_remote_code=False
+            )
+        else:
+            sizes = {name: value for name, value in config.config.items() if name != "model_type"}
+            found = AutoConfig.for_model(config.config.get("model_type", ""), **sizes)
+    if (layers := getattr(found, "num_hidden_layers", 1)) < 1:
+        raise ConfigError(f"science.model: {layers} layers (num_hidden_layers, n_layer): expected 1 or more")
+    if "/" in str(getattr(found, "_attn_implementation", "")):  # transformers would fetch it from the hub, and run it
+        raise ConfigError(
+            f"science.model.source={config.source!r}: its attn_implementation is custom code, which is not run; take "
+            "that key out of config.json"
+        )
+    return found
+
+
+def _check_vocabulary(hf: PretrainedConfig, config: ModelConfig) -> None:
+    """Raise ConfigError if the tokenizer has tokens that the backbone does not know."""
+    try:
+        tokens = len(load_tokenizer(config))
+    except ClDistError:  # one who only wants the model needs none, and a run is told when it reads its rows
+        return
+    if tokens > getattr(hf, "vocab_size", tokens):
+        raise ConfigError(
+            f"science.model.config: vocab_size={hf.vocab_size}, but the tokenizer of {config.source!r} has {tokens} "
+            "tokens; expected at least so many"
+        )
+
+
+@contextmanager
+def _named(config: ModelConfig, fault: str = "cannot be loaded") -> Iterator[None]:
+    """Name the model in an error of transformers, which can be of any type where sizes or files make no sense.
+
+    Raises:
+        ConfigError: Instead of it.
+    """
+    try:
+        yield
+    except (ClDistError, MemoryError):
+        raise
+    except Exception as error:
+        why = next((reason for words, reason in _REASONS.items() if words in str(error)), None)
+        if why is None and isinstance(error, RuntimeError) and torch.distributed.is_initialized():
+            raise  # perhaps of a rank that has lost its peers: the gang starts again
+        if why is None and isinstance(error, ImportError | OSError | ValueError):
+            why = str(error)
+        where = f"science.model.source={config.source!r}"
+        if why is None:  # of the inside of transformers
+            sizes = f"the files in {where}" if config.config is None else "the sizes in science.model.config"
+            why = f"{type(error).__name__}: {error}; mend {sizes}"
+        raise ConfigError(f"{where}: {fault}: {why}") from error
+
+
+def _check(hf: PretrainedConfig, config: ModelConfig, causal: bool) -> None:
+    """Raise ConfigError unless every part of this project can work with such a backbone."""
+    if getattr(hf, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"science.model.source={config.source!r}: config.json has a quantization_config, and a backbone is loaded "
+            "whole; name the unquantized weights and set science.model.weight_bits"
+        )
+    row = ARCHITECTURES.get(hf.model_type)
+    if causal and row is not None and not row.is_causal:
+        decoders = ", ".join(kind for kind, each in ARCHITECTURES.items() if each.is_causal)
+        raise ConfigError(
+            f"science.model.source={config.source!r}: model_type={hf.model_type!r} is an encoder, which writes no "
+            f"answers; LAMOL, Rational LAMOL and science.model.answers='text' need one of {decoders}"
+        )
 
 
 def recompute_activations(model: nn.Module) -> None:
@@ -112,7 +206,8 @@ def lower(model: M) -> M:
     by angles that are off by up to radians.
     """
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 
@@ -130,10 +225,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: If transformers cannot load it.
     """
-    try:
-        return AutoTokenizer.from_pretrained(location(config), revision=config.revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"science.model.source={config.source!r}: no tokenizer: {error}") from error
+    with _named(config, "no tokenizer"):
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            location(config), revision=config.revision, trust_remote_code=False
+        )
+    return found
 
 
 def replace(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -1,17 +1,21 @@
 """Which backbone, in which precision; torch-free."""
 
+import json
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import Field
 
 from cl_dist.config import Section
+from cl_dist.errors import ConfigError, DataError
+from cl_dist.places import Place, resolve
 
 
 class ModelConfig(Section):
     """The backbone that every task starts from."""
 
-    source: str
+    source: Place
     """Folder or .gguf file, `package:NAME/inner/path` (one inside an installed package), or a name on the model hub."""
     revision: str | None = None
     """Commit on the hub: name one, so that the weights cannot change under a run."""
@@ -23,7 +27,7 @@ class ModelConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Replaces every dropout rate of the backbone. Above 0, results depend on how rows meet ranks."""
     pooling: Literal["mean", "cls", "pooler", "last"] | None = None
-    """Sentence vector: mean over tokens, the first token, the pretrained tanh pooler of the first token, or the last
+    """Sentence vector: mean over tokens, an encoder's first token, the pretrained tanh pooler of that, or the last
     token. None takes the mean in an encoder and the last token in a decoder, which alone has read the whole row."""
     answers: Literal["class", "text"] | None = None
     """class: a head per task picks one of its labels; text: a causal language model writes the answer. None takes what
@@ -34,6 +38,42 @@ class ModelConfig(Section):
     config: dict[str, Any] | None = None
     """Builds a model with random weights instead of loading one: a `model_type` of transformers and its sizes; `source`
     then gives the tokenizer alone."""
+
+
+def known_sizes(model: ModelConfig) -> Mapping[str, Any]:
+    """Return what the run file, or config.json in a folder, says of a backbone; nothing where none is at hand."""
+    if model.config is not None:
+        return model.config
+    try:
+        found = json.loads((resolve(model.source) / "config.json").read_text(encoding="utf8"))
+    except (OSError, ValueError, RecursionError, DataError):  # a name on the hub; a damaged file is told on loading
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def max_positions(sizes: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model with a table of positions can read, from what its config.json says.
+
+    None where that does not say it, and for rotary and relative positions, which know no last one.
+    """
+    kind = sizes.get("model_type")
+    known = sizes.get("n_positions" if kind == "gpt2" else "max_position_embeddings")
+    if not isinstance(known, int) or kind not in ("bert", "roberta", "distilbert", "deberta-v2", "gpt2"):
+        return None
+    if kind == "roberta":  # its first token's place comes behind that of padding
+        padding = sizes.get("pad_token_id")
+        return known - (padding if isinstance(padding, int) else 1) - 1
+    return None if kind == "deberta-v2" and not sizes.get("position_biased_input", True) else known
+
+
+def check_length(max_length: int, positions: int | None) -> None:
+    """Check that a model can read rows of some length.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if positions is not None and max_length > positions:
+        raise ConfigError(f"train.max_length={max_length}: this model reads at most {positions} tokens; lower it")
 
 
 class LoraShape(Section):

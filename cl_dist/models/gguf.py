@@ -49,15 +49,15 @@ def _unpack(path: Path, folder: Path) -> None:
     """Write what `from_pretrained` loads. A model read from gguf refuses to save itself: its weights change hosts."""
     kind: Any = AutoModelForCausalLM
     try:
-        packed = kind.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        packed = kind.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path}: cannot be read as gguf: {error}") from error
     known = packed.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         known.pop(key, None)
     config = AutoConfig.for_model(known.pop("model_type"), **known)
-    model = kind.from_config(config, dtype=torch.float32)
+    model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.load_state_dict(packed.state_dict())
     model.tie_weights()
     # Written by hand: in a gang `save_pretrained` writes on one rank only, and the ranks' disks may differ.

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from cl_dist.config import Section, Tree, apply_overrides, merged, parse, read_yaml
+from cl_dist.config import Section, Tree, apply_overrides, merged, parse, plain_yaml, read_yaml
 from cl_dist.errors import ConfigError
 
 
@@ -27,6 +28,7 @@ class Outer(Section):
     items: list[int] = []
 
 
+TREE: Tree = {"x": 1, "y": {"z": 2}}
 TASKS: Tree = {"tasks": [{"id": "laptop", "n": 1}, {"id": "phone", "n": 2}], "train": {"lr": 0.1}, "seed": 0}
 
 
@@ -104,6 +106,12 @@ def test_an_unset_environment_variable_is_named(tmp_path: Path, monkeypatch: pyt
         read_yaml(write(tmp_path / "run.yaml", "a: ${env:CL_DATA}"))
 
 
+def bomb(form: str) -> str:
+    """Nine lines of YAML, each with ten times the values of the one before."""
+    lines = (form.format(n=n, last=", ".join([f"*b{n - 1}"] * 10)) for n in range(1, 9))
+    return "b0: &b0 {x: 1}\n" + "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -113,11 +121,45 @@ def test_an_unset_environment_variable_is_named(tmp_path: Path, monkeypatch: pyt
         ("extends: [a.yaml]", "extends=.*expected the path"),
         ("extends: gone.yaml", "gone.yaml: no such file"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),  # nothing in a run file is executed
+        ("run: x", r"run: expected a mapping with the keys name and dir, got 'x'"),
+        ("run: &a {name: x, y: *a}", r"\*a stands inside of what it names\n.*line 1, column 22"),
+        ("a: &a {<<: *a}", r"\*a stands inside"),
+        (bomb("b{n}: &b{n} [{last}]"), "more than 100000 values"),
+        (bomb("b{n}: &b{n} {{<<: [{last}]}}"), "more than 100000 values"),
+        ("a: " + "[" * 2000, "nested too deeply"),
+        ("a: {x: 1, y: 2,\n x: 3}", r"key 'x' comes twice\n.*line 2, column 2"),
+        ('a: 1\n"a": 1', r"key 'a' comes twice\n.*line 2"),
+        ("a: 2024-02-30", "not valid YAML: day is out of range"),
+        ("a: !!timestamp x", "not valid YAML"),
+        ("a: !!bool x", "not valid YAML"),
+        ("a: !!binary aGk=", "could not determine a constructor"),
+        ("a: !!set {x}", "could not determine a constructor"),
     ],
 )
 def test_a_file_that_is_no_run_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_yaml(write(tmp_path / "run.yaml", text))
+
+
+def test_mappings_are_merged_and_aliases_stand_for_copies(tmp_path: Path) -> None:
+    text = "{a: &a {x: 1, y: {z: 2}}, b: &b {<<: *a, x: 3}, c: {<<: [*b, *a]}, d: *a}"
+    tree = read_yaml(write(tmp_path / "run.yaml", text))
+    assert tree == {"a": TREE, "b": TREE | {"x": 3}, "c": TREE | {"x": 3}, "d": TREE}
+    assert apply_overrides(plain_yaml(tmp_path / "run.yaml"), ["d.y.z=5"]) == tree | {"d": {"x": 1, "y": {"z": 5}}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"name": "a\ud800"}, r"^inner.name: holds half a character, '\\ud800' at position 1$"),
+        ({"\ud800": 1}, r"^inner: key '\\ud800': holds half a character"),
+        ({"free": {"rate": [1.0, float("nan")]}}, r"^inner.free.rate.1=nan: expected a finite number$"),
+        (json.loads('{"a":' * 60 + "1" + "}" * 60), r"^inner(\.a){49}: nested more than 50 deep$"),
+    ],
+)
+def test_what_nothing_can_be_made_of_is_refused_whatever_the_type_of_its_field(tree: Tree, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(Outer, {"inner": tree})
 
 
 @pytest.mark.parametrize(
@@ -156,6 +198,9 @@ def test_an_id_goes_before_an_index() -> None:
         ("train.lr", "expected dotted.key=value"),
         ("=3", "expected dotted.key=value"),
         ("train.lr=[", "not valid YAML"),
+        ("run.name=2024-02-30", "not valid YAML: day is out of range"),
+        ("train.lr={x: 1, x: 2}", "not valid YAML: key 'x' comes twice"),
+        ("train.lr=" + "[" * 2000, "not valid YAML: nested too deeply"),
         ("tasks.lapto.n=1", "no list item 'lapto'; did you mean 'laptop'"),
         ("tasks.2.n=1", "no list item '2'"),
         ("tasks.-1.n=1", "no list item '-1'"),

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from cl_dist.config import parse
 from cl_dist.data.load import load_task
 from cl_dist.data.tasks import DataConfig, TaskConfig
-from cl_dist.errors import ClDistError
+from cl_dist.errors import CheckpointError, ClDistError, StageConflictError
 from cl_dist.jobs import Workbook
 from cl_dist.parallel.world import World
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import Ref
+from cl_dist.stage import Ref, ref
 from cl_dist.stages import checkpoint
 from cl_dist.stages.weights import StoredWeights
 from launcher import runs
@@ -44,7 +44,10 @@ SCALARS = st.one_of(
     st.floats(),
     st.text(max_size=20),
     st.sampled_from(
-        ["../x", "/etc/passwd", "a/b", "..", "", "0", "1e400", "\x00", "${env:HOME}", "!!python/object:os.system"]
+        [
+            *("../x", "/etc/passwd", "a/b", "..", "", "0", "1e400", "\x00", "${env:HOME}", "!!python/object:os.system"),
+            *("~no.such.user/x", "/dev/null/x", "\ud800", "x" * 300, "x.py", "2024-02-30"),
+        ]
     ),
 )
 VALUES = st.recursive(
@@ -112,7 +115,14 @@ def test_a_run_file_with_anything_in_it(trees: list[Any], folder: Path, data: st
 
 
 @tries(300)
-@given(text=st.one_of(st.text(max_size=200), VALUES.map(yaml.safe_dump), st.binary(max_size=100)))
+@given(
+    text=st.one_of(
+        st.text(max_size=200),
+        VALUES.map(yaml.safe_dump),
+        st.dictionaries(st.sampled_from(["run", "science", "cluster", "tasks"]), VALUES).map(yaml.safe_dump),
+        st.binary(max_size=100),
+    )
+)
 def test_a_folder_that_claims_to_be_a_run(folder: Path, text: Any) -> None:
     run = folder / "claimed"
     run.mkdir(exist_ok=True)
@@ -181,10 +191,11 @@ def test_a_checkpoint_with_anything_in_it(begun: Path, folder: Path, data: st.Da
         path.write_bytes(
             whole[:place] + data.draw(st.binary(max_size=8)) + whole[data.draw(st.integers(place, len(whole))) :]
         )
-    is_harmed = path.read_bytes() != whole
+    harmed = path.read_bytes()
     found = checkpoint.latest(out, World.current())
-    if is_harmed and found is not None:
-        assert name == "checkpoint.json"  # of which nothing tells that another number was meant
+    if found is not None and harmed != whole:
+        assert name == "checkpoint.json"
+        assert json.loads(harmed) == json.loads(whole)  # spelled in another way
 
 
 @tries(300)
@@ -218,3 +229,40 @@ def test_a_manifest_with_anything_in_it(folder: Path, trees: list[Any], text: An
             book.ledger.verify(Ref(task=0, stage="train"))
     finally:
         path.unlink()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workbook, str]:
+    """A run with one finished stage, and its manifest."""
+    book = tiny.book(tmp_path_factory.mktemp("published"))
+    with book.ledger.publish(book.plan(0)[0]) as out:
+        (out / "train.json").write_text('{"loss": 1}')
+    return book, (out.with_name("train") / "manifest.json").read_text("utf8")
+
+
+@tries(300)
+@given(data=st.data())
+def test_a_whole_manifest_with_a_fault_put_in(published: tuple[Workbook, str], data: st.DataObject) -> None:
+    book, whole = published
+    stage = book.plan(0)[0]
+    path = book.ledger.path(ref(stage)) / "manifest.json"
+    if data.draw(st.booleans()):
+        manifest = json.loads(whole)
+        put_there = data.draw(st.one_of(st.just(...), VALUES))
+        path.write_text(json.dumps(put(manifest, data.draw(st.sampled_from(places(manifest))), put_there)), "utf8")
+    else:
+        harmed, place = bytearray(whole.encode()), data.draw(st.integers(0, len(whole) - 1))
+        harmed[place] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(harmed)
+    told: CheckpointError | None = None
+    try:
+        assert book.ledger.is_done(stage)
+        found, before = book.ledger.manifest(ref(stage)), json.loads(whole)
+        assert found is not None
+        assert [found[key] for key in ("fingerprint", "facts")] == [before[key] for key in ("fingerprint", "facts")]
+        json.dumps([found["started"], round(found["seconds"], 1)], allow_nan=False)  # what a summary tells of it
+        book.ledger.verify(ref(stage))
+        assert book.ledger.read(ref(stage), "train.json") == {"loss": 1}
+    except CheckpointError as error:
+        told = error
+    assert told is None or (str(path.parent) in str(told) and not isinstance(told, StageConflictError))

@@ -30,6 +30,11 @@ def test_a_file_in_a_package_is_found_without_importing_the_package(package: Pat
     assert "corpus_of_tests" not in sys.modules
 
 
+def test_the_home_of_nobody_is_refused() -> None:
+    with pytest.raises(DataError, match=r"^~no\.such\.user/x: there is no such user on this machine"):
+        resolve("~no.such.user/x")
+
+
 @pytest.mark.usefixtures("package")
 @pytest.mark.parametrize(
     ("path", "complaint"),

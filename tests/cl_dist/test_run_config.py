@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,19 @@ def test_the_settings_of_a_method_are_those_of_its_name() -> None:
         ("science.methd=1", r"^science: unknown key 'methd'; did you mean 'method'\?$"),
         ("cluster.worker=2", r"^cluster: unknown key 'worker'; did you mean 'workers'\?$"),
         ("run.name=../x", r"^run.name='../x'"),
+        ("run.dir=/etc/passwd", r"^run: dir='/etc/passwd': /etc/passwd is no folder; name one that is there"),
+        ("run.dir=/dev/null/x", r"^run: dir='/dev/null/x': /dev/null is no folder"),
+        ("run.dir=~no.such.user/x", r"^run: dir=~no.such.user/x: there is no such user on this machine"),
+        ('run.dir="a\\0b"', r"^run.dir='a\\x00b': holds a zero byte"),
+        (f"run.dir={'x' * 5000}", r"^run.dir='x{199}: is longer than a path can be"),
+        (f"run.dir={'x/' * 2000}", r"is longer than a path can be"),
+        ('science.order_file="\\0"', r"^science.order_file='\\x00': holds a zero byte"),
+        ('science.tasks.0.source.path="\\0"', r"^science.tasks.0.source.path='\\x00': holds a zero byte"),
+        ('science.tasks.0.source.path="\\ud800"', r"^science.tasks.0.source.path: holds half"),
+        ('science.model.source="a\\0b"', r"^science.model.source='a\\x00b': holds a zero byte"),
+        ("science.model.config={initializer_range: .nan}", r"initializer_range=nan: expected a finite number"),
+        ("science.train.global_batch=1000000000000000", r"train.global_batch=10{15}: Input should be less than"),
+        ("science.tasks.1.train={global_batch: 2000000}", r"film.train: global_batch=2000000: Input should be less"),
         ("science.tasks=[]", r"^science.tasks: "),
         ("science.tasks.1.id=food", r"ids must be distinct, got \['food', 'food', 'topic'\]"),
         ("science.tasks.1.train={epoch: 2}", r"tasks.film.train: .*'epoch'; did you mean 'epochs'"),
@@ -138,6 +152,52 @@ def test_a_file_names_the_run_unless_it_says_otherwise(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({"science": tree()["science"]}))
     assert load_run(path).run.name == "mine"
     assert load_run(path, ["run.name=other", "science.seed=4"]).folder == Path("runs/other")
+
+
+def test_the_run_folder_may_be_below_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = config("run.dir=~/runs", "baselines={b: {seed: 1}}")
+    assert run.folder == tmp_path / "runs" / "r"
+    assert run.baseline("b").folder == tmp_path / "runs" / "r" / "baselines" / "b"
+    assert run.tree()["run"]["dir"] == "~/runs"  # another machine's home may be elsewhere
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit"),
+    [
+        ({"model_type": "bert", "max_position_embeddings": 32}, 32),
+        ({"model_type": "distilbert", "max_position_embeddings": 32}, 32),
+        ({"model_type": "roberta", "max_position_embeddings": 34, "pad_token_id": 1}, 32),
+        ({"model_type": "roberta", "max_position_embeddings": 34}, 32),
+        ({"model_type": "gpt2", "n_positions": 32}, 32),
+        ({"model_type": "deberta-v2", "max_position_embeddings": 32}, 32),
+        ({"model_type": "deberta-v2", "max_position_embeddings": 32, "position_biased_input": False}, None),
+        ({"model_type": "modernbert", "max_position_embeddings": 32}, None),
+        ({"model_type": "llama", "max_position_embeddings": 32}, None),
+        ({"model_type": "bert"}, None),
+    ],
+)
+def test_rows_longer_than_the_positions_of_a_model_are_refused_when_a_run_file_is_read(
+    tmp_path: Path, sizes: Tree, limit: int | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"science": tree()["science"]}))
+    for model in (f"science.model.source={tmp_path}", f"science.model.config={json.dumps(sizes)}"):
+        assert load_run(path, [model, "science.train.max_length=32"])
+        longer = [model, "science.train.max_length=32", "science.tasks.film.train={max_length: 33}"]
+        if limit is None:
+            assert load_run(path, longer)
+            continue
+        with pytest.raises(ConfigError, match=r"train.max_length=33: this model reads at most 32 tokens"):
+            load_run(path, longer)
+
+
+def test_a_model_that_writes_reads_no_more_than_it_was_trained_for(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"science": tree("science.method={name: lamol}")["science"]}))
+    with pytest.raises(ConfigError, match=r"train.max_length=128: this model reads at most 32 tokens"):
+        load_run(path, ["science.model.config={model_type: llama, max_position_embeddings: 32}"])
 
 
 def properties(schema: Tree, name: str) -> set[str]:

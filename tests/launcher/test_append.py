@@ -45,6 +45,20 @@ def test_an_appended_task_gives_what_a_run_of_all_tasks_gives(cli: Cli, tmp_path
     assert [task["id"] for task in document["tasks"]] == list(tiny.TASKS)
 
 
+def test_orders_that_baselines_name_are_appended_to(cli: Cli, tmp_path: Path) -> None:
+    made(tmp_path, "sequential", "grown", tiny.TASKS[:2])
+    tree = yaml.safe_load((tmp_path / "grown.yaml").read_text())
+    tree["science"] |= {"orders": {"back": ["film", "food"]}}
+    tree["baselines"] = {"named": {"order": "back"}, "listed": {"order": ["film", "food"]}}
+    assert cli("train", save_run(tmp_path / "grown.yaml", tree)).code == 0
+    run = tmp_path / "runs" / "grown"
+    ended = cli("resume", run, "--add-tasks", third(tmp_path, "sequential"))
+    assert ended.code == 0, ended.err
+    for name in ("named", "listed"):
+        summary = json.loads((run / "baselines" / name / "metrics" / "summary.json").read_text())
+        assert [task["id"] for task in summary["tasks"]] == ["film", "food", "topic"]
+
+
 def test_joint_adds_a_stage_and_keeps_the_old_one(cli: Cli, tmp_path: Path) -> None:
     assert cli("train", made(tmp_path, "joint", "grown", tiny.TASKS[:2])).code == 0
     run = tmp_path / "runs" / "grown"

@@ -71,6 +71,15 @@ def test_a_model_that_is_not_there_is_found(cli: Cli, run_file: Path) -> None:
     assert [finding["check"] for finding in found["fail"]] == ["model"]
 
 
+def test_a_model_that_cannot_read_so_long_rows_is_found(cli: Cli, run_file: Path) -> None:
+    ended = cli("check", run_file, "science.train.max_length=33")
+    assert (ended.code, "max_length=33: this model reads at most 32 tokens" in ended.err) == (2, True)
+    config = parse(RunConfig, read_yaml(run_file) | {})
+    longer = config.model_copy(update={"science": config.science.updated({"train": {"max_length": 33}})})
+    (found,) = [each for each in preflight.preflight(longer) if each.state == "fail"]  # as a model from the hub is told
+    assert (found.check, found.remedy) == ("model", "lower train.max_length, or take another model")
+
+
 def test_a_full_disk_is_found(cli: Cli, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = shutil.disk_usage(run_file.parent)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)

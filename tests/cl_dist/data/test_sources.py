@@ -165,6 +165,27 @@ def test_a_folder_that_is_no_saved_set_is_named(tmp_path: Path) -> None:
     assert "save_to_disk" in faults[0].message
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("x.py", "not a file; scripts are never run"),
+        ("./x", "not a file; scripts are never run"),
+        ("json", "not the name of a format; files have a kind of their own"),
+        ("imagefolder", "not the name of a format"),
+    ],
+)
+def test_a_set_that_is_a_script_a_file_or_a_format_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.py").write_text("raise SystemExit('run')")
+    (tmp_path / "x").write_text("{}")
+    (tmp_path / "rows.json").write_text('{"text": "not asked for"}\n')
+    records, faults = read_all("datasets", path)
+    assert records == []
+    assert message in faults[0].message
+
+
 def test_a_listing_is_capped_and_says_how_many_more_there_are() -> None:
     faults = [Fault("a.csv", line, "text", "is empty") for line in range(2, 27)]
     lines = listing(faults).splitlines()

@@ -17,11 +17,11 @@ from cl_dist.models import cci
 from cl_dist.models.adapters import TaskNorms
 from cl_dist.models.architectures import ARCHITECTURES, architecture, embedding_names, layers_of
 from cl_dist.models.backbone import load_backbone
-from cl_dist.models.config import ModelConfig, PluginShape
+from cl_dist.models.config import ModelConfig, PluginShape, max_positions
 from cl_dist.models.decode import answer_all
 from cl_dist.models.heads import block_parameters, idle_biases, shape_of
 from cl_dist.models.plugin import CtrClassifier
-from tests.architectures import DECODERS, IDS, KINDS, PAD, TINY, WIDTH, hidden, tiny
+from tests.architectures import DECODERS, IDS, KINDS, MAX_LENGTH, PAD, TINY, WIDTH, hidden, tiny
 
 each = pytest.mark.parametrize("kind", KINDS)
 SHAPE = PluginShape(tsm_size=24, capsule_mid=6, filters=5, s_max=50.0)
@@ -263,6 +263,20 @@ def test_every_dropout_rate_is_replaced(kind: str) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         assert not torch.equal(hidden(model), hidden(model))
+
+
+@each
+def test_a_model_reads_as_many_tokens_as_its_positions_say_and_no_more(kind: str) -> None:
+    for over in ({}, {"position_biased_input": True}) if kind == "deberta-v2" else ({},):
+        model = tiny(kind, **over)
+        limit = max_positions(model.config.to_dict())
+        ids = torch.full((1, (limit or MAX_LENGTH) + 1), 5)
+        if limit is None:
+            hidden(model, ids)
+            continue
+        hidden(model, ids[:, 1:])
+        with pytest.raises((IndexError, RuntimeError)):
+            hidden(model, ids)
 
 
 @each

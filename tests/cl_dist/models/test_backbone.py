@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ from transformers import PreTrainedModel
 
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError, DataError
-from cl_dist.models.backbone import load_backbone, load_tokenizer, replace
+from cl_dist.models.backbone import load_backbone, load_config, load_tokenizer, lower, replace
 from cl_dist.models.config import ModelConfig
+from tests import tiny
 from tests.encoders import KINDS, batch_of, encoder
 
 
@@ -87,6 +89,113 @@ def test_a_folder_without_a_tokenizer_says_so(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"science\.model\.source=.*: no tokenizer"):
         load_tokenizer(config_of(folder))
+
+
+@pytest.mark.parametrize("kind", ["bert"])
+def test_weights_that_are_quantized_already_are_refused(folder: Path) -> None:
+    path = folder / "config.json"
+    sizes = json.loads(path.read_text("utf8")) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    path.write_text(json.dumps(sizes), "utf8")
+    for config in (config_of(folder), config_of("nowhere", config=sizes)):  # the latter as a plan reads it
+        with pytest.raises(ConfigError, match=r"name the unquantized weights and set science\.model\.weight_bits"):
+            load_backbone(config)
+
+
+@pytest.mark.parametrize("kind", ["bert"])
+def test_a_package_that_is_missing_is_an_error_of_the_setting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack(*args: Any, **kwargs: Any) -> None:
+        raise ImportError("install it")
+
+    for name, load in (("AutoModel", load_backbone), ("AutoTokenizer", load_tokenizer)):
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", lack)
+        with pytest.raises(ConfigError, match=r"science\.model\.source=.*: install it"):
+            load(config_of(folder))
+
+
+CODE = """
+from pathlib import Path
+from transformers import BertConfig, BertModel, BertTokenizer
+Path(__file__).with_name("EXECUTED").touch()
+class C(BertConfig): model_type = "own"
+class M(BertModel): config_class = C
+class T(BertTokenizer): pass
+"""
+
+
+@pytest.mark.parametrize("kind", ["bert"])
+def test_code_in_a_model_folder_is_never_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask, where it is not told
+    (folder / "own.py").write_text(CODE.replace("__file__", repr(str(folder / "own.py"))))
+    path, known = folder / "config.json", json.loads((folder / "config.json").read_text("utf8"))
+    code = {"AutoConfig": "own.C", "AutoModel": "own.M", "AutoTokenizer": ["own.T", None]}
+    path.write_text(json.dumps(known | {"model_type": "own", "auto_map": code}), "utf8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T", "auto_map": code}), "utf8")
+    for load in (load_config, load_backbone, load_tokenizer):
+        with pytest.raises(ConfigError, match=r"source='.*model': .*custom code is not run; name a model"):
+            load(config_of(folder))
+    path.write_text(json.dumps(known | {"attn_implementation": "someone/kernel:attend"}), "utf8")
+    with pytest.raises(ConfigError, match=r"attn_implementation is custom code, which is not run"):
+        load_backbone(config_of(folder))  # where `kernels` is installed, it would be fetched from the hub and run
+    assert not (folder / "EXECUTED").exists()
+
+
+@pytest.mark.parametrize("kind", ["bert"])
+def test_pickled_weights_are_not_loaded(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "other.safetensors")  # what the digest is of
+    torch.save(encoder("bert").state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"its weights are no safetensors.*write it again with save_pretrained"):
+        load_backbone(config_of(folder))
+
+
+@pytest.mark.parametrize("kind", ["bert"])
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"hidden_size": 0}, "ZeroDivisionError"),
+        ({"hidden_size": "abc"}, "expected int, got str"),
+        ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"num_hidden_layers": -1}, "-1 layers .*: expected 1 or more"),
+        ({"model_type": 5}, "cannot be loaded"),
+    ],
+)
+def test_sizes_that_make_no_model_are_errors_of_the_setting(folder: Path, over: dict[str, Any], message: str) -> None:
+    path = folder / "config.json"
+    sizes = json.loads(path.read_text("utf8")) | over
+    path.write_text(json.dumps(sizes), "utf8")
+    for config in (config_of(folder), config_of("nowhere", config=sizes)):
+        with pytest.raises(ConfigError, match=rf"(?s)science\.model.*{message}"):
+            load_backbone(config)
+
+
+@pytest.mark.parametrize("kind", ["bert"])
+def test_files_of_other_sizes_or_cut_off_are_errors_of_the_setting(folder: Path) -> None:
+    path, weights = folder / "config.json", folder / "model.safetensors"
+    known = path.read_text("utf8")
+    path.write_text(json.dumps(json.loads(known) | {"intermediate_size": 50}), "utf8")
+    with pytest.raises(ConfigError, match="its weights are of other sizes than"):
+        load_backbone(config_of(folder))
+    path.write_text(known, "utf8")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="cannot be loaded: SafetensorError"):
+        load_backbone(config_of(folder))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no tokenizer: KeyError"):
+        load_tokenizer(config_of(folder))
+
+
+def test_a_drawn_model_knows_the_tokens_of_its_tokenizer(tmp_path: Path) -> None:
+    sizes = {"model_type": "bert", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    source = tiny.save_tokenizer(tmp_path, tiny.WORDS)
+    assert load_backbone(config_of(source, config=sizes | {"vocab_size": len(tiny.WORDS)}))
+    with pytest.raises(ConfigError, match=rf"vocab_size=3, but the tokenizer of .* has {len(tiny.WORDS)} tokens"):
+        load_backbone(config_of(source, config=sizes | {"vocab_size": 3}))
+
+
+def test_whole_numbers_are_not_lowered() -> None:
+    model = nn.Linear(2, 2)
+    model.codes = nn.Parameter(torch.tensor([1, 255], dtype=torch.uint8), requires_grad=False)
+    assert [p.dtype for p in lower(model).parameters()] == [torch.bfloat16, torch.bfloat16, torch.uint8]
 
 
 def test_replace_puts_a_module_at_any_depth() -> None:
