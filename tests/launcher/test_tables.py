@@ -1,6 +1,8 @@
 """The README's figures are those of the stored summaries."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,13 @@ def test_the_table_of_speed_shows_each_figure_beside_what_is_allowed() -> None:
     ]
     rows = speed({"figures": figures, "cores": 2, "torch": "2"}).splitlines()[2:4]
     assert rows == ["| a vote | 1.06x their time | at most 1.1 |", "| operations | 437 each time | - |"]
+
+
+def test_make_chaos_runs_every_test_that_the_table_of_faults_names() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf8")
+    told = page.partition("## What it survives")[2].partition("<!-- table: chaos -->")[0]
+    run = subprocess.run(["make", "-n", "chaos"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    names = set(re.findall(r"test_\w+\.py", told))
+    assert len(names) > 5
+    assert names <= set(re.findall(r"test_\w+\.py", run.stdout))
+    assert all(list((ROOT / "tests").rglob(name)) for name in names)
