@@ -243,8 +243,11 @@ def _pool(config: RunConfig, shape: Shape, stages: list[Stage]) -> dict[str, tup
         if kind == "generate" and decoder is not None:
             working = list(memory.generating(decoder, _slots(config, shape), length, shape.item))
         else:
-            size = shape.dry.scored(rows, length).peak
-            working.append(Quantity("forward pass", size, "of rows * max_length tokens, without gradients; traced"))
+            size, formula = shape.dry.scored(rows, length).peak, "rows * max_length tokens; traced, without gradients"
+            if kind == "record" and _finds_rationales(stages):
+                back = shape.dry.marked(length, shape.answer)
+                size, formula = max(size, back), f"{formula}, and with those of the embeddings, before"
+            working.append(Quantity("forward pass", size, formula))
             if kind in ("record", "vote") and decoder is not None:
                 working.append(memory.voting(decoder, length, shape.item))
             elif decoder is not None:
@@ -252,6 +255,10 @@ def _pool(config: RunConfig, shape: Shape, stages: list[Stage]) -> dict[str, tup
         devices = config.cluster.workers_per_model if config.cluster.gpus_per_worker else 1
         found[kind] = memory.pooled(model, working, devices)
     return found
+
+
+def _finds_rationales(stages: list[Stage]) -> bool:
+    return any(isinstance(stage, Record) and stage.vote.rationales == "gradient" for stage in stages)
 
 
 def _slots(config: RunConfig, shape: Shape) -> int:

@@ -46,8 +46,15 @@ CASES: dict[str, tuple[Tree, Tree]] = {
     "ctr": ({"name": "ctr", "tsm_size": 384}, ENCODER),
     "lamol": ({"name": "lamol", "gamma": 0.25}, DECODER),
     "rational_lamol": ({"name": "rational_lamol", "gamma": 0.25, "level": "head"}, DECODER),
+    "rational_lamol-gradient": ({"name": "rational_lamol", "gamma": 0.25, "rationales": "gradient"}, DECODER),
 }
 """Method and backbone."""
+POOLED = {
+    "lamol": ["generate"],
+    "rational_lamol": ["generate", "record", "vote"],
+    "rational_lamol-gradient": ["record"],
+}
+"""Which stages are measured that are cut into shards."""
 GANGS = ((1, None), (2, 0), (2, 1), (2, 2), (2, 3), (4, 3))
 """(workers, ZeRO stage); without a stage it is plain torch."""
 
@@ -154,7 +161,7 @@ def pooled(folder: Path, name: str) -> Iterator[Tree]:
     run = config(folder, name, 1, None)
     memory = told(run)
     for stage in Workbook(run).plan(1):
-        if stage.kind in memory["pool"] and stage.kind != "evaluate":
+        if stage.kind in POOLED[name]:
             book = prepared(run, ref(stage))
             found = {"told": sum(each["bytes"] for each in memory["pool"][stage.kind]), "measured": shard(book, stage)}
             yield {"what": f"{name}, {stage.kind}", "workers": 1, "zero_stage": None, "micro_batch": None} | found
@@ -164,7 +171,7 @@ def measure(folder: Path) -> Iterator[Tree]:
     """Yield every line."""
     for name in ("sequential", "ctr", "lamol"):
         yield from training(folder, name)
-    for name in ("lamol", "rational_lamol"):
+    for name in POOLED:
         yield from pooled(folder, name)
 
 

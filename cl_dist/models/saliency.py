@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cl_dist.models.backbone import device_of
@@ -22,20 +23,26 @@ def salient(
     """Return which of the first `context` tokens matter most to an answer: the given share of them, at least one.
 
     A token's weight is |sum over the embedding of gradient * input| of the answer's cross-entropy; ties: the earlier.
-    Attention is the model's own: inside `watched`, or where parameters are trained, more is kept for the same answer.
     """
-    untyped: Any = model  # the library's methods carry no types
-    tokens = torch.tensor([[*prefix, ans, *answer]], device=device_of(model))
-    with torch.enable_grad():
-        input_LH = untyped.get_input_embeddings()(tokens).detach().requires_grad_(True)
-        hidden_LH = untyped.base_model(inputs_embeds=input_LH, use_cache=False).last_hidden_state[0, len(prefix) : -1]
-        logits_AV = logits(untyped, hidden_LH)
-        loss = F.cross_entropy(logits_AV, tokens[0, len(prefix) + 1 :], reduction="sum")
-        (gradient_LH,) = torch.autograd.grad(loss, input_LH)
-    weight_T = (gradient_LH * input_LH.detach())[0, :context].float().sum(-1).abs().cpu().numpy()
+    tokens_L = torch.tensor([*prefix, ans, *answer], device=device_of(model))
+    weight_T = sensitivity(model, tokens_L, len(prefix))[:context].cpu().numpy()
     chosen = np.zeros(context, dtype=bool)
     chosen[np.argsort(-weight_T, kind="stable")[: max(1, ceil(share * context))]] = True
     return chosen
+
+
+def sensitivity(model: PreTrainedModel, tokens_L: Tensor, first: int) -> Tensor:
+    """Return |sum over the embedding of gradient * input| of each token (L,), for the tokens after `first` as answer.
+
+    Attention is the model's own: inside `watched`, or where parameters are trained, more is kept for the same weights.
+    """
+    untyped: Any = model  # the library's methods carry no types
+    with torch.enable_grad():
+        input_LH = untyped.get_input_embeddings()(tokens_L[None]).detach().requires_grad_(True)
+        hidden_AH = untyped.base_model(inputs_embeds=input_LH, use_cache=False).last_hidden_state[0, first:-1]
+        loss = F.cross_entropy(logits(untyped, hidden_AH), tokens_L[first + 1 :], reduction="sum")
+        (gradient_LH,) = torch.autograd.grad(loss, input_LH)
+    return (gradient_LH * input_LH.detach())[0].float().sum(-1).abs()
 
 
 def agreement(found: NDArray[np.bool_], human: NDArray[np.bool_]) -> dict[str, float]:

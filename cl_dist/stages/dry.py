@@ -34,6 +34,7 @@ from cl_dist.models.config import ModelConfig
 from cl_dist.models.heads import block_parameters, shape_of
 from cl_dist.models.plugin import Plugin
 from cl_dist.models.quantized import QuantizedLinear
+from cl_dist.models.saliency import sensitivity
 from cl_dist.parallel.engine import attach
 from cl_dist.stages.build import new_learner
 from cl_dist.stages.live import Live, held
@@ -201,6 +202,19 @@ class Dry:
                 else:
                     model(batch)
             return Scored(trace.live.peak - trace.before, counted.total)
+
+    def marked(self, length: int, answer: int) -> int:
+        """Return the most bytes beside the weights while a text's rationale is found by gradients."""
+        model: Any = self.learner.model
+        with self._fake, _following(model.eval(), self._config, []) as trace:
+            self.learner.activate(self._task)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            model.requires_grad_(False)  # as in a model that only reads
+            with trace.live:
+                sensitivity(model.backbone, torch.zeros(length, dtype=torch.int64), length - 1 - answer)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            return trace.live.peak - trace.before
 
     def ended(self) -> int:
         """End the task and return the bytes that outlive it beside its weights: masks in bits, importances.

@@ -27,9 +27,8 @@ def test_a_rank_holds_what_the_plan_tells_while_it_trains(tmp_path: Path, name: 
     assert [line for line in lines if not within(line)] == []
 
 
-@pytest.mark.parametrize("name", ["lamol", "rational_lamol"])
+@pytest.mark.parametrize("name", memory.POOLED)
 def test_caches_and_statistics_are_what_the_plan_tells(tmp_path: Path, name: str) -> None:
     lines = list(memory.pooled(tmp_path, name))
-    kinds = {"lamol": ["generate"], "rational_lamol": ["generate", "record", "vote"]}[name]
-    assert [line["what"] for line in lines] == [f"{name}, {kind}" for kind in kinds]
+    assert [line["what"] for line in lines] == [f"{name}, {kind}" for kind in memory.POOLED[name]]
     assert [line for line in lines if not within(line)] == []
