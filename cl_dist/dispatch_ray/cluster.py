@@ -101,6 +101,16 @@ def _check_reachable(address: str) -> None:
         ) from error
 
 
+def head_listens() -> bool:
+    """Return whether the head of the cluster that was joined is still there, without a call of Ray's."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except OSError:
+        return False
+    return True
+
+
 def check_fits(cluster: ClusterConfig) -> None:
     """Fail at once where waiting would never end: where not even the fewest workers fit."""
     workers = cluster.min_workers or cluster.workers

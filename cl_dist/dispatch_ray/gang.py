@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Fits, Place, free, last_lines
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Fits, Place, free, head_listens, last_lines
 from cl_dist.dispatch_ray.life import last_words, remedy
 from cl_dist.dispatch_ray.mailbox import POLL_S, Mailbox, Parcel
 from cl_dist.dispatch_ray.ranks import gang_worker
@@ -191,6 +191,8 @@ class Gang:
                 ray.get(self._mailbox.close.remote(), timeout=ACTOR_TIMEOUT_S)
                 if ray.wait([self._fit], timeout=CLOSE_S)[0]:
                     return
+            if not head_listens():  # Ray ends a process that asks a head which is gone
+                return
             ray.cancel(self._fit, force=True, recursive=False)  # its controller dies with it, and the ranks with that
             _give_back()
         except RayError as error:
