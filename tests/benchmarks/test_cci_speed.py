@@ -65,7 +65,7 @@ def test_a_vote_costs_little_more_than_two_forward_passes(
     pairs = [(timed(lambda: forwards(models, tokens)), timed(lambda: vote(models, tokens))) for _ in range(12)][2:]
     ratio = median(ours / theirs for theirs, ours in pairs)
     what = f"a vote over attention at {length} tokens, against both models' forward passes"
-    measured(what, ratio, "{:.2f}x their time", at_most=budget)
+    assert measured(what, ratio, "{:.2f}x their time", at_most=budget)
 
 
 def row_by_row(maps: np.ndarray, target: np.ndarray) -> tuple[int, int]:
@@ -96,4 +96,4 @@ def test_the_search_is_far_faster_than_row_by_row(length: int, budget: int, meas
     slow = median(timed(lambda: row_by_row(maps, target)) for _ in range(3))
     fast = median(timed(ours) for _ in range(20))
     what = f"a vote's search at {length} tokens, against one row by row"
-    measured(what, slow / fast, "{:.0f}x as fast", at_least=budget)
+    assert measured(what, slow / fast, "{:.0f}x as fast", at_least=budget)

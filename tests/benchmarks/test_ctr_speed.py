@@ -90,7 +90,7 @@ def test_sharing_against_a_loop_over_all_tasks(sharing: Sharing, task: int, budg
         lambda: sharing(x_BLH, task, mask_BL, None)[0]
     )
     what = f"knowledge sharing at task {task + 1} of {TASKS}, against a loop over all tasks"
-    measured(what, ratio, "{:.1f}x as fast", at_least=budget)
+    assert measured(what, ratio, "{:.1f}x as fast", at_least=budget)
 
 
 def test_operations_do_not_grow_with_tasks(sharing: Sharing, measured: Measured) -> None:
@@ -156,4 +156,4 @@ def test_a_ctr_step_against_a_step_with_a_plain_adapter(
 
     ratio = step_seconds(ctr, step) / step_seconds(plain, lambda: plain(batch).square().sum())
     what = f"a CTR step at task {TASKS} of {TASKS}, H={hidden}, width {width}, against one with a plain adapter"
-    measured(what, ratio, "{:.2f}x its time", at_most=budget)
+    assert measured(what, ratio, "{:.2f}x its time", at_most=budget)

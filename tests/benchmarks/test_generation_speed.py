@@ -90,11 +90,11 @@ def ratio(model: Any, lengths: list[int], pairs: int = 5) -> float:
 
 def test_as_fast_as_generate_where_all_samples_are_equally_long(model: Any, measured: Measured) -> None:
     what = f"writing {ROWS} samples of equal lengths, against `generate` of transformers"
-    measured(what, ratio(model, [LENGTH] * ROWS), "{:.2f}x as fast", at_least=0.95)
+    assert measured(what, ratio(model, [LENGTH] * ROWS), "{:.2f}x as fast", at_least=0.95)
 
 
 def test_faster_than_generate_where_lengths_are_mixed(model: Any, measured: Measured) -> None:
     torch.manual_seed(1)
     lengths = (8 + (LENGTH - 8) * torch.rand(SAMPLES) ** 2).long().tolist()
     what = f"writing {SAMPLES} samples of {min(lengths)} to {max(lengths)} tokens, against `generate`"
-    measured(what, ratio(model, lengths, pairs=3), "{:.2f}x as fast", at_least=1.3)
+    assert measured(what, ratio(model, lengths, pairs=3), "{:.2f}x as fast", at_least=1.3)

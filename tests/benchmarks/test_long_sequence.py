@@ -54,10 +54,10 @@ def test_a_hundred_tasks_cost_hardly_more_each_than_ten(
         print(f"{method['name']}: task {number + 1}: {seconds:.2f} s, {memory:.0f} MB, {files} open files")
     early, late = series[10:20], series[-10:]
     of = f"tasks 91 to 100 of `{method['name']}`, against tasks 11 to 20"
-    measured(f"open files: {of}", late[-1][2] - early[-1][2], "{:+d}", at_most=2)
+    assert measured(f"open files: {of}", late[-1][2] - early[-1][2], "{:+d}", at_most=2)
     memory = mean(m for _, m, _ in late) - mean(m for _, m, _ in early)
-    measured(f"memory: {of}", memory, "{:+.0f} MB", at_most=100)
+    assert measured(f"memory: {of}", memory, "{:+.0f} MB", at_most=100)
     if method["name"] == "individual":  # the others score all seen tasks after each
         # Summaries go over all stages: some milliseconds of a task's time for each task before it.
         slope = (mean(s for s, _, _ in late) - mean(s for s, _, _ in early)) / 80
-        measured(f"time: {of}", 1000 * slope, "{:+.1f} ms per earlier task", at_most=2)
+        assert measured(f"time: {of}", 1000 * slope, "{:+.1f} ms per earlier task", at_most=2)

@@ -44,8 +44,9 @@ def test_ten_tasks_of_a_minute_cost_a_tenth_more_and_a_warm_shard_stage_a_second
     print(f"before the first stage, between stages and after the last: {wall - stages_s:.1f} s")
     assert median(own.values()) > STAGE_S / 2
     rest = 100 * (1 - sum(own.values()) / wall)
-    measured(f"{TASKS} tasks of a minute on two Ray workers, all but training steps", rest, "{:.1f} %", at_most=10)
-    measured("a shard stage on warm Ray workers, median", median(scored[1:]), "{:.2f} s", at_most=1)
+    what = f"{TASKS} tasks of a minute on two Ray workers, all but training steps"
+    assert measured(what, rest, "{:.1f} %", at_most=10)
+    assert measured("a shard stage on warm Ray workers, median", median(scored[1:]), "{:.2f} s", at_most=1)
 
 
 def _epochs(folder: Path, tree: object) -> int:
