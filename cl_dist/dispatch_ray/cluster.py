@@ -59,6 +59,7 @@ def connect(cluster: ClusterConfig) -> None:
     }
     if cluster.address is None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # reachable from this machine alone
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # without the run's environment: of no use
         wanted = math.ceil(cluster.workers * cluster.cpus_per_worker)
         cores = os.cpu_count() or 1
         if wanted > cores:
