@@ -7,7 +7,7 @@ A unit is a set of heads of one layer: all of them (level block), those that sha
     new model:  c = max over the unit's heads a and all tokens s of IoU(P(A'[a, s]), g)
 The lower c, the more has changed. Ties: the lowest head, then the lowest token.
 Source: Kanwatchara et al. 2021 (Rational LAMOL), section 3, with each block judged by its own map.
-Axes: L layers, U units of a layer, H heads, S queries of a chunk, T tokens, d size of a head.
+Axes: L layers, U units of a layer, H heads, S queries of a chunk, T tokens, W words of 64 tokens, d size of a head.
 """
 
 from collections.abc import Iterator
@@ -54,10 +54,17 @@ def highest(v_HST: NDArray[np.float32], seen: int, beta: int) -> Bits:
 
 def overlap(u_HST: Bits, v_HT: Bits) -> Floats:
     """Return IoU(u[h, s], v[h]): (H, S)."""
-    sides_HT2 = np.stack([v_HT, np.ones_like(v_HT)], -1).astype(np.float32)
-    both_HS, size_HS = np.moveaxis(np.matmul(u_HST.astype(np.float32), sides_HT2).astype(np.float64), -1, 0)
-    either_HS = size_HS + v_HT.sum(-1)[:, None] - both_HS
-    return np.divide(both_HS, either_HS, out=np.ones_like(both_HS), where=either_HS > 0)
+    u_HSW, v_HSW = _words(u_HST), _words(v_HT)[:, None]
+    both_HS, either_HS = (np.bitwise_count(words).sum(-1) for words in (u_HSW & v_HSW, u_HSW | v_HSW))
+    return np.divide(both_HS, either_HS, out=np.ones(both_HS.shape), where=either_HS > 0)
+
+
+def _words(bits: Bits) -> NDArray[np.uint64]:
+    """Return bits as words of 64, the last one filled up with zeros: (..., T) -> (..., W)."""
+    packed = np.packbits(bits, -1)
+    whole = np.zeros((*packed.shape[:-1], -(-packed.shape[-1] // 8) * 8), dtype=np.uint8)
+    whole[..., : packed.shape[-1]] = packed
+    return whole.view(np.uint64)
 
 
 class Watcher(Protocol):
