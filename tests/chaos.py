@@ -60,6 +60,8 @@ def _attempt(folder: Path, method: str, name: str, kill_at: int | None, pipe: An
     book = made(folder, method, name)
     run_folder, count = str(book.config.folder.absolute()), 0
     log = Path(f"{run_folder}.stage")
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("")  # what is killed before its first event dies at the start
 
     def tick() -> None:
         nonlocal count
