@@ -36,9 +36,10 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_killed_anywhere_a_run_ends_as_if_undisturbed(whole: tuple[str, Path, Any, int]) -> None:
     method, folder, results, count = whole
-    points = chaos.drawn(SEED, method, count, POINTS)
+    points = [(1,), *chaos.drawn(SEED, method, count, POINTS)]
     seen = [chaos.kill(folder, method, f"k{n}", kills, results) for n, kills in enumerate(points)]
     assert all(one.died_in for one in seen)
+    assert seen[0].died_in == ("the start",)
     assert [one for one in seen if not one.equal] == [], f"CHAOS_SEED={SEED}, of {count}"
 
 
