@@ -26,6 +26,9 @@ from cl_dist.models.backbone import device_of
 
 Bits = NDArray[np.bool_]
 Floats = NDArray[np.float64]
+Attention = NDArray[np.float32] | Tensor
+"""Attention of some queries (H, S, T): an array on a CPU, where numpy searches faster; on a GPU a tensor that stays
+there. Both give equal bits: the search compares values and counts."""
 ATTENTION = "cl_dist_cci"
 CHUNK = 256
 """Queries whose attention exists at a time: never a whole map of a long text, never that of two layers."""
@@ -33,14 +36,19 @@ BLOCK = 64
 """Queries whose order statistic is searched together."""
 
 
-def highest(v_HST: NDArray[np.float32], seen: int, beta: int) -> Bits:
+def highest(v_HST: Attention, seen: int, beta: int) -> Any:
     """Return P of some queries' rows; row k is 0 behind its first `seen` + k + 1 tokens.
 
     At most T - 1 - lo entries of a row are chosen. The zeros behind the last row of a block are the smallest entries of
     all its rows: they are left out, and the order statistic moves down by as many.
+
+    Returns:
+        Booleans of the shape and kind of v_HST: an array, or a tensor on the same device.
     """
     queries, length = v_HST.shape[1:]
     lo = beta * (length - 1) // 100
+    if isinstance(v_HST, Tensor):
+        return v_HST > v_HST.kthvalue(lo + 1, dim=-1, keepdim=True).values
     chosen = np.zeros(v_HST.shape, dtype=bool)
     for start in range(0, queries, BLOCK):
         stop = min(start + BLOCK, queries)
@@ -52,11 +60,23 @@ def highest(v_HST: NDArray[np.float32], seen: int, beta: int) -> Bits:
     return chosen
 
 
-def overlap(u_HST: Bits, v_HT: Bits) -> Floats:
-    """Return IoU(u[h, s], v[h]): (H, S)."""
-    u_HSW, v_HSW = _words(u_HST), _words(v_HT)[:, None]
-    both_HS, either_HS = (np.bitwise_count(words).sum(-1) for words in (u_HSW & v_HSW, u_HSW | v_HSW))
+def overlap(u_HST: Bits | Tensor, v_HT: Bits) -> Floats:
+    """Return IoU(u[h, s], v[h]): (H, S). Only the counts leave the device of u."""
+    if isinstance(u_HST, Tensor):
+        v_H1T = torch.from_numpy(np.ascontiguousarray(v_HT)).to(u_HST.device)[:, None]
+        both_HS, either_HS = ((u_HST & v_H1T).sum(-1).cpu().numpy(), (u_HST | v_H1T).sum(-1).cpu().numpy())
+    else:
+        u_HSW, v_HSW = _words(u_HST), _words(v_HT)[:, None]
+        both_HS, either_HS = (np.bitwise_count(words).sum(-1) for words in (u_HSW & v_HSW, u_HSW | v_HSW))
     return np.divide(both_HS, either_HS, out=np.ones(both_HS.shape), where=either_HS > 0)
+
+
+def _rows(chosen_HST: Bits | Tensor, at_H: NDArray[np.int64]) -> Bits:
+    """Return one query's row of each head: (H, T)."""
+    if isinstance(chosen_HST, Tensor):
+        at = torch.from_numpy(at_H).to(chosen_HST.device)
+        return chosen_HST[torch.arange(len(at), device=at.device), at].cpu().numpy()
+    return chosen_HST[np.arange(len(at_H)), at_H]
 
 
 def _words(bits: Bits) -> NDArray[np.uint64]:
@@ -70,7 +90,7 @@ def _words(bits: Bits) -> NDArray[np.uint64]:
 class Watcher(Protocol):
     """Sees the attention of one text, layer by layer, in chunks of queries."""
 
-    def see(self, layer: int, seen: int, attention_HST: NDArray[np.float32]) -> None:
+    def see(self, layer: int, seen: int, attention_HST: Attention) -> None:
         """Look at the rows of some queries, the first of which sees `seen` tokens before its own, the next one more."""
 
 
@@ -82,13 +102,13 @@ class Recorder:
         self._rationale_T, self._units, self._beta = rationale_T, units, beta
         self._best: dict[int, tuple[Floats, Bits]] = {}
 
-    def see(self, layer: int, seen: int, attention_HST: NDArray[np.float32]) -> None:
+    def see(self, layer: int, seen: int, attention_HST: Attention) -> None:
         """See Watcher."""
         chosen_HST = highest(attention_HST, seen, self._beta)
         heads = len(chosen_HST)
         iou_HS = overlap(chosen_HST, np.broadcast_to(self._rationale_T, (heads, len(self._rationale_T))))
         at_H = iou_HS.argmax(1)
-        found_H, bits_HT = iou_HS[np.arange(heads), at_H], chosen_HST[np.arange(heads), at_H]
+        found_H, bits_HT = iou_HS[np.arange(heads), at_H], _rows(chosen_HST, at_H)
         if layer in self._best:
             before_H, known_HT = self._best[layer]
             better_H = found_H > before_H  # not where equal: an earlier token had it
@@ -115,7 +135,7 @@ class Comparer:
         self._maps_LUT, self._beta = maps_LUT, beta
         self._best: dict[int, Floats] = {}
 
-    def see(self, layer: int, seen: int, attention_HST: NDArray[np.float32]) -> None:
+    def see(self, layer: int, seen: int, attention_HST: Attention) -> None:
         """See Watcher."""
         chosen_HST = highest(attention_HST, seen, self._beta)
         per_unit = len(chosen_HST) // self._maps_LUT.shape[1]
@@ -177,8 +197,10 @@ def _attention(
 def _show(module: nn.Module, seen: int, attention_HST: Tensor) -> None:
     if module.training:
         raise RuntimeError("attention is watched in evaluation mode only: dropout would be part of the maps")
+    attention_HST = attention_HST.float()
     for text in _texts:
-        text.watcher.see(text.layers, seen, attention_HST.float().cpu().numpy())
+        is_host = attention_HST.device.type == "cpu"
+        text.watcher.see(text.layers, seen, attention_HST.numpy() if is_host else attention_HST)
 
 
 AttentionInterface.register(ATTENTION, _attention)

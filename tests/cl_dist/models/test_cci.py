@@ -6,10 +6,11 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cl_dist.models import cci
-from cl_dist.models.cci import Comparer, Recorder, highest, watch, watched
+from cl_dist.models.cci import Comparer, Recorder, Watcher, highest, watch, watched
 from cl_dist.models.heads import kept, shape_of, units_of
 from cl_dist.stage import VoteConfig
 from cl_dist.stages.live import Live
@@ -188,6 +189,36 @@ def test_the_causal_search_is_the_plain_one(beta: int) -> None:
         maps = scores.masked_fill(hidden, float("-inf")).softmax(-1).numpy()
         np.testing.assert_array_equal(highest(maps, 0, beta), plain(maps, beta))
         np.testing.assert_array_equal(highest(maps[:, T // 2 :], T // 2, beta), plain(maps, beta)[:, T // 2 :])
+
+
+@pytest.mark.parametrize("level", [1, 2, 4])
+@pytest.mark.parametrize("beta", [0, 50, 80, 100])
+def test_the_search_on_a_device_gives_the_bits_of_the_search_on_the_host(level: int, beta: int) -> None:
+    generator = torch.Generator().manual_seed(beta)
+    heads, length, chunk = 4, 70, 32
+
+    def show(watcher: Watcher, maps: Tensor, kind: str) -> None:
+        for layer in range(2):
+            for first in range(0, length, chunk):
+                part = maps[layer, :, first : first + chunk]
+                watcher.see(layer, first, part.numpy() if kind == "host" else part)
+
+    watchers: dict[str, tuple[Recorder, Comparer]] = {}
+    target = np.zeros(length, dtype=bool)
+    target[10:30] = True
+    old, new = (torch.randn(2, heads, length, length, generator=generator) for _ in range(2))
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    # Rounded, so that many values tie.
+    old, new = (x.masked_fill(hidden, float("-inf")).softmax(-1).mul(64).round().div(64) for x in (old, new))
+    for kind in ("host", "device"):
+        recorder = Recorder(target, level, beta)
+        show(recorder, old, kind)
+        comparer = Comparer(recorder.maps()[0], beta)
+        show(comparer, new, kind)
+        watchers[kind] = recorder, comparer
+    for host, device in zip(watchers["host"][0].maps(), watchers["device"][0].maps(), strict=True):
+        np.testing.assert_array_equal(host, device)
+    np.testing.assert_array_equal(watchers["host"][1].nearness(), watchers["device"][1].nearness())
 
 
 def test_votes_are_counted_by_place_where_they_tie() -> None:
