@@ -39,8 +39,9 @@ test-ray: $(STAMP)  ## the tests that start Ray
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest tests -rs -m gpu
 
-gpu-check: $(STAMP)  ## CTR at BERT-base's size and Rational LAMOL at a billion parameters, in bfloat16 on this machine's GPUs
+gpu-check: $(STAMP)  ## what this machine's GPU does with CTR at BERT-base's size and LAMOL at a billion parameters, into cluster_configs/GPU.md
 	DS_ACCELERATOR=cuda $(BIN)/python -m tests.gpu_check
+	$(BIN)/python -m launcher.tables write
 
 check: $(STAMP)  ## ruff, mypy, import contracts, spelling
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from typing import Any
 from launcher.scaling import RANKS, cells
 
 RESULTS, README = Path("tests/results"), Path("README.md")
-PAGES = (README, Path("cluster_configs/SCALING.md"))
+PAGES = (README, Path("cluster_configs/SCALING.md"), Path("cluster_configs/GPU.md"))
 """Where marked blocks may be."""
 BLOCK = r"(<!-- table: {name} -->\n).*?(<!-- end -->)"
 COLUMNS = {
@@ -193,7 +193,17 @@ def speed(data: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-BLOCKS = {"parity": parity, "chaos": chaos, "memory": memory, "scaling": scaling, "speed": speed}
+def gpu(data: Mapping[str, Any]) -> str:
+    """Return the Markdown table of `tests.gpu_check`: a row per figure."""
+    marks = {True: "yes", False: "no", None: ""}
+    lines = ["| what | measured | goal | reached |", "| --- " * 4 + "|"]
+    lines += [f"| {row['what']} | {row['text']} | {row['goal']} | {marks[row['ok']]} |" for row in data["lines"]]
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    lines += ["", f"{data['gpus']} x {data['device']}, {data['cores']} CPU cores, {versions}, bfloat16."]
+    return "\n".join(lines) + "\n"
+
+
+BLOCKS = {"gpu": gpu, "parity": parity, "chaos": chaos, "memory": memory, "scaling": scaling, "speed": speed}
 """How results are shown that are no summaries of runs."""
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -48,7 +49,7 @@ def highest(v_HST: Attention, seen: int, beta: int) -> Any:
     queries, length = v_HST.shape[1:]
     lo = beta * (length - 1) // 100
     if isinstance(v_HST, Tensor):
-        return v_HST > v_HST.kthvalue(lo + 1, dim=-1, keepdim=True).values
+        return _highest_on_device(v_HST, min(seen + queries, length), lo)
     chosen = np.zeros(v_HST.shape, dtype=bool)
     for start in range(0, queries, BLOCK):
         stop = min(start + BLOCK, queries)
@@ -58,6 +59,14 @@ def highest(v_HST: Attention, seen: int, beta: int) -> Any:
         bound = np.partition(part, place, axis=-1)[..., place : place + 1] if place >= 0 else 0
         chosen[:, start:stop, :width] = part > bound
     return chosen
+
+
+def _highest_on_device(v_HST: Tensor, width: int, lo: int) -> Tensor:
+    """Return P of rows that are 0 behind `width` tokens: the order statistic is the smallest of the largest entries."""
+    length = v_HST.shape[-1]
+    part, most = v_HST[..., :width], length - lo
+    bound = part.topk(most, sorted=False).values.amin(-1, keepdim=True) if most <= width else part.new_zeros(())
+    return F.pad(part > bound, (0, length - width))
 
 
 def overlap(u_HST: Bits | Tensor, v_HT: Bits) -> Floats:
