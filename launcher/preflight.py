@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from cl_dist.errors import ClDistError, ClusterError
+from cl_dist.errors import ClDistError, ClusterError, printable
 from cl_dist.jobs import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.storage import Room, existing, room
@@ -87,12 +87,11 @@ def _data(config: RunConfig) -> Iterator[Finding]:
         tested = {row.label for row in data.test}
         untested = [label for label in data.labels if label not in tested]
         if untested:
-            found = f"{rows}; no test row has the label {', '.join(untested)}"
+            found = f"{rows}; no test row has the label {', '.join(printable(label, '') for label in untested)}"
             yield Finding("data", "warn", name, found, "accuracy would say little; mend the splits")
-        if data.overlap:
-            found = f"{rows}; {data.overlap} texts are in more than one split"
-            yield Finding("data", "warn", name, found, "mend the splits, or set science.data.overlap")
-        if not untested and not data.overlap:
+        for warning in data.warnings:
+            yield Finding("data", "warn", name, f"{rows}; {warning}", "mend the rows, or the settings that choose them")
+        if not untested and not data.warnings:
             yield Finding("data", "ok", name, rows)
 
 

@@ -5,22 +5,21 @@ Faults are collected, not raised, so that one look at the data names all of them
 
 import csv
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cl_dist.config import did_you_mean
 from cl_dist.data.planted import THEMES, planted
-from cl_dist.data.rows import SPLITS
+from cl_dist.data.rows import SPLITS, Unit
 from cl_dist.data.tasks import Source
-from cl_dist.errors import DataError
+from cl_dist.data.values import json_fields
+from cl_dist.errors import DataError, printable
 from cl_dist.places import resolve
 
-Unit = Literal["line", "row"]
 Values = dict[str, Any]
 Report = Callable[[int | None, str], None]
 
@@ -42,7 +41,8 @@ class Fault:
 
     def __str__(self) -> str:
         line = "" if self.line is None else f", {self.unit} {self.line}"
-        return f"{self.file}{line}{'' if self.field is None else f', field {self.field}'}: {self.message}"
+        field = "" if self.field is None else f", field {self.field}"
+        return printable(f"{self.file}{line}{field}: {self.message}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,18 +141,12 @@ def _json_rows(lines: Iterator[tuple[int, str]], report: Report) -> Iterator[tup
     for number, text in lines:
         if not text.strip():
             continue
-        values: Any = {}
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            report(number, f"not JSON: {error.msg} at column {error.colno}")
-        except RecursionError:
-            report(number, "not usable JSON: nested too deeply")
+            values = json_fields(text)
+        except ValueError as error:
+            report(number, str(error))
         else:
-            if not isinstance(values, dict):
-                report(number, f"expected a JSON object with named fields, got {type(values).__name__}")
-            else:
-                yield number, values
+            yield number, values
 
 
 def _pattern_rows(

@@ -65,6 +65,24 @@ def test_a_label_without_a_test_row_is_found(cli: Cli, run_file: Path) -> None:
     assert [finding["found"].partition("; ")[2] for finding in found["warn"]] == ["no test row has the label bad"]
 
 
+def test_what_loading_the_rows_warns_of_is_found(cli: Cli, run_file: Path) -> None:
+    path = run_file.parent / "food.jsonl"
+    changed = (
+        path.read_text(encoding="utf8")
+        .replace('"good"', '"good\\u001b[31m"')
+        .replace('"good\\u001b', '"GOOD\\u001b', 1)
+    )
+    path.write_text(changed, encoding="utf8")
+    code, found = looked_at(cli, run_file)
+    assert (code, found["fail"]) == (0, [])
+    (warning,) = [finding["found"] for finding in found["warn"] if "read alike" in finding["found"]]
+    assert r"'GOOD\x1b[31m' (1 row)" in warning
+    for shown in (cli("data", "check", run_file), cli("check", run_file), cli("data", "show", run_file)):
+        assert shown.code == 0
+        assert "\x1b" not in shown.out + shown.err
+        assert r"\x1b[31m" in shown.out
+
+
 def test_a_model_that_is_not_there_is_found(cli: Cli, run_file: Path) -> None:
     code, found = looked_at(cli, run_file, "science.model.source=./nowhere")
     assert code == 4
