@@ -9,14 +9,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from cl_dist.config import did_you_mean
 from cl_dist.data.labels import label_warnings, likeness, told_apart
 from cl_dist.data.rationales import read_spans
 from cl_dist.data.rows import SPLITS, Row, TaskData, Where
 from cl_dist.data.sources import SHOWN, Fault, Record, listing, read
-from cl_dist.data.tasks import DataConfig, Source, Split, TaskConfig
+from cl_dist.data.tasks import DataConfig, Source, Split, SplitName, TaskConfig
 from cl_dist.data.values import id_fault, label_fault, text_fault, word, word_fault
 from cl_dist.errors import DataError, printable
 from cl_dist.stage import digest_of
@@ -95,9 +95,13 @@ def check_task(task: TaskConfig, data: DataConfig) -> Checked:
     is_whole = not notes.faults  # otherwise a split may be empty only because its rows have faults
     _check_ids(task, splits, notes)
     labels = _labels(task, splits, notes) if task.answer == "label" else ()
-    for split, limit in task.rows.items():
-        kept = _limited(task, split, splits[split], limit)
+    for split in get_args(SplitName):
+        kept = _limited(task, split, splits[split])
         notes.counts["rows"] += len(splits[split]) - len(kept)
+        if task.answer == "label" and (lost := _label_set(splits[split]) - _label_set(kept)):
+            shown = f"{len(lost)} labels" if len(lost) > 5 else ", ".join(map(repr, sorted(lost)))
+            hint = f"; rows.balance=[{split}] draws every label" if len(kept) >= len(_label_set(splits[split])) else ""
+            notes.warnings.append(f"rows.{split}={len(kept)} leaves no {split} row of {shown}{hint}")
         splits[split] = kept
     overlap = _overlap(task, splits, data, notes)
     if is_whole:
@@ -320,19 +324,30 @@ def _and_more(records: Sequence[Record]) -> str:
     return f" (here and in {len(records) - 1} more)" if len(records) > 1 else ""
 
 
-def _limited(task: TaskConfig, split: str, items: list[_Item], limit: int) -> list[_Item]:
-    """Draw rows by hash, the i-th of every label before the (i+1)-th of any, and return them in file order.
+def _label_set(items: Sequence[_Item]) -> set[str]:
+    return {item.row.label for item in items}
 
-    A larger limit adds rows and takes none away. Answers that are free text are drawn as they come.
+
+def _limited(task: TaskConfig, split: SplitName, items: list[_Item]) -> list[_Item]:
+    """Draw as many rows as the task says, and return them in file order.
+
+    Within a label, rows are drawn in the order of their hashes. Labels take turns: where the split is balanced, the
+    i-th row of every label comes before the (i+1)-th of any; otherwise, after i of its n rows, the label with the
+    least (i + 1/2) / n comes next (Sainte-Lague), so that every label has its share of the split, whatever the bound.
+    So a larger bound adds rows and takes none away. Answers that are free text are drawn as they come.
     """
-    if len(items) <= limit:
+    limit = task.rows.of(split)
+    if limit is None or len(items) <= limit:
         return items
     hashes = [hashlib.sha256(f"{task.id}\0{split}\0{item.row.id}".encode()).digest() for item in items]
+    labels = [item.row.label if task.answer == "label" else "" for item in items]
+    rows, balances = Counter(labels), task.rows.balances(split)
     drawn: Counter[str] = Counter()
     ranked = []
     for index in sorted(range(len(items)), key=hashes.__getitem__):
-        label = items[index].row.label if task.answer == "label" else ""
-        ranked.append((drawn[label], hashes[index], index))
+        label = labels[index]
+        turn = float(drawn[label]) if balances else (drawn[label] + 0.5) / rows[label]
+        ranked.append((turn, hashes[index], index))
         drawn[label] += 1
     return [items[index] for index in sorted(index for _, _, index in sorted(ranked)[:limit])]
 
