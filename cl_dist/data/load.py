@@ -128,7 +128,11 @@ def _read(task: TaskConfig, notes: _Notes) -> list[Record]:
     columns: dict[str, set[str]] = {}  # of each file, the columns that any of its rows has
     allowed = {column: [words] if isinstance(words, str) else words for column, words in source.where.items()}
     seen: dict[str, set[str]] = {column: set() for column in allowed}
-    for record in read(source, notes.faults):
+    wanted = {"text": task.text, "text_pair": task.text_pair, "label": task.label, "row_id": task.row_id}
+    wanted |= {"rationale": task.rationale, "environment": task.environment}
+    wanted["split.field"] = source.split.field if source.split.by == "field" else None
+    looked_at = {*wanted.values(), *source.columns, *allowed} - {None}
+    for record in read(source, notes.faults, looked_at):
         notes.counts["read"] += 1
         columns.setdefault(record.file, set()).update(record.values)
         words = {column: word(record.values.get(column)) for column in allowed}
@@ -140,9 +144,6 @@ def _read(task: TaskConfig, notes: _Notes) -> list[Record]:
         else:
             notes.counts["where"] += 1
 
-    wanted = {"text": task.text, "text_pair": task.text_pair, "label": task.label, "row_id": task.row_id}
-    wanted |= {"rationale": task.rationale, "environment": task.environment}
-    wanted["split.field"] = source.split.field if source.split.by == "field" else None
     absent = []
     for file, known in columns.items():
         renamed = {source.columns.get(column, column) for column in known}
