@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.table import Table
 
-from cl_dist.errors import ConfigError, QualityError, StoppedError, printable
+from cl_dist.errors import ConfigError, QualityError, StoppedError
 from launcher import console, job_verbs, planning, preflight, render, runs, verbs
 from launcher.options import Address, AddTasks, AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
 from launcher.quality import FailIf as Gate
@@ -246,7 +246,7 @@ def data_check(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
         table = Table("task", *SPLITS, "labels", "faults", "warnings")
         for name, task in checked.items():
             counts = [str(len(task.data.rows(split))) for split in SPLITS]
-            labels = ", ".join(f"{printable(k, '')} {n}" for k, n in task.label_counts("train").items())
+            labels = ", ".join(f"{k} {n}" for k, n in task.label_counts("train").items())
             table.add_row(name, *counts, labels, str(len(task.faults)), "\n".join(task.warnings))
         console.out.print(table)
     faults = [f"task {name}: {listing(task.faults)}" for name, task in checked.items() if task.faults]
@@ -277,17 +277,18 @@ def data_show(config: Config, overrides: Overrides = None) -> None:
             speller = Speller(tokenizer)
             context, asked, answer = spell(speller, row, data.question, length)
             prefix = [*context, *asked]
-            console.out.rule(f"{task.id}: row {printable(row.id, '')}")
-            console.out.print(f"decoder reads  {printable(speller.decode(prefix))}", markup=False, soft_wrap=True)
-            console.out.print(f"and answers    {printable(speller.decode(answer))}", markup=False, soft_wrap=True)
+            console.out.rule(f"{task.id}: row {row.id}")
+            console.out.print(f"decoder reads  {speller.decode(prefix)}", markup=False, soft_wrap=True)
+            console.out.print(f"and answers    {speller.decode(answer)}", markup=False, soft_wrap=True)
             console.out.print(f"tokens         {len(prefix)} + {len(answer)} of at most {length - 2}", markup=False)
             continue
         ids = tokenizer(row.text, row.text_pair, truncation=True, max_length=length)["input_ids"]
-        console.out.rule(f"{task.id}: row {printable(row.id, '')}")
-        console.out.print(f"encoder reads  {printable(str(tokenizer.decode(ids)))}", markup=False, soft_wrap=True)
+        console.out.rule(f"{task.id}: row {row.id}")
+        console.out.print(f"encoder reads  {tokenizer.decode(ids)}", markup=False, soft_wrap=True)
         console.out.print(f"tokens         {len(ids)} of at most {length}: {ids}", markup=False, soft_wrap=True)
-        place = f"{data.labels.index(row.label)} = {printable(row.label, '')}"
-        console.out.print(f"class          {place} of {list(data.labels)}", markup=False)
+        console.out.print(
+            f"class          {data.labels.index(row.label)} = {row.label} of {list(data.labels)}", markup=False
+        )
 
 
 @app.command()

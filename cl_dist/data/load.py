@@ -131,7 +131,7 @@ def _read(task: TaskConfig, notes: _Notes) -> list[Record]:
     wanted = {"text": task.text, "text_pair": task.text_pair, "label": task.label, "row_id": task.row_id}
     wanted |= {"rationale": task.rationale, "environment": task.environment}
     wanted["split.field"] = source.split.field if source.split.by == "field" else None
-    looked_at = {*wanted.values(), *source.columns, *allowed} - {None}
+    looked_at = {column for column in (*wanted.values(), *source.columns, *allowed) if column is not None}
     for record in read(source, notes.faults, looked_at):
         notes.counts["read"] += 1
         columns.setdefault(record.file, set()).update(record.values)

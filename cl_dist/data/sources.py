@@ -136,9 +136,9 @@ def _read_path(
             faults += [Fault(path, at, None, message) for at, message in held]
         yield Record(path, line, f"{prefix}{number}", split, values)
     if number < 0 and len(held) > 1:
-        line, message = held[0]
+        at, message = held[0]
         why = f"{message}; no line can be used: kind: {source.kind} expects {_EXPECTED[source.kind]}"
-        faults.append(Fault(path, line, None, why))
+        faults.append(Fault(path, at, None, why))
     elif number < 0 and held:
         faults.append(Fault(path, held[0][0], None, held[0][1]))
     elif number < 0 and not (split == "dev" and source.split.dev == 0):
