@@ -1,11 +1,13 @@
 """From the run file to what identifies a stage (facts) and what a worker is given (job)."""
 
+import logging
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cl_dist.data.load import load_task
 from cl_dist.data.rows import TaskData
+from cl_dist.data.sources import listing
 from cl_dist.data.votes import voting_rows
 from cl_dist.errors import ConfigError, DataError
 from cl_dist.ledger import Ledger, sha256
@@ -28,6 +30,11 @@ from cl_dist.stage import (
     flat,
 )
 from cl_dist.stages.job import Job
+
+if TYPE_CHECKING:
+    from cl_dist.data.reading import Reading
+
+log = logging.getLogger(__name__)
 
 
 class Workbook:
@@ -92,6 +99,52 @@ class Workbook:
                 faults.append(str(error))
         if faults:
             raise DataError("\n".join(faults))
+
+    def check_tokens(self) -> None:
+        """Check that the tokenizer reads the rows of every task, and the backbone their tokens; that imports torch.
+
+        Raises:
+            ConfigError: If there is no tokenizer, or it has tokens that the backbone does not know.
+            DataError: With the rows of all tasks that they cannot read.
+        """
+        self.check_model()
+        faults = []
+        for task in range(len(self.tasks)):
+            found, name = self.reading(task), self.tasks.tasks[task].id
+            if found.faults:
+                faults.append(f"task {name}: {len(found.faults)} row(s) cannot be read\n{listing(found.faults)}")
+            elif (warning := found.warning(self.config.science.model.source)) is not None:
+                log.warning("data task=%s %s", name, warning)
+        if faults:
+            raise DataError("\n".join(faults))
+
+    def check_model(self) -> None:
+        """Check that there is a tokenizer, and that the backbone knows its tokens; that imports torch.
+
+        Raises:
+            ConfigError: If not.
+        """
+        from cl_dist.models.backbone import check_vocabulary, load_tokenizer
+
+        tokenizer = load_tokenizer(self.config.science.model)
+        if not self._grows:
+            check_vocabulary(self.config.science.model, tokenizer, is_whole=self.answers == "text")
+
+    @property
+    def _grows(self) -> bool:
+        """Whether the model gets embeddings for tokens that the backbone lacks."""
+        return self.answers == "text" and getattr(self.config.science.method, "lora", None) is None
+
+    def reading(self, task: int) -> "Reading":
+        """Return what the run's tokenizer makes of the rows of a task, read once.
+
+        Raises:
+            ConfigError: If there is no tokenizer.
+        """
+        science, config = self.config.science, self.tasks.tasks[task]
+        length = science.train_of(config).max_length
+        parts = (config.model_dump_json(), science.data.overlap, science.model.model_dump_json())
+        return _reading(*parts, length, self._grows)
 
     def facts(self, stage: Stage) -> dict[str, Any]:
         """Return everything that decides a stage's result, flat, so that a difference can be named.
@@ -232,6 +285,18 @@ def _load(task: str, overlap: str) -> TaskData:
     from cl_dist.data.tasks import DataConfig, TaskConfig
 
     return load_task(TaskConfig.model_validate_json(task), DataConfig.model_validate({"overlap": overlap}))
+
+
+@lru_cache(maxsize=256)
+def _reading(task: str, overlap: str, model: str, max_length: int, grows: bool) -> "Reading":
+    from cl_dist.data.reading import reading
+    from cl_dist.data.tasks import TaskConfig
+    from cl_dist.models.backbone import load_tokenizer, num_embeddings
+
+    config = ModelConfig.model_validate_json(model)
+    known = None if grows else num_embeddings(config)
+    tokenizer = load_tokenizer(config)
+    return reading(TaskConfig.model_validate_json(task), _load(task, overlap), tokenizer, max_length, known)
 
 
 def _model_facts(model: ModelConfig) -> dict[str, Any]:

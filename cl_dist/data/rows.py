@@ -12,7 +12,7 @@ class Where:
     """Names the place that a row comes from."""
 
     file: str
-    line: int
+    line: int | None
     unit: Unit = "line"
 
 

@@ -82,7 +82,12 @@ def _load(config: ModelConfig, causal: bool, dtype: torch.dtype) -> PreTrainedMo
     _check(hf, config, causal)
     _set_dropout(hf, config.dropout)
     if config.config is not None and not causal and torch.get_default_device().type != "meta":
-        _check_vocabulary(hf, config)  # a causal model gets rows for tokens that it lacks, one without data reads none
+        try:  # a causal model gets rows for tokens that it lacks, one without data reads none
+            tokenizer = load_tokenizer(config)
+        except ClDistError:  # one who only wants the model needs none, and a run is told when it reads its rows
+            pass
+        else:
+            check_vocabulary(config, tokenizer)
     with torch.random.fork_rng(), _named(config):
         if config.config is not None:
             torch.manual_seed(0)
@@ -124,19 +129,6 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
             "that key out of config.json"
         )
     return found
-
-
-def _check_vocabulary(hf: PretrainedConfig, config: ModelConfig) -> None:
-    """Raise ConfigError if the tokenizer has tokens that the backbone does not know."""
-    try:
-        tokens = num_ids(load_tokenizer(config))
-    except ClDistError:  # one who only wants the model needs none, and a run is told when it reads its rows
-        return
-    if tokens > getattr(hf, "vocab_size", tokens):
-        raise ConfigError(
-            f"science.model.config: vocab_size={hf.vocab_size}, but the tokenizer of {config.source!r} has {tokens} "
-            "tokens, counted up to its largest id; expected at least so many"
-        )
 
 
 @contextmanager
@@ -230,7 +222,49 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             location(config), revision=config.revision, trust_remote_code=False
         )
+    if not found.get_vocab().keys() - found.added_tokens_encoder.keys():  # transformers makes one where files lack
+        raise ConfigError(
+            f"science.model.source={config.source!r}: no tokenizer: its vocabulary holds special tokens alone, which "
+            "is what transformers makes where the files of a tokenizer are missing (tokenizer.json, vocab.txt, or "
+            "those of its kind); put them beside config.json"
+        )
     return found
+
+
+def num_embeddings(config: ModelConfig) -> int | None:
+    """Return how many tokens a backbone knows, if its configuration says so."""
+    known = getattr(load_config(config).get_text_config(), "vocab_size", None)
+    return known if isinstance(known, int) else None
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, is_whole: bool = False) -> None:
+    """Check that a backbone has an embedding for every token that a tokenizer makes of texts, or adds to them.
+
+    Special tokens that texts hardly contain, such as places of pictures, may lack one, unless is_whole.
+
+    Raises:
+        ConfigError: If it has none for one of them.
+    """
+    known = num_embeddings(config)
+    if known is None or num_ids(tokenizer) <= known:
+        return
+    names = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
+    added = {getattr(tokenizer, f"{name}_token_id", None) for name in names}
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        entry = tokenizer.added_tokens_decoder.get(number)
+        is_idle = entry is not None and entry.special and number not in added
+        if number >= known and (is_whole or not is_idle):
+            setting = "source" if config.config is None else "config"
+            remedy = (
+                "take the tokenizer that belongs to the weights, or resize_token_embeddings and save the model again"
+                if config.config is None
+                else f"set vocab_size to {num_ids(tokenizer)} or more"
+            )
+            raise ConfigError(
+                f"science.model.{setting}: vocab_size={known}, but the tokenizer of {config.source!r} has "
+                f"{num_ids(tokenizer)} tokens, counted up to its largest id: {token!a} has the number {number}, and "
+                f"the embedding {known} rows; {remedy}"
+            )
 
 
 def replace(root: nn.Module, path: str, module: nn.Module) -> None:

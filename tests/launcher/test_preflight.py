@@ -157,3 +157,31 @@ def test_a_table_for_people_has_a_line_and_a_remedy_for_each_fault(cli: Cli, run
     assert ended.code == 4
     assert "fail  model" in ended.out
     assert "-> name a folder" in ended.out
+
+
+def test_a_tokenizer_that_does_not_fit_is_found_and_its_settings_are_wrong(cli: Cli, run_file: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = run_file.parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["espresso"])
+    tokenizer.save_pretrained(model)
+    code, found = looked_at(cli, run_file)
+    assert (code, [finding["check"] for finding in found["fail"]]) == (2, ["model"])
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    code, found = looked_at(cli, run_file)
+    assert (code, "no tokenizer" in found["fail"][0]["found"]) == (2, True)
+
+
+def test_a_row_of_no_token_is_found(cli: Cli, run_file: Path) -> None:
+    path = run_file.parent / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf8"))
+    clean = {"type": "Replace", "pattern": {"Regex": "\u200b"}, "content": ""}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [tokenizer["normalizer"], clean]}
+    path.write_text(json.dumps(tokenizer), encoding="utf8")
+    with (run_file.parent / "film.jsonl").open("a", encoding="utf8") as file:
+        file.write(json.dumps({"id": "last", "text": "\u200b", "label": "good", "split": "test"}) + "\n")
+    code, found = looked_at(cli, run_file)
+    assert (code, [finding["where"] for finding in found["fail"]]) == (4, ["task film"])
+    assert "film.jsonl, line 37, field text: the tokenizer makes no token of '\\u200b'" in found["fail"][0]["found"]
