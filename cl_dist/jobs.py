@@ -2,7 +2,6 @@
 
 import logging
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_dist.data.load import load_task
@@ -12,7 +11,7 @@ from cl_dist.data.votes import voting_rows
 from cl_dist.errors import ConfigError, DataError
 from cl_dist.ledger import Ledger, sha256
 from cl_dist.methods import METHODS
-from cl_dist.models.config import ModelConfig
+from cl_dist.models.config import ModelConfig, absent, is_local
 from cl_dist.places import resolve
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import (
@@ -28,6 +27,7 @@ from cl_dist.stage import (
     Vote,
     digest_of,
     flat,
+    ref,
 )
 from cl_dist.stages.job import Job
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from cl_dist.data.reading import Reading
 
 log = logging.getLogger(__name__)
+ON_HUB = "@"
+"""Between the name and the commit of a model on the hub, in the place of a digest."""
 
 
 class Workbook:
@@ -171,7 +173,7 @@ class Workbook:
             "schema_version": SCHEMA_VERSION,
             "stage": stage.changed(),
             "seed": science.seed,
-            "model": _model_facts(science.model),
+            "model": self._backbone_facts(stage),
             "method": science.method.changed() | {"name": science.method.name},
             "train": {} if stage.settings is not None else science.train_of(task).changed(),
             "evaluate": {"batch": science.evaluate.batch},  # dev rows are scored in batches of this size
@@ -186,6 +188,19 @@ class Workbook:
         if stage.budget is not None:
             facts["new_rows"] = len(self.data(stage.task).train)
         return flat(facts | self._inputs(stage))
+
+    def _backbone_facts(self, stage: Stage) -> dict[str, Any]:
+        """Return what decides the backbone of a stage.
+
+        Raises:
+            DataError: If the stage was computed with a folder, and there is none of that name here.
+        """
+        model = self.config.science.model
+        facts = _model_facts(model)
+        manifest = self.ledger.manifest(ref(stage)) if ON_HUB in facts["digest"] else None
+        if manifest is not None and ON_HUB not in str(manifest["facts"].get("model.digest", ON_HUB)):
+            raise absent(model.source)
+        return facts
 
     def _generate_facts(self, stage: Generate) -> dict[str, Any]:
         science = self.config.science
@@ -313,12 +328,15 @@ def model_digest(source: str, revision: str | None, drawn: bool = False) -> str:
 
     Raises:
         ConfigError: If a folder holds no weights.
+        DataError: If there is no such folder.
     """
-    if not source.startswith(("package:", ".", "/", "~")) and not Path(source).is_dir():
-        return f"{source}@{revision}"
+    if not is_local(source):
+        return f"{source}{ON_HUB}{revision}"
     folder = resolve(source)
-    if folder.suffix == ".gguf":
+    if folder.suffix == ".gguf" and folder.is_file():
         return sha256(folder)
+    if not folder.is_dir():
+        raise absent(source)
     patterns = ("tokenizer*", "vocab*", *(() if drawn else ("config.json", "*.safetensors")))
     files = [p for pattern in patterns for p in folder.glob(pattern)]
     if not drawn and not any(p.suffix == ".safetensors" for p in files):

@@ -17,9 +17,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cl_dist.errors import ClDistError, ConfigError, DataError
+from cl_dist.errors import ClDistError, ConfigError
+from cl_dist.formats import head_of, stand_in
 from cl_dist.models.architectures import ARCHITECTURES
-from cl_dist.models.config import ModelConfig
+from cl_dist.models.config import ModelConfig, absent, is_local
 from cl_dist.places import resolve
 from cl_dist.tokens import num_ids
 
@@ -45,16 +46,44 @@ def location(config: ModelConfig) -> str:
     Raises:
         DataError: If the source names a package or a folder that is not there.
     """
-    if config.source.startswith(("package:", ".", "/", "~")) or Path(config.source).is_dir():
+    if is_local(config.source):
         folder = resolve(config.source)
         if folder.suffix == ".gguf" and folder.is_file():
             from cl_dist.models.gguf import unpacked
 
+            if (name := stand_in(head_of(folder))) is not None:
+                raise ConfigError(f"science.model.source={config.source!r}: this is {name}")
             folder = unpacked(folder)
         if not folder.is_dir():  # `./name` would else be asked for on the hub, as `name`
-            raise DataError(f"science.model.source={config.source!r}: there is no folder {folder}")
+            raise absent(config.source)
+        _check_folder(folder, config)
         return str(folder)
     return config.source
+
+
+def _check_folder(folder: Path, config: ModelConfig) -> None:
+    """Raise ConfigError where a folder holds something else than a model, or something else in place of its files."""
+    where = f"science.model.source={config.source!r}"
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{where}: this is an adapter of peft, and no whole model; load it on its base model, merge it "
+            "(merge_and_unload), and save that with its tokenizer"
+        )
+    for path in sorted(folder.glob("*")):
+        is_read = path.suffix in (".safetensors", ".json", ".txt", ".model") and path.is_file()
+        if is_read and (name := stand_in(head_of(path))) is not None:
+            raise ConfigError(f"{where}: {path.name} is {name}")
+
+
+def _check_is_model(folder: Path, config: ModelConfig) -> None:
+    if not (folder / "config.json").is_file():
+        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        packed = sorted(path.name for path in folder.glob("*.gguf"))
+        hint = f"; did you mean {config.source.rstrip('/')}/{(inner or packed)[0]}?" if inner or packed else ""
+        raise ConfigError(
+            f"science.model.source={config.source!r}: cannot be loaded: there is no config.json in this folder, so it is "
+            f"no model{hint}"
+        )
 
 
 def load_backbone(config: ModelConfig, *, causal: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -115,8 +144,11 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     """
     with _named(config):
         if config.config is None:
+            where = location(config)
+            if is_local(config.source):
+                _check_is_model(Path(where), config)
             found: PretrainedConfig = AutoConfig.from_pretrained(
-                location(config), revision=config.revision, trust_remote_code=False
+                where, revision=config.revision, trust_remote_code=False
             )
         else:
             sizes = {name: value for name, value in config.config.items() if name != "model_type"}
@@ -148,6 +180,8 @@ def _named(config: ModelConfig, fault: str = "cannot be loaded") -> Iterator[Non
             raise  # perhaps of a rank that has lost its peers: the gang starts again
         if why is None and isinstance(error, ImportError | OSError | ValueError):
             why = str(error)
+        if why is not None and not is_local(config.source):
+            why = f"no such folder here, and on the hub: {why}"
         where = f"science.model.source={config.source!r}"
         if why is None:  # of the inside of transformers
             sizes = f"the files in {where}" if config.config is None else "the sizes in science.model.config"
