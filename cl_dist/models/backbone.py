@@ -81,8 +81,8 @@ def _check_is_model(folder: Path, config: ModelConfig) -> None:
         packed = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f"; did you mean {config.source.rstrip('/')}/{(inner or packed)[0]}?" if inner or packed else ""
         raise ConfigError(
-            f"science.model.source={config.source!r}: cannot be loaded: there is no config.json in this folder, so it is "
-            f"no model{hint}"
+            f"science.model.source={config.source!r}: cannot be loaded: there is no config.json in this folder, so it "
+            f"is no model{hint}"
         )
 
 
