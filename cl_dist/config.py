@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from unicodedata import normalize
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -55,6 +56,8 @@ class Section(BaseModel):
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Return '; did you mean ...?' for the nearest known word, or the list of what is known."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)
+    if near and normalize("NFKC", near[0]) == normalize("NFKC", word):
+        return f"; did you mean {near[0]!a}?"  # as it is not told from the word when it is printed
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
 
 

@@ -4,10 +4,19 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Return a text with what is not seen, or what a terminal would obey, spelled as in a Python string."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
 class ClDistError(Exception):
     """Base of every error this project raises on purpose."""
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        """Return the message, fit for a terminal: it may quote what a file holds."""
+        return printable(super().__str__())
 
 
 class ConfigError(ClDistError):

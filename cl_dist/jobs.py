@@ -1,16 +1,17 @@
 """From the run file to what identifies a stage (facts) and what a worker is given (job)."""
 
+import logging
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cl_dist.data.load import load_task
 from cl_dist.data.rows import TaskData
+from cl_dist.data.sources import listing
 from cl_dist.data.votes import voting_rows
 from cl_dist.errors import ConfigError, DataError
 from cl_dist.ledger import Ledger, sha256
 from cl_dist.methods import METHODS
-from cl_dist.models.config import ModelConfig
+from cl_dist.models.config import ModelConfig, absent, is_local
 from cl_dist.places import resolve
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import (
@@ -26,8 +27,16 @@ from cl_dist.stage import (
     Vote,
     digest_of,
     flat,
+    ref,
 )
 from cl_dist.stages.job import Job
+
+if TYPE_CHECKING:
+    from cl_dist.data.reading import Reading
+
+log = logging.getLogger(__name__)
+ON_HUB = "@"
+"""Between the name and the commit of a model on the hub, in the place of a digest."""
 
 
 class Workbook:
@@ -93,6 +102,52 @@ class Workbook:
         if faults:
             raise DataError("\n".join(faults))
 
+    def check_tokens(self) -> None:
+        """Check that the tokenizer reads the rows of every task, and the backbone their tokens; that imports torch.
+
+        Raises:
+            ConfigError: If there is no tokenizer, or it has tokens that the backbone does not know.
+            DataError: With the rows of all tasks that they cannot read.
+        """
+        self.check_model()
+        faults = []
+        for task in range(len(self.tasks)):
+            found, name = self.reading(task), self.tasks.tasks[task].id
+            if found.faults:
+                faults.append(f"task {name}: {len(found.faults)} row(s) cannot be read\n{listing(found.faults)}")
+            elif (warning := found.warning(self.config.science.model.source)) is not None:
+                log.warning("data task=%s %s", name, warning)
+        if faults:
+            raise DataError("\n".join(faults))
+
+    def check_model(self) -> None:
+        """Check that there is a tokenizer, and that the backbone knows its tokens; that imports torch.
+
+        Raises:
+            ConfigError: If not.
+        """
+        from cl_dist.models.backbone import check_vocabulary, load_tokenizer
+
+        tokenizer = load_tokenizer(self.config.science.model)
+        if not self._grows:
+            check_vocabulary(self.config.science.model, tokenizer, is_whole=self.answers == "text")
+
+    @property
+    def _grows(self) -> bool:
+        """Whether the model gets embeddings for tokens that the backbone lacks."""
+        return self.answers == "text" and getattr(self.config.science.method, "lora", None) is None
+
+    def reading(self, task: int) -> "Reading":
+        """Return what the run's tokenizer makes of the rows of a task, read once.
+
+        Raises:
+            ConfigError: If there is no tokenizer.
+        """
+        science, config = self.config.science, self.tasks.tasks[task]
+        length = science.train_of(config).max_length
+        parts = (config.model_dump_json(), science.data.overlap, science.model.model_dump_json())
+        return _reading(*parts, length, self._grows)
+
     def facts(self, stage: Stage) -> dict[str, Any]:
         """Return everything that decides a stage's result, flat, so that a difference can be named.
 
@@ -118,7 +173,7 @@ class Workbook:
             "schema_version": SCHEMA_VERSION,
             "stage": stage.changed(),
             "seed": science.seed,
-            "model": _model_facts(science.model),
+            "model": self._backbone_facts(stage),
             "method": science.method.changed() | {"name": science.method.name},
             "train": {} if stage.settings is not None else science.train_of(task).changed(),
             "evaluate": {"batch": science.evaluate.batch},  # dev rows are scored in batches of this size
@@ -133,6 +188,19 @@ class Workbook:
         if stage.budget is not None:
             facts["new_rows"] = len(self.data(stage.task).train)
         return flat(facts | self._inputs(stage))
+
+    def _backbone_facts(self, stage: Stage) -> dict[str, Any]:
+        """Return what decides the backbone of a stage.
+
+        Raises:
+            DataError: If the stage was computed with a folder, and there is none of that name here.
+        """
+        model = self.config.science.model
+        facts = _model_facts(model)
+        manifest = self.ledger.manifest(ref(stage)) if ON_HUB in facts["digest"] else None
+        if manifest is not None and ON_HUB not in str(manifest["facts"].get("model.digest", ON_HUB)):
+            raise absent(model.source)
+        return facts
 
     def _generate_facts(self, stage: Generate) -> dict[str, Any]:
         science = self.config.science
@@ -234,6 +302,18 @@ def _load(task: str, overlap: str) -> TaskData:
     return load_task(TaskConfig.model_validate_json(task), DataConfig.model_validate({"overlap": overlap}))
 
 
+@lru_cache(maxsize=256)
+def _reading(task: str, overlap: str, model: str, max_length: int, grows: bool) -> "Reading":
+    from cl_dist.data.reading import reading
+    from cl_dist.data.tasks import TaskConfig
+    from cl_dist.models.backbone import load_tokenizer, num_embeddings
+
+    config = ModelConfig.model_validate_json(model)
+    known = None if grows else num_embeddings(config)
+    tokenizer = load_tokenizer(config)
+    return reading(TaskConfig.model_validate_json(task), _load(task, overlap), tokenizer, max_length, known)
+
+
 def _model_facts(model: ModelConfig) -> dict[str, Any]:
     """Return what decides a backbone: its bytes, wherever they lie, and how it is used."""
     used = {name: value for name, value in model.changed().items() if name not in ("source", "revision")}
@@ -248,12 +328,15 @@ def model_digest(source: str, revision: str | None, drawn: bool = False) -> str:
 
     Raises:
         ConfigError: If a folder holds no weights.
+        DataError: If there is no such folder.
     """
-    if not source.startswith(("package:", ".", "/", "~")) and not Path(source).is_dir():
-        return f"{source}@{revision}"
+    if not is_local(source):
+        return f"{source}{ON_HUB}{revision}"
     folder = resolve(source)
-    if folder.suffix == ".gguf":
+    if folder.suffix == ".gguf" and folder.is_file():
         return sha256(folder)
+    if not folder.is_dir():
+        raise absent(source)
     patterns = ("tokenizer*", "vocab*", *(() if drawn else ("config.json", "*.safetensors")))
     files = [p for pattern in patterns for p in folder.glob(pattern)]
     if not drawn and not any(p.suffix == ".safetensors" for p in files):

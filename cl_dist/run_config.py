@@ -41,6 +41,13 @@ class RunSection(Section):
             folder = home(self.dir).absolute() / self.name
         except DataError as error:
             raise ValueError(f"dir={error}") from None
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"dir={self.dir!r}: the run folder would be {ascii(str(folder))[1:-1]}, whose name is no UTF-8; "
+                "weights cannot be read from there: name another run.dir, or start in another folder"
+            ) from None
         there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
         if not there.is_dir():
             raise ValueError(f"dir={self.dir!r}: {there} is no folder; name one that is there, or a new one")

@@ -266,6 +266,7 @@ def data_show(config: Config, overrides: Overrides = None) -> None:
     run = load_run(runs.run_file(config), overrides or [])
     book = Workbook(run)
     book.check_data()
+    book.check_tokens()
     tokenizer = load_tokenizer(run.science.model)
     for number, task in enumerate(book.tasks.tasks):
         data = book.data(number)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from cl_dist.errors import ClDistError, ClusterError
+from cl_dist.data.sources import listing
+from cl_dist.errors import ClDistError, ClusterError, ConfigError, printable
 from cl_dist.jobs import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.storage import Room, existing, room
@@ -45,10 +46,15 @@ class Finding:
     where: str
     found: str
     remedy: str = ""
+    code: int = ClusterError.exit_code
+    """What `cl-dist check` exits with where this fails."""
 
 
 def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Look at data, model, nodes, storage and time before a run holds any worker; exit 4 if something fails."""
+    """Look at data, model, nodes, storage and time before a run holds any worker.
+
+    Exits with 4 if something fails, and with 2 if that is the model, whose settings or files are to be mended.
+    """
     from cl_dist.run_config import load_run
 
     findings = preflight(load_run(runs.run_file(config), overrides or []))
@@ -62,12 +68,15 @@ def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
             if finding.remedy:
                 console.out.print(f"      -> {finding.remedy}", **PLAIN)
     if failed:
-        raise typer.Exit(ClusterError.exit_code)
+        raise typer.Exit(min(finding.code for finding in failed))
 
 
 def preflight(config: RunConfig) -> list[Finding]:
     """Look at everything."""
-    findings = [*_data(config), *_model(config), *_time(config), *_mirror(config)]
+    findings = [*_data(config), *_model(config)]
+    if not any(finding.state == "fail" for finding in findings):
+        findings += _tokens(config)
+    findings += [*_time(config), *_mirror(config)]
     needed_gb = 0.0 if any(finding.state == "fail" for finding in findings) else _needed_gb(config)
     if config.cluster.dispatcher == "ray" and config.cluster.address is not None:
         return [*findings, *_cluster(config, needed_gb)]
@@ -87,25 +96,24 @@ def _data(config: RunConfig) -> Iterator[Finding]:
         tested = {row.label for row in data.test}
         untested = [label for label in data.labels if label not in tested]
         if untested:
-            found = f"{rows}; no test row has the label {', '.join(untested)}"
+            found = f"{rows}; no test row has the label {', '.join(printable(label, '') for label in untested)}"
             yield Finding("data", "warn", name, found, "accuracy would say little; mend the splits")
-        if data.overlap:
-            found = f"{rows}; {data.overlap} texts are in more than one split"
-            yield Finding("data", "warn", name, found, "mend the splits, or set science.data.overlap")
-        if not untested and not data.overlap:
+        for warning in data.warnings:
+            yield Finding("data", "warn", name, f"{rows}; {warning}", "mend the rows, or the settings that choose them")
+        if not untested and not data.warnings:
             yield Finding("data", "ok", name, rows)
 
 
 def _model(config: RunConfig) -> Iterator[Finding]:
-    from cl_dist.models.backbone import load_config, load_tokenizer
+    from cl_dist.models.backbone import load_config
 
     model = config.science.model
     try:
         known = load_config(model)
-        load_tokenizer(model)
+        Workbook(config).check_model()
     except ClDistError as error:
         remedy = "name a folder, package:NAME/path, or a hub name that is in the cache or can be reached"
-        yield Finding("model", "fail", model.source, str(error), remedy)
+        yield Finding("model", "fail", model.source, str(error), remedy, _code(error))
         return
     try:
         config.check_lengths(known.to_dict())
@@ -113,6 +121,31 @@ def _model(config: RunConfig) -> Iterator[Finding]:
         yield Finding("model", "fail", model.source, str(error), "lower train.max_length, or take another model")
         return
     yield Finding("model", "ok", model.source, f"model_type {known.model_type}, with its tokenizer")
+
+
+def _tokens(config: RunConfig) -> list[Finding]:
+    """Look whether the tokenizers of a run and its baselines read the rows, and the backbones their tokens."""
+    found: list[Finding] = []
+    for each in (config, *(config.baseline(name) for name in config.baselines)):
+        book, source = Workbook(each), each.science.model.source
+        try:
+            book.check_model()
+        except ClDistError as error:
+            found.append(Finding("model", "fail", source, str(error), "mend the model's folder", _code(error)))
+            continue
+        for number, task in enumerate(book.tasks.tasks):
+            reading = book.reading(number)
+            if reading.faults:
+                lines = f"rows that cannot be read:\n{listing(reading.faults)}"
+                found.append(Finding("data", "fail", f"task {task.id}", lines, "mend the rows, or take another model"))
+            elif (warning := reading.warning(source)) is not None:
+                remedy = "take the tokenizer that belongs to the model, or a model that reads this language"
+                found.append(Finding("data", "warn", f"task {task.id}", warning, remedy))
+    return list(dict.fromkeys(found))
+
+
+def _code(error: ClDistError) -> int:
+    return ConfigError.exit_code if isinstance(error, ConfigError) else ClusterError.exit_code
 
 
 def _time(config: RunConfig) -> Iterator[Finding]:

@@ -94,6 +94,7 @@ def predict(run: Run, task: Task, verbose: Verbose = False) -> None:
             # As many rows at a time as a shard has: a task's own rows meet in the batches of its Evaluate stage.
             while shard := list(islice(rows, book.config.science.evaluate.shard_rows)):
                 chosen = [row for _, row in shard]
+                predictor.refuse_unreadable(number, chosen)
                 found: list[dict[str, object]]
                 if predictor.writes:
                     found = [{"prediction": text} for text in predictor.answers(number, chosen)]

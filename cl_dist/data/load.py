@@ -9,14 +9,16 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from cl_dist.config import did_you_mean
+from cl_dist.data.labels import label_warnings, likeness, told_apart
 from cl_dist.data.rationales import read_spans
-from cl_dist.data.rows import SPLITS, Row, TaskData
+from cl_dist.data.rows import SPLITS, Row, TaskData, Where
 from cl_dist.data.sources import SHOWN, Fault, Record, listing, read
-from cl_dist.data.tasks import DataConfig, Source, Split, TaskConfig
-from cl_dist.errors import DataError
+from cl_dist.data.tasks import DataConfig, Source, Split, SplitName, TaskConfig
+from cl_dist.data.values import id_fault, label_fault, text_fault, word, word_fault
+from cl_dist.errors import DataError, printable
 from cl_dist.stage import digest_of
 
 log = logging.getLogger(__name__)
@@ -93,9 +95,13 @@ def check_task(task: TaskConfig, data: DataConfig) -> Checked:
     is_whole = not notes.faults  # otherwise a split may be empty only because its rows have faults
     _check_ids(task, splits, notes)
     labels = _labels(task, splits, notes) if task.answer == "label" else ()
-    for split, limit in task.rows.items():
-        kept = _limited(task, split, splits[split], limit)
+    for split in get_args(SplitName):
+        kept = _limited(task, split, splits[split])
         notes.counts["rows"] += len(splits[split]) - len(kept)
+        if task.answer == "label" and (lost := _label_set(splits[split]) - _label_set(kept)):
+            shown = f"{len(lost)} labels" if len(lost) > 5 else ", ".join(map(repr, sorted(lost)))
+            hint = f"; rows.balance=[{split}] draws every label" if len(kept) >= len(_label_set(splits[split])) else ""
+            notes.warnings.append(f"rows.{split}={len(kept)} leaves no {split} row of {shown}{hint}")
         splits[split] = kept
     overlap = _overlap(task, splits, data, notes)
     if is_whole:
@@ -110,8 +116,9 @@ def check_task(task: TaskConfig, data: DataConfig) -> Checked:
         digests["rationales"] = digest_of([[row.id, row.rationale] for row in (*train, *dev)])
     if task.environment is not None:
         digests["environments"] = digest_of([[row.id, row.environment] for row in (*train, *dev)])
-    loaded = TaskData(task.id, labels, task.question or "", train, dev, test, digests, overlap)
-    return Checked(loaded, tuple(notes.faults), tuple(notes.warnings), notes.counts)
+    warnings = tuple(map(printable, notes.warnings))
+    loaded = TaskData(task.id, labels, task.question or "", train, dev, test, digests, overlap, warnings)
+    return Checked(loaded, tuple(notes.faults), warnings, notes.counts)
 
 
 def _read(task: TaskConfig, notes: _Notes) -> list[Record]:
@@ -121,21 +128,22 @@ def _read(task: TaskConfig, notes: _Notes) -> list[Record]:
     columns: dict[str, set[str]] = {}  # of each file, the columns that any of its rows has
     allowed = {column: [words] if isinstance(words, str) else words for column, words in source.where.items()}
     seen: dict[str, set[str]] = {column: set() for column in allowed}
-    for record in read(source, notes.faults):
+    wanted = {"text": task.text, "text_pair": task.text_pair, "label": task.label, "row_id": task.row_id}
+    wanted |= {"rationale": task.rationale, "environment": task.environment}
+    wanted["split.field"] = source.split.field if source.split.by == "field" else None
+    looked_at = {column for column in (*wanted.values(), *source.columns, *allowed) if column is not None}
+    for record in read(source, notes.faults, looked_at):
         notes.counts["read"] += 1
         columns.setdefault(record.file, set()).update(record.values)
-        words = {column: _word(record.values.get(column)) for column in allowed}
-        for column, word in words.items():
-            if word is not None:
-                seen[column].add(word)
+        words = {column: word(record.values.get(column)) for column in allowed}
+        for column, found in words.items():
+            if found is not None:
+                seen[column].add(found)
         if all(words[column] in values for column, values in allowed.items()):
             kept.append(_renamed(record, source.columns))
         else:
             notes.counts["where"] += 1
 
-    wanted = {"text": task.text, "text_pair": task.text_pair, "label": task.label, "row_id": task.row_id}
-    wanted |= {"rationale": task.rationale, "environment": task.environment}
-    wanted["split.field"] = source.split.field if source.split.by == "field" else None
     absent = []
     for file, known in columns.items():
         renamed = {source.columns.get(column, column) for column in known}
@@ -177,24 +185,25 @@ def _items(task: TaskConfig, records: Sequence[Record], notes: _Notes) -> list[_
             notes.counts["label"] += 1
             continue
         row_id = record.id if task.row_id is None else values.get(task.row_id)
-        found = {task.text: _text_fault(values.get(task.text))}
+        found = [(task.text, text_fault(values.get(task.text)))]
         if task.text_pair is not None:
-            found[task.text_pair] = _text_fault(values.get(task.text_pair), may_be_empty=True)
+            found.append((task.text_pair, text_fault(values.get(task.text_pair), may_be_empty=True)))
         if task.row_id is not None:
-            found[task.row_id] = _id_fault(row_id)
-        if fault is not None:
-            found[task.label] = fault
+            found.append((task.row_id, id_fault(row_id)))
+        if task.environment is not None:
+            found.append((task.environment, word_fault(values.get(task.environment))))
+        found.append((task.label, fault))
         spans: tuple[tuple[int, int], ...] = ()
-        if task.rationale is not None and found[task.text] is None:
-            spans, found[task.rationale] = read_spans(
-                values.get(task.rationale), values[task.text], task.rationale_unit
-            )
-        faults = [record.fault(column, message) for column, message in found.items() if message is not None]
+        if task.rationale is not None and isinstance(values.get(task.text), str):
+            spans, wrong = read_spans(values.get(task.rationale), values[task.text], task.rationale_unit)
+            found.append((task.rationale, wrong))
+        faults = [record.fault(column, message) for column, message in found if message is not None]
         notes.faults += faults
         if not faults and label is not None:
             pair = None if task.text_pair is None else values[task.text_pair]
-            environment = None if task.environment is None else _word(values.get(task.environment))
-            items.append(_Item(Row(str(row_id), values[task.text], pair, label, spans, environment), record))
+            environment = None if task.environment is None else word(values.get(task.environment))
+            where = Where(record.file, record.line, record.unit)
+            items.append(_Item(Row(str(row_id), values[task.text], pair, label, spans, environment, where), record))
     if seen:
         notes.warnings += [
             f"label_map: no row has the label {label!r}{did_you_mean(label, sorted(seen))}"
@@ -206,13 +215,10 @@ def _items(task: TaskConfig, records: Sequence[Record], notes: _Notes) -> list[_
 
 def _label(given: Any, source: Source) -> tuple[str | None, str | None]:
     """Return (label before label_map, None) or (None, fault); twice None where no threshold takes it."""
-    label = _word(given)
-    if given is None:
-        return None, "is missing"
-    if label is None:
-        return None, f"expected a label, got {type(given).__name__}"
-    if not label.strip():
-        return None, "is empty"
+    if (fault := label_fault(given)) is not None:
+        return None, fault
+    label = word(given)
+    assert label is not None
     if not source.label_thresholds:
         return label, None
     try:
@@ -225,40 +231,6 @@ def _label(given: Any, source: Source) -> tuple[str | None, str | None]:
         if low <= number <= high:
             return name, None
     return None, None
-
-
-def _word(value: Any) -> str | None:
-    """Return a single value as the word a person would write for it, and None for what is no single value."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(value) if isinstance(value, str | int | float) else None
-
-
-def _text_fault(value: Any, *, may_be_empty: bool = False) -> str | None:
-    if value is None:
-        return "is missing"
-    if not isinstance(value, str):
-        return f"expected text, got {type(value).__name__}"
-    if not may_be_empty and not value.strip():
-        return "is empty"
-    return _half_character(value)
-
-
-def _id_fault(value: Any) -> str | None:
-    if value is None or value == "":
-        return "is missing"
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        return f"expected text or a whole number as id, got {type(value).__name__}"
-    return _half_character(str(value))
-
-
-def _half_character(text: str) -> str | None:
-    """Find half a surrogate pair, which JSON can spell but no tokenizer, hash or file takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"holds half a character, {text[error.start]!a} at position {error.start}"
-    return None
 
 
 def _without_repeats(items: Sequence[_Item], notes: _Notes) -> list[_Item]:
@@ -280,10 +252,12 @@ def _divide(split: Split, items: Sequence[_Item], notes: _Notes) -> Splits:
         if split.by == "files":
             splits[record.split or ""].append(item)
             continue
-        given = _word(record.values.get(split.field))
+        given = word(record.values.get(split.field))
         name = split.names.get(given, given) if given is not None else None
         if given is None:
-            notes.faults.append(record.fault(split.field, "is missing; expected the name of a split"))
+            got = record.values.get(split.field)
+            why = "is missing" if got is None else f"is no name: {got!r:.50}"
+            notes.faults.append(record.fault(split.field, f"{why}; expected the name of a split"))
         elif name is None:
             notes.counts["split"] += 1
         elif name in splits:
@@ -319,6 +293,9 @@ def _check_ids(task: TaskConfig, splits: Splits, notes: _Notes) -> None:
 def _labels(task: TaskConfig, splits: Splits, notes: _Notes) -> tuple[str, ...]:
     """Return the labels declared, or those of all train rows (before the `rows` limit), sorted; name others."""
     trained = {item.row.label for item in splits["train"]}
+    rows = Counter(dict.fromkeys(task.labels or (), 0))
+    rows.update(item.row.label for split in SPLITS for item in splits[split])
+    notes.warnings += label_warnings(rows)
     labels = tuple(sorted(trained)) if task.labels is None else tuple(task.labels)
     if not trained:
         return labels  # an empty split is a fault of its own
@@ -335,7 +312,11 @@ def _labels(task: TaskConfig, splits: Splits, notes: _Notes) -> tuple[str, ...]:
                 unknown.setdefault(item.row.label, []).append(item.record)
         for label, records in unknown.items():
             hint = did_you_mean(label, labels) if len(notes.faults) < SHOWN else ""  # slow on free text
-            message = f"label {label!r} of {split}{_and_more(records)} {why}{hint}"
+            shown = repr(label)
+            if alike := [known for known in labels if likeness(known) == likeness(label)]:
+                shown = told_apart(label, alike[:1])
+                hint = f"; {told_apart(alike[0], [label])} reads alike"
+            message = f"label {shown} of {split}{_and_more(records)} {why}{hint}"
             notes.faults.append(records[0].fault(task.label, message))
     return labels
 
@@ -344,19 +325,30 @@ def _and_more(records: Sequence[Record]) -> str:
     return f" (here and in {len(records) - 1} more)" if len(records) > 1 else ""
 
 
-def _limited(task: TaskConfig, split: str, items: list[_Item], limit: int) -> list[_Item]:
-    """Draw rows by hash, the i-th of every label before the (i+1)-th of any, and return them in file order.
+def _label_set(items: Sequence[_Item]) -> set[str]:
+    return {item.row.label for item in items}
 
-    A larger limit adds rows and takes none away. Answers that are free text are drawn as they come.
+
+def _limited(task: TaskConfig, split: SplitName, items: list[_Item]) -> list[_Item]:
+    """Draw as many rows as the task says, and return them in file order.
+
+    Within a label, rows are drawn in the order of their hashes. Labels take turns: where the split is balanced, the
+    i-th row of every label comes before the (i+1)-th of any; otherwise, after i of its n rows, the label with the
+    least (i + 1/2) / n comes next (Sainte-Lague), so that every label has its share of the split, whatever the bound.
+    So a larger bound adds rows and takes none away. Answers that are free text are drawn as they come.
     """
-    if len(items) <= limit:
+    limit = task.rows.of(split)
+    if limit is None or len(items) <= limit:
         return items
     hashes = [hashlib.sha256(f"{task.id}\0{split}\0{item.row.id}".encode()).digest() for item in items]
+    labels = [item.row.label if task.answer == "label" else "" for item in items]
+    rows, balances = Counter(labels), task.rows.balances(split)
     drawn: Counter[str] = Counter()
     ranked = []
     for index in sorted(range(len(items)), key=hashes.__getitem__):
-        label = items[index].row.label if task.answer == "label" else ""
-        ranked.append((drawn[label], hashes[index], index))
+        label = labels[index]
+        turn = float(drawn[label]) if balances else (drawn[label] + 0.5) / rows[label]
+        ranked.append((turn, hashes[index], index))
         drawn[label] += 1
     return [items[index] for index in sorted(index for _, _, index in sorted(ranked)[:limit])]
 
@@ -375,7 +367,8 @@ def _overlap(task: TaskConfig, splits: Splits, data: DataConfig, notes: _Notes) 
             continue
         remaining += len(shared)
         if data.overlap == "warn" and shared:
-            notes.warnings.append(f"{len(shared)} of {len(splits[split])} {split} rows have the text of a train row")
+            shares = f"{len(shared)} of {len(splits[split])} {split} rows have the text of a train row"
+            notes.warnings.append(f"{shares}; data.overlap=drop leaves them out")
         elif data.overlap == "error":
             for item in shared:
                 before = trained[item.key]

@@ -1,8 +1,19 @@
 """A row of a task, and a loaded task: plain data, torch-free."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 SPLITS = ("train", "dev", "test")
+Unit = Literal["line", "row"]
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Names the place that a row comes from."""
+
+    file: str
+    line: int | None
+    unit: Unit = "line"
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +28,7 @@ class Row:
     """Spans of `text` that justify the label, as [start, end) characters."""
     environment: str | None = None
     """Circumstance under which the row was gathered, where the data names one."""
+    where: Where | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +47,7 @@ class TaskData:
     """sha256 per split over ids, texts and labels in order: what enters fingerprints."""
     overlap: int
     """Dev and test rows whose text is also a train row (after dropping, 0)."""
+    warnings: tuple[str, ...] = ()
 
     def rows(self, split: str) -> tuple[Row, ...]:
         """Return the rows of one split."""

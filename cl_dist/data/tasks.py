@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from cl_dist.config import Section
 from cl_dist.places import Place
 
+SplitName = Literal["train", "dev", "test"]
+
 
 class Split(Section):
     """How rows are divided into train, dev and test.
@@ -20,7 +22,7 @@ class Split(Section):
     by: Literal["field", "id_hash", "files"] = "id_hash"
     field: str = "split"
     """Column that names the split (by: field)."""
-    names: dict[str, Literal["train", "dev", "test"] | None] = {}
+    names: dict[str, SplitName | None] = {}
     """Names used in that column, when they are not train, dev and test: {validation: dev}; null drops rows."""
     train: float = Field(0.8, gt=0, lt=1)
     """Share of rows for training (by: id_hash)."""
@@ -46,7 +48,7 @@ class Source(Section):
     path: Place = ""
     """File (.gz is read too); for `datasets` a folder written by `save_to_disk`, or the name of a hub set; for
     `planted` the theme of made-up texts with known rationales: food, film or place."""
-    paths: dict[Literal["train", "dev", "test"], Place] = {}
+    paths: dict[SplitName, Place] = {}
     config: str | None = None
     """Configuration of a hub data set."""
     revision: str | None = None
@@ -111,6 +113,29 @@ class Source(Section):
         return self
 
 
+class RowLimits(Section):
+    """Upper bounds of rows per split. Which rows are drawn follows from a hash of their ids, on every machine alike.
+
+    A larger bound adds rows and takes none away.
+    """
+
+    train: int | None = Field(None, gt=0)
+    dev: int | None = Field(None, gt=0)
+    test: int | None = Field(None, gt=0)
+    balance: bool | list[SplitName] = False
+    """Splits, or true for all, that get as many rows of every label as they have; the others keep the shares that
+    labels have in the whole split, so that scores are those of its test rows."""
+
+    def of(self, split: SplitName) -> int | None:
+        """Return the bound of a split."""
+        bound: int | None = getattr(self, split)
+        return bound
+
+    def balances(self, split: SplitName) -> bool:
+        """Return whether a split gets as many rows of every label."""
+        return self.balance if isinstance(self.balance, bool) else split in self.balance
+
+
 class TaskConfig(Section):
     """One task of the sequence: rows of (text, text_pair) -> label, with the words a decoder is asked in."""
 
@@ -141,8 +166,8 @@ class TaskConfig(Section):
     for joint_state the turns of a dialogue are rows in order whose ids are equal up to their last "-"."""
     train: dict[str, Any] = {}
     """Settings of `science.train` that differ for this task: {epochs: 30}."""
-    rows: dict[Literal["train", "dev", "test"], Annotated[int, Field(gt=0)]] = {}
-    """Upper bound of rows per split, drawn by a hash of the row id, balanced over labels as far as they go."""
+    rows: RowLimits = RowLimits()
+    """Take so many rows of a split at most: {train: 320, test: 200, balance: [train]}."""
 
     @model_validator(mode="after")
     def _metric_fits(self) -> "TaskConfig":

@@ -1,12 +1,12 @@
 """Rows to be answered: JSON lines with the fields of a task's own data, or with plain `text`, `text_pair` and `id`."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from cl_dist.config import did_you_mean
-from cl_dist.data.rows import Row
+from cl_dist.data.rows import Row, Where
 from cl_dist.data.tasks import TaskConfig
+from cl_dist.data.values import id_fault, json_fields, text_fault
 from cl_dist.errors import DataError
 
 
@@ -24,41 +24,41 @@ def read_unlabelled(lines: Iterable[bytes], task: TaskConfig) -> Iterator[tuple[
         if not data.strip():
             continue
         try:
-            yield _row(_values(data), task, number)
-        except DataError as error:
+            yield _row(_values(data), task, number, Where("stdin", line))
+        except ValueError as error:
             raise DataError(f"line {line}: {error}") from None
         number += 1
 
 
 def _values(data: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(data.decode("utf-8-sig"))
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"not utf-8: byte 0x{data[error.start]:02x} at offset {error.start} of the line") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise DataError("not usable JSON: nested too deeply") from None
-    if not isinstance(values, dict):
-        raise DataError(f'expected a JSON object such as {{"text": ...}}, got {type(values).__name__}')
-    return values
+        raise ValueError(f"not utf-8: byte 0x{data[error.start]:02x} at offset {error.start} of the line") from None
+    return json_fields(text, 'a JSON object such as {"text": ...}')
 
 
-def _row(values: Mapping[str, Any], task: TaskConfig, number: int) -> tuple[Any, Row]:
+def _row(values: Mapping[str, Any], task: TaskConfig, number: int, where: Where) -> tuple[Any, Row]:
     renamed = {name: value for name, value in values.items() if name not in task.source.columns}
     renamed |= {new: values[old] for old, new in task.source.columns.items() if old in values}
-    text = _text(*_field(renamed, values, task.text, "text"))
+    name, text = _field(renamed, values, task.text, "text")
+    _refuse(name, text_fault(text))
     pair = None
     if task.text_pair is not None:
-        pair = _text(*_field(renamed, values, task.text_pair, "text_pair"), may_be_empty=True)
+        name, pair = _field(renamed, values, task.text_pair, "text_pair")
+        _refuse(name, text_fault(pair, may_be_empty=True))
     elif values.get("text_pair") is not None:
-        raise DataError(f"field text_pair: task {task.id} reads a single text")
+        raise ValueError(f"field text_pair: task {task.id} reads a single text")
     given = number
     if {task.row_id, "id"} & (renamed.keys() | values.keys()):
         name, given = _field(renamed, values, task.row_id or "id", "id")
-        if isinstance(given, bool) or not isinstance(given, str | int):
-            raise DataError(f"field {name}: expected text or a whole number as id, got {type(given).__name__}")
-    return given, Row(str(given), text, pair, label="")
+        _refuse(name, id_fault(given) if given != "" else None)
+    return given, Row(str(given), text, pair, label="", where=where)
+
+
+def _refuse(name: str, fault: str | None) -> None:
+    if fault is not None:
+        raise ValueError(f"field {name}: {fault}")
 
 
 def _field(renamed: Mapping[str, Any], values: Mapping[str, Any], name: str, plain: str) -> tuple[str, Any]:
@@ -69,16 +69,4 @@ def _field(renamed: Mapping[str, Any], values: Mapping[str, Any], name: str, pla
         return plain, values[plain]
     also = "" if name == plain else f" (or {plain!r})"
     hint = did_you_mean(name, list(values)) if values else ""
-    raise DataError(f"field {name}{also} is missing{hint}")
-
-
-def _text(name: str, value: Any, *, may_be_empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"field {name}: expected text, got {type(value).__name__}")
-    if not may_be_empty and not value.strip():
-        raise DataError(f"field {name}: is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, no tokenizer takes it
-        raise DataError(f"field {name}: holds half a character, {value[error.start]!a}") from None
-    return value
+    raise ValueError(f"field {name}{also} is missing{hint}")

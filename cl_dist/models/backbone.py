@@ -17,10 +17,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cl_dist.errors import ClDistError, ConfigError, DataError
+from cl_dist.errors import ClDistError, ConfigError
+from cl_dist.formats import head_of, stand_in
 from cl_dist.models.architectures import ARCHITECTURES
-from cl_dist.models.config import ModelConfig
+from cl_dist.models.config import ModelConfig, absent, is_local
 from cl_dist.places import resolve
+from cl_dist.tokens import num_ids
 
 M = TypeVar("M", bound=nn.Module)
 _DROPOUTS = (
@@ -44,16 +46,44 @@ def location(config: ModelConfig) -> str:
     Raises:
         DataError: If the source names a package or a folder that is not there.
     """
-    if config.source.startswith(("package:", ".", "/", "~")) or Path(config.source).is_dir():
+    if is_local(config.source):
         folder = resolve(config.source)
         if folder.suffix == ".gguf" and folder.is_file():
             from cl_dist.models.gguf import unpacked
 
+            if (name := stand_in(head_of(folder))) is not None:
+                raise ConfigError(f"science.model.source={config.source!r}: this is {name}")
             folder = unpacked(folder)
         if not folder.is_dir():  # `./name` would else be asked for on the hub, as `name`
-            raise DataError(f"science.model.source={config.source!r}: there is no folder {folder}")
+            raise absent(config.source)
+        _check_folder(folder, config)
         return str(folder)
     return config.source
+
+
+def _check_folder(folder: Path, config: ModelConfig) -> None:
+    """Raise ConfigError where a folder holds something else than a model, or something else in place of its files."""
+    where = f"science.model.source={config.source!r}"
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{where}: this is an adapter of peft, and no whole model; load it on its base model, merge it "
+            "(merge_and_unload), and save that with its tokenizer"
+        )
+    for path in sorted(folder.glob("*")):
+        is_read = path.suffix in (".safetensors", ".json", ".txt", ".model") and path.is_file()
+        if is_read and (name := stand_in(head_of(path))) is not None:
+            raise ConfigError(f"{where}: {path.name} is {name}")
+
+
+def _check_is_model(folder: Path, config: ModelConfig) -> None:
+    if not (folder / "config.json").is_file():
+        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        packed = sorted(path.name for path in folder.glob("*.gguf"))
+        hint = f"; did you mean {config.source.rstrip('/')}/{(inner or packed)[0]}?" if inner or packed else ""
+        raise ConfigError(
+            f"science.model.source={config.source!r}: cannot be loaded: there is no config.json in this folder, so it "
+            f"is no model{hint}"
+        )
 
 
 def load_backbone(config: ModelConfig, *, causal: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -81,7 +111,12 @@ def _load(config: ModelConfig, causal: bool, dtype: torch.dtype) -> PreTrainedMo
     _check(hf, config, causal)
     _set_dropout(hf, config.dropout)
     if config.config is not None and not causal and torch.get_default_device().type != "meta":
-        _check_vocabulary(hf, config)  # a causal model gets rows for tokens that it lacks, one without data reads none
+        try:  # a causal model gets rows for tokens that it lacks, one without data reads none
+            tokenizer = load_tokenizer(config)
+        except ClDistError:  # one who only wants the model needs none, and a run is told when it reads its rows
+            pass
+        else:
+            check_vocabulary(config, tokenizer)
     with torch.random.fork_rng(), _named(config):
         if config.config is not None:
             torch.manual_seed(0)
@@ -109,8 +144,11 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     """
     with _named(config):
         if config.config is None:
+            where = location(config)
+            if is_local(config.source):
+                _check_is_model(Path(where), config)
             found: PretrainedConfig = AutoConfig.from_pretrained(
-                location(config), revision=config.revision, trust_remote_code=False
+                where, revision=config.revision, trust_remote_code=False
             )
         else:
             sizes = {name: value for name, value in config.config.items() if name != "model_type"}
@@ -123,19 +161,6 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
             "that key out of config.json"
         )
     return found
-
-
-def _check_vocabulary(hf: PretrainedConfig, config: ModelConfig) -> None:
-    """Raise ConfigError if the tokenizer has tokens that the backbone does not know."""
-    try:
-        tokens = len(load_tokenizer(config))
-    except ClDistError:  # one who only wants the model needs none, and a run is told when it reads its rows
-        return
-    if tokens > getattr(hf, "vocab_size", tokens):
-        raise ConfigError(
-            f"science.model.config: vocab_size={hf.vocab_size}, but the tokenizer of {config.source!r} has {tokens} "
-            "tokens; expected at least so many"
-        )
 
 
 @contextmanager
@@ -155,6 +180,8 @@ def _named(config: ModelConfig, fault: str = "cannot be loaded") -> Iterator[Non
             raise  # perhaps of a rank that has lost its peers: the gang starts again
         if why is None and isinstance(error, ImportError | OSError | ValueError):
             why = str(error)
+        if why is not None and not is_local(config.source):
+            why = f"no such folder here, and on the hub: {why}"
         where = f"science.model.source={config.source!r}"
         if why is None:  # of the inside of transformers
             sizes = f"the files in {where}" if config.config is None else "the sizes in science.model.config"
@@ -229,7 +256,49 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             location(config), revision=config.revision, trust_remote_code=False
         )
+    if not found.get_vocab().keys() - found.added_tokens_encoder.keys():  # transformers makes one where files lack
+        raise ConfigError(
+            f"science.model.source={config.source!r}: no tokenizer: its vocabulary holds special tokens alone, which "
+            "is what transformers makes where the files of a tokenizer are missing (tokenizer.json, vocab.txt, or "
+            "those of its kind); put them beside config.json"
+        )
     return found
+
+
+def num_embeddings(config: ModelConfig) -> int | None:
+    """Return how many tokens a backbone knows, if its configuration says so."""
+    known = getattr(load_config(config).get_text_config(), "vocab_size", None)
+    return known if isinstance(known, int) else None
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, is_whole: bool = False) -> None:
+    """Check that a backbone has an embedding for every token that a tokenizer makes of texts, or adds to them.
+
+    Special tokens that texts hardly contain, such as places of pictures, may lack one, unless is_whole.
+
+    Raises:
+        ConfigError: If it has none for one of them.
+    """
+    known = num_embeddings(config)
+    if known is None or num_ids(tokenizer) <= known:
+        return
+    names = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
+    added = {getattr(tokenizer, f"{name}_token_id", None) for name in names}
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        entry = tokenizer.added_tokens_decoder.get(number)
+        is_idle = entry is not None and entry.special and number not in added
+        if number >= known and (is_whole or not is_idle):
+            setting = "source" if config.config is None else "config"
+            remedy = (
+                "take the tokenizer that belongs to the weights, or resize_token_embeddings and save the model again"
+                if config.config is None
+                else f"set vocab_size to {num_ids(tokenizer)} or more"
+            )
+            raise ConfigError(
+                f"science.model.{setting}: vocab_size={known}, but the tokenizer of {config.source!r} has "
+                f"{num_ids(tokenizer)} tokens, counted up to its largest id: {token!a} has the number {number}, and "
+                f"the embedding {known} rows; {remedy}"
+            )
 
 
 def replace(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -38,6 +39,21 @@ class ModelConfig(Section):
     config: dict[str, Any] | None = None
     """Builds a model with random weights instead of loading one: a `model_type` of transformers and its sizes; `source`
     then gives the tokenizer alone."""
+
+
+def is_local(source: str) -> bool:
+    """Return whether a source names a folder or file, and no model on the hub: it is written so, or is there."""
+    return source.startswith(("package:", ".", "/", "~")) or Path(source).exists()
+
+
+def absent(source: str) -> DataError:
+    """Return the error of a source that is not where it is looked for."""
+    place = resolve(source)
+    where = f"science.model.source={source!r}"
+    if place.is_file():
+        return DataError(f"{where}: this is a file; expected the folder that it lies in, or a .gguf file")
+    relative = "" if place.is_absolute() else "; a relative path starts at the working directory"
+    return DataError(f"{where}: no such folder here (there is no folder {place}){relative}")
 
 
 def known_sizes(model: ModelConfig) -> Mapping[str, Any]:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from cl_dist.data.language import Speller, spell
+from cl_dist.data.reading import unreadable
 from cl_dist.data.rows import Row
+from cl_dist.errors import CheckpointError, DataError
 from cl_dist.methods import METHODS
 from cl_dist.methods.base import Learner
-from cl_dist.models.backbone import load_tokenizer
+from cl_dist.models.backbone import load_tokenizer, num_embeddings
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.decode import answer_all
 from cl_dist.parallel.world import World
@@ -47,6 +49,18 @@ class Predictor:
         """Whether answers are written as text, instead of being chosen among classes."""
         return METHODS[self._job.method.name].answers(self._job.model.answers) == "text"
 
+    def refuse_unreadable(self, task: int, rows: Sequence[Row]) -> None:
+        """Check that the tokenizer and the backbone can read some rows.
+
+        Raises:
+            DataError: With the first that they cannot.
+        """
+        model, config = self._job.model, self._job.tasks[task]
+        known = None if self.writes else num_embeddings(model)
+        for row, column, message in unreadable(config, rows, self._tokenizer, self._job.max_length[task], known):
+            where = f"row {row.id}" if row.where is None else f"line {row.where.line}"
+            raise DataError(f"{where}: field {column}: {message}")
+
     @torch.no_grad()
     def logits(
         self, task: int, rows: Sequence[Row], without: str | None = None, after_batch: Callable[[], None] | None = None
@@ -75,8 +89,12 @@ class Predictor:
     def probabilities(self, task: int, rows: Sequence[Row]) -> list[dict[str, float]]:
         """Return each row's probability of each of the task's labels."""
         labels = task_data(self._job, task).labels
-        found = (logits_K.double().softmax(-1).tolist() for logits_K in self.logits(task, rows))
-        return [dict(zip(labels, values, strict=True)) for values in found]
+        found = []
+        for row, logits_K in zip(rows, self.logits(task, rows), strict=True):
+            if not logits_K.isfinite().all():
+                raise CheckpointError(f"row {row.id}: the model's scores are no numbers: its training had diverged")
+            found.append(dict(zip(labels, logits_K.double().softmax(-1).tolist(), strict=True)))
+        return found
 
     def answers(self, task: int, rows: Sequence[Row]) -> list[str]:
         """Return the answer to each row: the likeliest label, or what is written greedily.

@@ -3,7 +3,7 @@ import pickle
 import pytest
 
 from cl_dist import errors
-from cl_dist.errors import ClDistError, ConfigError, StageConflictError, require
+from cl_dist.errors import ClDistError, ConfigError, DataError, StageConflictError, require
 
 ALL = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ClDistError)]
 
@@ -49,3 +49,8 @@ def test_require_names_the_field_its_value_and_what_was_expected() -> None:
     require(True, "lr", 1.0, "anything")
     with pytest.raises(ConfigError, match=r"^lr=-1: expected a number above 0$"):
         require(False, "lr", -1, "a number above 0")
+
+
+def test_no_message_holds_what_a_terminal_obeys() -> None:
+    said = str(DataError("file \x1b[31m\x9b\r\ud83d:\n\tline"))
+    assert said == "file \\x1b[31m\\x9b\\r\\ud83d:\n\tline"

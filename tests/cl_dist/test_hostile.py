@@ -14,11 +14,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cl_dist import jobs
 from cl_dist.config import parse
-from cl_dist.data.load import load_task
+from cl_dist.data.labels import likeness
+from cl_dist.data.load import check_task, load_task
 from cl_dist.data.tasks import DataConfig, TaskConfig
+from cl_dist.data.unlabelled import read_unlabelled
 from cl_dist.errors import CheckpointError, ClDistError, StageConflictError
 from cl_dist.jobs import Workbook
+from cl_dist.models.backbone import load_tokenizer
 from cl_dist.parallel.world import World
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref, ref
@@ -160,6 +164,149 @@ def test_rows_with_anything_in_them(folder: Path, data: st.DataObject) -> None:
     except ClDistError as error:
         said = str(error)
     assert not said or "task food" in said or "rows.jsonl" in said
+
+
+ODD_TEXTS = st.one_of(
+    st.text(max_size=12),
+    st.text(
+        st.sampled_from("gG oO0d1.\t\u00a0\u200b\u00ad\ufe0f\u0301\u00e9\u0435[/]\x1b\x00\ud83d\udca9"), max_size=6
+    ),
+    st.sampled_from(
+        ["[/INST]", "[bold]", ":smile:", "nan", "null", "1", "1.0", "\uff11", "true", "good ", "+", "-", "\u200b"]
+    ),
+)
+NUMBERS = st.one_of(st.integers(), st.floats(), st.booleans(), st.integers(0, 3).map(float), st.just(10**4000))
+FIELDS = ("id", "text", "pair", "label", "split", "author", "unread")
+
+
+@tries(400)
+@given(data=st.data())
+def test_fields_of_every_alphabet_and_number(folder: Path, data: st.DataObject) -> None:
+    """Faults and warnings can be printed anywhere, and rows without a fault can be digested, stored and tokenized."""
+    lines = [json.dumps({"pair": "", "author": "a", **row}) for row in tiny.rows("food", 4, 2, 2)]
+    for number in range(data.draw(st.integers(1, 4))):
+        row = {"id": f"n{number}", "text": "the soup", "pair": "", "label": "good", "split": "train", "author": "a"}
+        for field in data.draw(st.lists(st.sampled_from(FIELDS), min_size=1, max_size=3)):
+            row[field] = data.draw(st.one_of(ODD_TEXTS, NUMBERS, st.none()))
+        line = json.dumps(row)
+        if data.draw(st.integers(0, 9)) == 0:
+            line = line[:-1] + ', "label": "good"}'
+        if data.draw(st.integers(0, 9)) == 0:
+            line = line[:-1] + f', "huge": {"9" * 5000}}}'
+        lines.append(line)
+    path = folder / "odd.jsonl"
+    path.write_text("\n".join(lines), encoding="ascii")
+    given = {"id": "food", "row_id": "id", "text_pair": "pair", "environment": "author"}
+    limits = {"train": data.draw(st.integers(1, 9)), "balance": data.draw(st.booleans())}
+    source = {"kind": "jsonl", "path": str(path), "split": {"by": "field"}}
+    task = TaskConfig.model_validate({**given, "source": source, "rows": limits})
+    found, again = (check_task(task, DataConfig()) for _ in (0, 1))
+    for said in (*map(str, found.faults), *found.warnings):
+        assert all(character.isprintable() or character in "\n\t" for character in said)
+        said.encode()
+    assert found.data.digests == again.data.digests
+    for each in (*found.data.train, *found.data.dev, *found.data.test):
+        "".join([each.id, each.text, each.text_pair or "", each.label, each.environment or ""]).encode()
+        assert each.label.strip()
+        assert likeness(each.label)
+        assert each.where is not None
+    assert sum(found.label_counts("train").values()) == min(len(found.data.train), limits["train"])
+
+
+@tries(400)
+@given(
+    lines=st.lists(
+        st.one_of(
+            st.dictionaries(st.sampled_from(["text", "id", "more"]), st.one_of(ODD_TEXTS, NUMBERS)).map(json.dumps),
+            st.just('{"text": "a", "text": "b"}'),
+            st.just('{"text": "a", "n": ' + "9" * 5000 + "}"),
+            st.text(max_size=10),
+        ),
+        max_size=3,
+    )
+)
+def test_lines_to_be_answered_with_anything_in_them(lines: list[str]) -> None:
+    task = TaskConfig.model_validate({"id": "food", "source": {"kind": "planted", "path": "food"}})
+    said = ""
+    try:
+        for given_id, row in read_unlabelled([line.encode("utf8", "surrogatepass") for line in lines], task):
+            json.dumps({"id": given_id}, ensure_ascii=False, allow_nan=False).encode()
+            row.text.encode()
+    except ClDistError as error:
+        said = str(error)
+    assert not said or said.startswith("line ")
+
+
+STARTS = [b"PAR1", b"PK\x03\x04", b"\x1f\x8b", b"BZh91AY&SY", b"\xfd7zXZ\x00", b"\xff\xfe", b"\x80\x04", b"<html>"]
+STARTS += [
+    b"version https://git-lfs.github.com/spec/v1\n",
+    b"[",
+    b"{",
+    b"sep=;\n",
+    b"text;label\n",
+    b'text,label\n"',
+    b"",
+]
+
+
+@tries(300)
+@given(
+    kind=st.sampled_from(["jsonl", "csv", "tsv", "lines", "parquet"]),
+    content=st.tuples(st.sampled_from(STARTS), st.binary(max_size=60)).map(b"".join),
+)
+def test_files_that_begin_like_anything(folder: Path, kind: str, content: bytes) -> None:
+    path = folder / "begins"
+    path.write_bytes(content)
+    given = {"kind": kind, "path": str(path), "pattern": "(?P<text>.*)" if kind == "lines" else None}
+    found = check_task(TaskConfig.model_validate({"id": "a", "source": given}), DataConfig())
+    assert found.faults
+    assert all(fault.file == str(path) for fault in found.faults)
+    assert len({(fault.line, fault.field, fault.message) for fault in found.faults}) == len(found.faults)
+
+
+@tries(25)
+@given(data=st.data())
+def test_tokenizers_with_anything_in_them(folder: Path, data: st.DataObject) -> None:
+    """What passes the check gives every row tokens, and each of them an embedding; what does not is named."""
+    model = tiny.save_model(folder / "odd-model") if not (folder / "odd-model").exists() else folder / "odd-model"
+    source = folder / "odd-tokenizer"
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(model, source)
+    path = source / "tokenizer.json"
+    tokenizer = json.loads(path.read_text("utf8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    for word in data.draw(st.lists(st.sampled_from([word for word in tiny.WORDS if word[0] != "["]), max_size=3)):
+        if data.draw(st.booleans()):
+            vocabulary.pop(word, None)
+        else:
+            vocabulary[word] = data.draw(st.integers(len(tiny.WORDS), len(tiny.WORDS) + 9))
+    if data.draw(st.booleans()):
+        dropped = {
+            "type": "Replace",
+            "pattern": {"Regex": data.draw(st.sampled_from(["soup", ".", "x"]))},
+            "content": "",
+        }
+        tokenizer["normalizer"] = dropped
+    for name in data.draw(st.lists(st.sampled_from(["<new>", "soup", "<image>"]), max_size=2, unique=True)):
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        entry = {"id": len(tiny.WORDS) + len(tokenizer["added_tokens"]), "content": name, **flags}
+        tokenizer["added_tokens"].append(entry | {"special": data.draw(st.booleans())})
+    path.write_text(json.dumps(tokenizer), "utf8")
+    for name in data.draw(st.lists(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]), max_size=1)):
+        (source / name).unlink()
+    jobs._reading.cache_clear()
+    book = tiny.book(folder / "odd", {"science": {"model": {"source": str(source)}, "method": {"name": "sequential"}}})
+    said = ""
+    try:
+        book.check_tokens()
+        reads = load_tokenizer(book.config.science.model)
+        for task in range(len(book.tasks)):
+            for row in (*book.data(task).train, *book.data(task).dev, *book.data(task).test):
+                assert reads(row.text, add_special_tokens=False)["input_ids"]
+                assert max(reads(row.text)["input_ids"]) < len(tiny.WORDS)
+    except ClDistError as error:
+        said = str(error)
+    assert not said or "science.model" in said or "field text" in said
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,22 @@ def test_a_label_without_a_test_row_is_found(cli: Cli, run_file: Path) -> None:
     assert [finding["found"].partition("; ")[2] for finding in found["warn"]] == ["no test row has the label bad"]
 
 
+def test_what_loading_the_rows_warns_of_is_found(cli: Cli, run_file: Path) -> None:
+    path = run_file.parent / "food.jsonl"
+    changed = (
+        path.read_text(encoding="utf8")
+        .replace('"good"', '"good\\u001b[31m"')
+        .replace('"good\\u001b', '"GOOD\\u001b', 1)
+    )
+    path.write_text(changed, encoding="utf8")
+    code, found = looked_at(cli, run_file)
+    assert (code, found["fail"]) == (0, [])
+    (warning,) = [finding["found"] for finding in found["warn"] if "read alike" in finding["found"]]
+    assert r"'GOOD\x1b[31m' (1 row)" in warning
+    shown = cli("check", run_file)
+    assert (shown.code, "\x1b" in shown.out) == (0, False)
+
+
 def test_a_model_that_is_not_there_is_found(cli: Cli, run_file: Path) -> None:
     code, found = looked_at(cli, run_file, "science.model.source=./nowhere")
     assert code == 4
@@ -141,3 +157,31 @@ def test_a_table_for_people_has_a_line_and_a_remedy_for_each_fault(cli: Cli, run
     assert ended.code == 4
     assert "fail  model" in ended.out
     assert "-> name a folder" in ended.out
+
+
+def test_a_tokenizer_that_does_not_fit_is_found_and_its_settings_are_wrong(cli: Cli, run_file: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = run_file.parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["espresso"])
+    tokenizer.save_pretrained(model)
+    code, found = looked_at(cli, run_file)
+    assert (code, [finding["check"] for finding in found["fail"]]) == (2, ["model"])
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    code, found = looked_at(cli, run_file)
+    assert (code, "no tokenizer" in found["fail"][0]["found"]) == (2, True)
+
+
+def test_a_row_of_no_token_is_found(cli: Cli, run_file: Path) -> None:
+    path = run_file.parent / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf8"))
+    clean = {"type": "Replace", "pattern": {"Regex": "\u200b"}, "content": ""}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [tokenizer["normalizer"], clean]}
+    path.write_text(json.dumps(tokenizer), encoding="utf8")
+    with (run_file.parent / "film.jsonl").open("a", encoding="utf8") as file:
+        file.write(json.dumps({"id": "last", "text": "\u200b", "label": "good", "split": "test"}) + "\n")
+    code, found = looked_at(cli, run_file)
+    assert (code, [finding["where"] for finding in found["fail"]]) == (4, ["task film"])
+    assert "film.jsonl, line 37, field text: the tokenizer makes no token of '\\u200b'" in found["fail"][0]["found"]

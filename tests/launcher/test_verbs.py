@@ -6,11 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from cl_dist.jobs import Workbook
+from cl_dist.models.backbone import load_tokenizer
+from cl_dist.models.config import ModelConfig
 from cl_dist.stages.export import load_exported
 from launcher import runs
 from tests import tiny
@@ -148,6 +152,31 @@ def test_predict_answers_a_shard_before_it_meets_a_bad_line_in_the_next(cli: Cli
     assert ended.code == 3
     assert "DataError: line 8: field text: expected text, got int" in ended.err
     assert [json.loads(line)["id"] for line in ended.out.splitlines()] == list(range(6))  # shard_rows is 6
+
+
+def test_predict_names_the_line_of_what_it_cannot_read(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cleaning(config: ModelConfig) -> Any:
+        tokenizer: Any = load_tokenizer(config)
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+        return tokenizer
+
+    monkeypatch.setattr("cl_dist.stages.predict.load_tokenizer", cleaning)
+    ended = cli("predict", run, "--task", "food", stdin=b'{"text": "soup"}\n\n{"text": "\\u200b"}\n')
+    assert (ended.code, ended.out) == (3, "")
+    assert r"line 3: field text: the tokenizer makes no token of '\u200b'" in ended.err
+    monkeypatch.setattr("cl_dist.stages.predict.num_embeddings", lambda config: 10)
+    ended = cli("predict", run, "--task", "food", stdin=b'{"text": "the gripping soup"}')
+    assert (ended.code, ended.out) == (3, "")
+    assert "line 1: field text: holds " in ended.err
+
+
+def test_predict_never_writes_scores_that_are_no_numbers(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "cl_dist.stages.predict.Predictor.logits", lambda self, task, rows: [torch.full((2,), torch.nan) for _ in rows]
+    )
+    ended = cli("predict", run, "--task", "food", stdin=b'{"text": "soup"}')
+    assert (ended.code, ended.out) == (6, "")
+    assert "row 0: the model's scores are no numbers" in ended.err
 
 
 def test_predict_of_nothing_is_nothing(cli: Cli, run: Path) -> None:

@@ -3,6 +3,7 @@ import logging
 from collections import Counter
 from hashlib import sha256
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -288,16 +289,53 @@ def test_a_hashed_split_depends_on_the_row_id_and_on_nothing_else(path: Path) ->
     assert 14 <= counts["dev"] <= 31  # binomial(90, 1/4): mean 22.5, two standard deviations 8.2
 
 
-def test_a_row_limit_is_balanced_keeps_file_order_and_grows_by_adding_rows(path: Path) -> None:
-    labels = ["neg"] * 20 + ["pos"] * 20 + ["rare"] * 2
-    data = good() + rows(*[("train", label, f"more {number}") for number, label in enumerate(labels)])
-    drawn = {limit: check(path, data, rows={"train": limit}).data.train for limit in (7, 12, 100)}
-    assert Counter(row.label for row in drawn[12]) == {"neg": 5, "pos": 5, "rare": 2}
-    assert [int(row.id) for row in drawn[12]] == sorted(int(row.id) for row in drawn[12])
-    assert set(drawn[7]) < set(drawn[12]) < set(drawn[100])
-    assert len(drawn[100]) == 46
-    other = check(path, data, rows={"train": 12}, id="another-task").data.train
-    assert set(other) != set(drawn[12])
+def skewed(split: str) -> list[dict[str, Any]]:
+    labels = ["neg"] * 158 + ["pos"] * 38 + ["rare"] * 2
+    data = rows(*[(split, label, f"more {number}") for number, label in enumerate(labels)])
+    return [*good(), *data, *rows(*([("train", "rare", "rare")] if split != "train" else []))]
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_a_row_limit_keeps_the_shares_of_labels_and_file_order_and_grows_by_adding_rows(path: Path, split: str) -> None:
+    drawn = {
+        limit: check(path, skewed(split), rows={split: limit}).data.rows(split) for limit in (5, 10, 50, 100, 101, 900)
+    }
+    assert len(drawn[900]) == 202  # 160 neg, 40 pos, 2 rare
+    assert Counter(row.label for row in drawn[100]) == {"neg": 79, "pos": 20, "rare": 1}
+    assert Counter(row.label for row in drawn[50]) == {"neg": 40, "pos": 10}
+    assert Counter(row.label for row in drawn[10]) == {"neg": 8, "pos": 2}
+    assert [int(row.id) for row in drawn[100]] == sorted(int(row.id) for row in drawn[100])
+    for less, more in pairwise(drawn.values()):
+        assert set(less) < set(more)
+    assert check(path, skewed(split), rows={split: 10}).data.rows(split) == drawn[10]
+    assert set(check(path, skewed(split), rows={split: 10}, id="another-task").data.rows(split)) != set(drawn[10])
+
+
+@pytest.mark.parametrize("balance", [True, ["train"], ["dev", "train"]])
+def test_a_split_is_balanced_where_that_is_asked_for(path: Path, balance: Any) -> None:
+    limits = {"train": 12, "dev": 4, "test": 4, "balance": balance}
+    loaded = check(path, skewed("train"), rows=limits).data
+    assert Counter(row.label for row in loaded.train) == {"neg": 5, "pos": 5, "rare": 2}
+    bare = check(path, skewed("test"), rows={**limits, "test": 10}).data
+    even = {"neg": 4, "pos": 4, "rare": 2}
+    assert Counter(row.label for row in bare.test) == (even if balance is True else {"neg": 8, "pos": 2})
+
+
+def test_the_digest_of_a_split_is_that_of_the_rows_that_were_drawn(path: Path) -> None:
+    found = [check(path, skewed("test"), rows={"test": 50, "balance": balance}).data for balance in (False, True)]
+    assert [found[0].digests[split] == found[1].digests[split] for split in ("train", "dev", "test")] == [
+        True,
+        True,
+        False,
+    ]
+    even, shares = (check(path, good(), rows={"test": 2, "balance": balance}).data for balance in (True, False))
+    assert (even.digests == shares.digests) == (even.test == shares.test)
+
+
+def test_a_label_that_a_row_limit_leaves_out_is_a_warning(path: Path) -> None:
+    checked = check(path, skewed("test"), rows={"test": 10})
+    assert "rows.test=10 leaves no test row of 'rare'; rows.balance=[test] draws every label" in checked.warnings
+    assert not any("rows.test" in text for text in check(path, skewed("test"), rows={"test": 100}).warnings)
 
 
 def test_a_row_limit_does_not_change_the_labels_of_a_task(path: Path) -> None:

@@ -1,0 +1,83 @@
+"""Rows as a tokenizer reads them: texts of no token, tokens without an embedding, and the share of unknown ones."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cl_dist.data.rows import SPLITS, Row, TaskData, Where
+from cl_dist.data.sources import Fault
+from cl_dist.data.tasks import TaskConfig
+
+_CHUNK = 4096
+MOSTLY = 0.5
+"""Share of unknown tokens above which there is a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a tokenizer makes of the rows of a task."""
+
+    faults: tuple[Fault, ...]
+    unknown: float
+    """Share of the tokens of the train rows' texts that are unknown."""
+
+    def warning(self, tokenizer: str) -> str | None:
+        """Return what to warn of."""
+        if self.unknown <= MOSTLY:
+            return None
+        return (
+            f"{self.unknown:.0%} of the tokens of the train rows are unknown to the tokenizer of {tokenizer!r}; does "
+            "it belong to this model, and read this language?"
+        )
+
+
+def reading(
+    task: TaskConfig, data: TaskData, tokenizer: Any, max_length: int, embeddings: int | None = None
+) -> Reading:
+    """Read all rows of a task; embeddings is how many tokens the backbone knows, None where it gets those it lacks."""
+    faults: list[Fault] = []
+    for split in SPLITS:
+        for row, column, message in unreadable(task, data.rows(split), tokenizer, max_length, embeddings):
+            where = row.where or Where(f"row {row.id}", None)
+            faults.append(Fault(where.file, where.line, column, message, where.unit))
+    unknown = total = 0
+    if tokenizer.unk_token_id is not None:
+        for tokens in _tokens(tokenizer, [row.text for row in data.train], max_length):
+            unknown += tokens.count(tokenizer.unk_token_id)
+            total += len(tokens)
+    return Reading(tuple(faults), unknown / max(total, 1))
+
+
+def unreadable(
+    task: TaskConfig, rows: Sequence[Row], tokenizer: Any, max_length: int, embeddings: int | None = None
+) -> Iterator[tuple[Row, str, str]]:
+    """Yield (row, column, what is wrong) for each text that the tokenizer, or the backbone behind it, cannot read."""
+    for row, tokens in zip(rows, _tokens(tokenizer, [row.text for row in rows], max_length), strict=True):
+        if not tokens:
+            yield row, task.text, f"the tokenizer makes no token of {row.text!a:.60}"
+        elif (message := _beyond(tokenizer, tokens, embeddings)) is not None:
+            yield row, task.text, message
+    if task.text_pair is None:
+        return
+    for row, tokens in zip(rows, _tokens(tokenizer, [row.text_pair or "" for row in rows], max_length), strict=True):
+        if (message := _beyond(tokenizer, tokens, embeddings)) is not None:
+            yield row, task.text_pair, message
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str], max_length: int) -> Iterator[list[int]]:
+    for start in range(0, len(texts), _CHUNK):
+        yield from tokenizer(
+            texts[start : start + _CHUNK],
+            add_special_tokens=False,
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+
+
+def _beyond(tokenizer: Any, tokens: list[int], embeddings: int | None) -> str | None:
+    if embeddings is None or (largest := max(tokens, default=0)) < embeddings:
+        return None
+    name = tokenizer.convert_ids_to_tokens(largest)
+    return f"holds {name!a}, token {largest} of the tokenizer, and the model's embedding has {embeddings} rows"
