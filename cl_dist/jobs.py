@@ -1,5 +1,6 @@
 """From the run file to what identifies a stage (facts) and what a worker is given (job)."""
 
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ class Workbook:
             "rows": {self.tasks.tasks[u].id: [self.data(u).digests[s] for s in ("train", "dev")] for u in stage.data},
             "replay_rows": {self.tasks.tasks[u].id: self.data(u).digests["train"] for u in stage.replay},
             "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in (*stage.data, *stage.replay)},
+            "max_length": {} if stage.settings is not None else self._lengths(stage, (*stage.data, *stage.replay)),
         }
         if stage.step == "invrat":
             facts["environments"] = [self.data(u).digests.get("environments") for u in stage.data]
@@ -141,7 +143,7 @@ class Workbook:
             "stage": stage.changed(),
             "generate": science.generate.changed(),
             "seed": science.seed,
-            "max_length": science.train_of(self.tasks.tasks[stage.task]).max_length,
+            "max_length": {self.tasks.tasks[u].id: self._length(u) for u in stage.sources},
             "new_rows": len(self.data(stage.task).train),
             "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in stage.sources},
             "questions": {self.tasks.tasks[u].id: self.data(u).question for u in stage.sources},
@@ -149,11 +151,12 @@ class Workbook:
         return flat(facts | self._inputs(stage))
 
     def _vote_facts(self, stage: Rationalise | Record | Vote | Choose) -> dict[str, Any]:
-        science, names = self.config.science, [self.tasks.tasks[u].id for u in stage.sources]
+        names = [self.tasks.tasks[u].id for u in stage.sources]
         facts = {
             "schema_version": SCHEMA_VERSION,
             "stage": stage.changed(),
-            "max_length": science.train_of(self.tasks.tasks[stage.task]).max_length,
+            "max_length": self._length(stage.task),
+            "max_lengths": self._lengths(stage, stage.sources),
             "rows": {name: self.data(u).digests for name, u in zip(names, stage.sources, strict=True)},
             "questions": {name: self.data(u).question for name, u in zip(names, stage.sources, strict=True)},
         }
@@ -161,19 +164,25 @@ class Workbook:
 
     def _evaluate_facts(self, stage: Evaluate) -> dict[str, Any]:
         science = self.config.science
-        lengths = {u: science.train_of(self.tasks.tasks[u]).max_length for u in (*stage.tasks, stage.task)}
         facts = {
             "schema_version": SCHEMA_VERSION,
             "stage": stage.changed(),
             "evaluate": science.evaluate.changed(),
-            # Where it is that of the stage's own task, it has come in through the model's fingerprint.
-            "max_length": {self.tasks.tasks[u].id: n for u, n in lengths.items() if n != lengths[stage.task]},
+            "max_length": self._lengths(stage, stage.tasks),
             "rows": {self.tasks.tasks[u].id: self.data(u).digests["test"] for u in stage.tasks},
         }
         if self.answers == "text":
             facts["questions"] = {self.tasks.tasks[u].id: self.data(u).question for u in stage.tasks}
             facts["metrics"] = {self.tasks.tasks[u].id: self.tasks.tasks[u].metric for u in stage.tasks}
         return flat(facts | self._inputs(stage))
+
+    def _length(self, task: int) -> int:
+        return self.config.science.train_of(self.tasks.tasks[task]).max_length
+
+    def _lengths(self, stage: Stage, tasks: Iterable[int]) -> dict[str, int]:
+        """Return where rows are cut, by task id; the length of the stage's own task has come in with its settings."""
+        own = self._length(stage.task)
+        return {self.tasks.tasks[u].id: self._length(u) for u in tasks if self._length(u) != own}
 
     def _inputs(self, stage: Stage) -> dict[str, Any]:
         return {"inputs": {self.ledger.key(ref): digest_of(self.facts(self.stage(ref))) for ref in stage.inputs}}
@@ -189,7 +198,7 @@ class Workbook:
             digests=tuple(self.data(u).digests for u in range(stage.task + 1)),
             data=science.data,
             train=(isinstance(stage, Train) and stage.settings) or science.train_of(self.tasks.tasks[stage.task]),
-            max_length=tuple(science.train_of(task).max_length for task in self.tasks.tasks[: stage.task + 1]),
+            max_length=tuple(self._length(task) for task in range(stage.task + 1)),
             evaluate=science.evaluate,
             generate=science.generate,
             folders={ref: str(self.ledger.path(ref).absolute()) for ref in stage.inputs},

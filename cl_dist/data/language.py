@@ -164,10 +164,15 @@ class LanguageRows(NumberedRows):
         """The special tokens."""
         return self.speller.special
 
-    def add(self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False) -> None:
-        """Append rows of a task."""
+    def add(
+        self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False, max_length: int | None = None
+    ) -> None:
+        """Append rows of a task.
+
+        max_length: Longest row of this task in tokens, where it is not that of the collection.
+        """
         for row in rows:
-            context, asked, answer = spell(self.speller, row, data.question, self._max_length)
+            context, asked, answer = spell(self.speller, row, data.question, max_length or self._max_length)
             self.add_tokens(task, [*context, *asked], answer, replayed=replayed)
 
     def add_tokens(self, task: int, prefix: Sequence[int], answer: Sequence[int], *, replayed: bool = True) -> None:
