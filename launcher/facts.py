@@ -15,6 +15,7 @@ from cl_dist.jobs import Workbook
 from cl_dist.models.config import ModelConfig
 from cl_dist.places import resolve
 from cl_dist.stage import Train, TrainConfig
+from cl_dist.tokens import num_ids
 from launcher.memory import Model, Step
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Known:
             from cl_dist.models.backbone import load_tokenizer
 
             tokenizer = load_tokenizer(model)
-            speller, tokens = Speller(tokenizer), len(tokenizer)
+            speller, tokens = Speller(tokenizer), num_ids(tokenizer)
             names = {
                 row.label
                 for t in range(len(self.book.tasks))

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from cl_dist.data.numbered import NumberedRows, real, weights
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.errors import DataError
+from cl_dist.tokens import num_ids
 
 QA, LM = 0, 1
 """The two parts of a loss that a label may belong to."""
@@ -66,7 +67,7 @@ class Special:
 
 def special(tokenizer: PreTrainedTokenizerBase) -> Special:
     """Return the special tokens behind a tokenizer's vocabulary."""
-    base = len(tokenizer)
+    base = num_ids(tokenizer)
     return Special(base, base + 3 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id))
 
 

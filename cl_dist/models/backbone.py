@@ -21,6 +21,7 @@ from cl_dist.errors import ClDistError, ConfigError, DataError
 from cl_dist.models.architectures import ARCHITECTURES
 from cl_dist.models.config import ModelConfig
 from cl_dist.places import resolve
+from cl_dist.tokens import num_ids
 
 M = TypeVar("M", bound=nn.Module)
 _DROPOUTS = (
@@ -128,13 +129,13 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 def _check_vocabulary(hf: PretrainedConfig, config: ModelConfig) -> None:
     """Raise ConfigError if the tokenizer has tokens that the backbone does not know."""
     try:
-        tokens = len(load_tokenizer(config))
+        tokens = num_ids(load_tokenizer(config))
     except ClDistError:  # one who only wants the model needs none, and a run is told when it reads its rows
         return
     if tokens > getattr(hf, "vocab_size", tokens):
         raise ConfigError(
             f"science.model.config: vocab_size={hf.vocab_size}, but the tokenizer of {config.source!r} has {tokens} "
-            "tokens; expected at least so many"
+            "tokens, counted up to its largest id; expected at least so many"
         )
 
 

@@ -153,3 +153,21 @@ def test_joint_state_follows_each_dialogue() -> None:
     # b is wrong until its slot is named again; a is wrong from the turn on at which it missed one.
     assert joint_state(dialogues, truths, late) == 2 / 5
     assert joint_state(["a", "b"], ["food: thai;", ";"], ["food: thai;", "food: thai;"]) == 0.5
+
+
+def gappy() -> Any:
+    """Return a tokenizer that uses the ids 0 to 3 and 5."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "a": 2, "b": 3, "tasty": 5}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=words, unk_token="[UNK]")
+
+
+def test_special_tokens_stand_behind_the_largest_id_in_use() -> None:
+    assert len(gappy()) == 5
+    speller = Speller(gappy())
+    assert speller.special.base == 6
+    assert speller.decode(speller.encode("the tasty")) == "the tasty"
