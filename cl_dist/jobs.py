@@ -1,9 +1,9 @@
 """From the run file to what identifies a stage (facts) and what a worker is given (job)."""
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cl_dist.data.load import load_task
 from cl_dist.data.rows import TaskData
@@ -29,6 +29,9 @@ from cl_dist.stage import (
     flat,
 )
 from cl_dist.stages.job import Job
+
+if TYPE_CHECKING:
+    from cl_dist.data.language import Speller
 
 
 class Workbook:
@@ -93,6 +96,49 @@ class Workbook:
                 faults.append(str(error))
         if faults:
             raise DataError("\n".join(faults))
+
+    @cached_property
+    def _speller(self) -> "Speller":
+        from cl_dist.data.language import Speller
+        from cl_dist.models.backbone import load_tokenizer
+
+        return Speller(load_tokenizer(self.config.science.model))
+
+    def check_writing(self) -> None:
+        """Check that a model that writes can write the labels of every task and read its rows; that imports torch.
+
+        Raises:
+            DataError: With labels that the tokenizer spells alike, and rows whose question and answer are too long.
+            ConfigError: If a metric's package is not installed.
+        """
+        faults = [fault for task in range(len(self.tasks)) if (fault := self.writing_fault(task)) is not None]
+        if faults:
+            raise DataError("\n".join(faults))
+
+    def writing_fault(self, task: int) -> str | None:
+        """Return what keeps the run's model from writing the answers of a task; None where it classifies.
+
+        Raises:
+            ConfigError: If the package of the task's metric is not installed.
+        """
+        if self.answers != "text":
+            return None
+        from cl_dist.data.answers import check_library
+        from cl_dist.data.load import check_task
+        from cl_dist.data.sources import listing
+        from cl_dist.data.spelling import label_faults, length_faults, located
+
+        config, data = self.tasks.tasks[task], self.data(task)
+        try:
+            check_library(config.metric)
+        except ConfigError as error:
+            raise ConfigError(f"tasks.{config.id}.{error}") from None
+        lines = label_faults(data.labels, self._speller)
+        is_tried = any(isinstance(stage, Choose) for t in range(len(self.tasks)) for stage in self.plan(t))
+        blind = ("dev", "test") if is_tried else ("test",)
+        if too_long := list(length_faults(config, data, self._speller, self._length(task), blind)):
+            lines.append(listing(located(check_task(config, self.config.science.data), too_long)).lstrip())
+        return f"task {config.id}: " + "\n  ".join(lines) if lines else None
 
     def facts(self, stage: Stage) -> dict[str, Any]:
         """Return everything that decides a stage's result, flat, so that a difference can be named.

@@ -67,7 +67,10 @@ def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
 
 def preflight(config: RunConfig) -> list[Finding]:
     """Look at everything."""
-    findings = [*_data(config), *_model(config), *_time(config), *_mirror(config)]
+    findings = [*_data(config), *_model(config)]
+    if not any(finding.state == "fail" for finding in findings):
+        findings += _writing(config)
+    findings += [*_time(config), *_mirror(config)]
     needed_gb = 0.0 if any(finding.state == "fail" for finding in findings) else _needed_gb(config)
     if config.cluster.dispatcher == "ray" and config.cluster.address is not None:
         return [*findings, *_cluster(config, needed_gb)]
@@ -113,6 +116,23 @@ def _model(config: RunConfig) -> Iterator[Finding]:
         yield Finding("model", "fail", model.source, str(error), "lower train.max_length, or take another model")
         return
     yield Finding("model", "ok", model.source, f"model_type {known.model_type}, with its tokenizer")
+
+
+def _writing(config: RunConfig) -> list[Finding]:
+    """Look whether the run, and baselines that write, can write the answers of each task; only faults are findings."""
+    found = []
+    for each in (config, *(config.baseline(name) for name in config.baselines)):
+        book = Workbook(each)
+        for number, task in enumerate(book.tasks.tasks):
+            remedy = "rename labels with source.label_map, raise train.max_length, or shorten the rows"
+            try:
+                fault = book.writing_fault(number)
+            except ClDistError as error:
+                fault, remedy = str(error), "install the package, or name another metric"
+            finding = Finding("data", "fail", f"task {task.id}", str(fault), remedy)
+            if fault is not None and finding not in found:
+                found.append(finding)
+    return found
 
 
 def _time(config: RunConfig) -> Iterator[Finding]:

@@ -143,6 +143,9 @@ def execute(
     for book in books:
         book.ledger.check_order()
     missing = [bool(sequence.remaining(book)) for book in books]  # refuses conflicts before anything is written
+    for book, needed in zip(books, missing, strict=True):
+        if needed:
+            book.check_writing()
     with _only_driver(configs):
         for each in configs:
             save(each, source if each is config else None)

@@ -99,21 +99,33 @@ def joint_state(dialogues: Sequence[str], truths: Sequence[str], answers: Sequen
 
 def rouge_l(truths: Sequence[str], answers: Sequence[str]) -> float:
     """Return the mean ROUGE-L F-measure, with stemming."""
-    scorer = _library("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
+    scorer = _library("rouge_l").RougeScorer(["rougeL"], use_stemmer=True)
     return mean(scorer.score(t, a)["rougeL"].fmeasure for t, a in zip(truths, answers, strict=True))
 
 
 def bleu(truths: Sequence[str], answers: Sequence[str]) -> float:
     """Return the corpus BLEU as a share of 1."""
-    score: float = _library("sacrebleu").corpus_bleu(list(answers), [list(truths)]).score
+    score: float = _library("bleu").corpus_bleu(list(answers), [list(truths)]).score
     return score / 100
 
 
-def _library(name: str) -> Any:
+_LIBRARIES = {"rouge_l": "rouge_score.rouge_scorer", "bleu": "sacrebleu"}
+"""Modules that metrics are computed with."""
+
+
+def check_library(metric: str) -> None:
+    """Raise ConfigError if a metric cannot be computed here."""
+    if metric in _LIBRARIES:
+        _library(metric)
+
+
+def _library(metric: str) -> Any:
+    name = _LIBRARIES[metric]
     try:
         return import_module(name)
     except ImportError:
-        raise ConfigError(f"this metric needs {name.partition('.')[0]}: pip install 'cl-dist[text]'") from None
+        package = name.partition(".")[0]
+        raise ConfigError(f"metric {metric!r}: this metric needs {package}: pip install 'cl-dist[text]'") from None
 
 
 def _mean_of(score: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[str]], float]:

@@ -36,6 +36,8 @@ class Checked:
     counts: dict[str, int]
     """Rows `read`, then rows taken away by `where`, `label` (map or thresholds), `dedupe`, `split` (a name that
     stands for null), `rows` and `overlap`."""
+    records: dict[str, tuple[Record, ...]]
+    """Of each split, the records that its rows come from, in their order."""
 
     def label_counts(self, split: str) -> dict[str, int]:
         """Return the rows of each label in a split, in the order of the task's labels."""
@@ -116,7 +118,8 @@ def check_task(task: TaskConfig, data: DataConfig) -> Checked:
     if task.environment is not None:
         digests["environments"] = digest_of([[row.id, row.environment] for row in (*train, *dev)])
     loaded = TaskData(task.id, labels, task.question or "", train, dev, test, digests, overlap)
-    return Checked(loaded, tuple(notes.faults), tuple(notes.warnings), notes.counts)
+    records = {split: tuple(item.record for item in splits[split]) for split in SPLITS}
+    return Checked(loaded, tuple(notes.faults), tuple(notes.warnings), notes.counts, records)
 
 
 def _read(task: TaskConfig, notes: _Notes) -> list[Record]:
