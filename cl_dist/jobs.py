@@ -1,7 +1,8 @@
 """From the run file to what identifies a stage (facts) and what a worker is given (job)."""
 
 import logging
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from cl_dist.data.load import load_task
@@ -32,6 +33,7 @@ from cl_dist.stage import (
 from cl_dist.stages.job import Job
 
 if TYPE_CHECKING:
+    from cl_dist.data.language import Speller
     from cl_dist.data.reading import Reading
 
 log = logging.getLogger(__name__)
@@ -148,6 +150,49 @@ class Workbook:
         parts = (config.model_dump_json(), science.data.overlap, science.model.model_dump_json())
         return _reading(*parts, length, self._grows)
 
+    @cached_property
+    def _speller(self) -> "Speller":
+        from cl_dist.data.language import Speller
+        from cl_dist.models.backbone import load_tokenizer
+
+        return Speller(load_tokenizer(self.config.science.model))
+
+    def check_writing(self) -> None:
+        """Check that a model that writes can write the labels of every task and read its rows; that imports torch.
+
+        Raises:
+            DataError: With labels that the tokenizer spells alike, and rows whose question and answer are too long.
+            ConfigError: If a metric's package is not installed.
+        """
+        faults = [fault for task in range(len(self.tasks)) if (fault := self.writing_fault(task)) is not None]
+        if faults:
+            raise DataError("\n".join(faults))
+
+    def writing_fault(self, task: int) -> str | None:
+        """Return what keeps the run's model from writing the answers of a task; None where it classifies.
+
+        Raises:
+            ConfigError: If the package of the task's metric is not installed.
+        """
+        if self.answers != "text":
+            return None
+        from cl_dist.data.answers import check_library
+        from cl_dist.data.load import check_task
+        from cl_dist.data.sources import listing
+        from cl_dist.data.spelling import label_faults, length_faults, located
+
+        config, data = self.tasks.tasks[task], self.data(task)
+        try:
+            check_library(config.metric)
+        except ConfigError as error:
+            raise ConfigError(f"tasks.{config.id}.{error}") from None
+        lines = label_faults(data.labels, self._speller)
+        is_tried = any(isinstance(stage, Choose) for t in range(len(self.tasks)) for stage in self.plan(t))
+        blind = ("dev", "test") if is_tried else ("test",)
+        if too_long := list(length_faults(config, data, self._speller, self._length(task), blind)):
+            lines.append(listing(located(check_task(config, self.config.science.data), too_long)).lstrip())
+        return f"task {config.id}: " + "\n  ".join(lines) if lines else None
+
     def facts(self, stage: Stage) -> dict[str, Any]:
         """Return everything that decides a stage's result, flat, so that a difference can be named.
 
@@ -180,6 +225,7 @@ class Workbook:
             "rows": {self.tasks.tasks[u].id: [self.data(u).digests[s] for s in ("train", "dev")] for u in stage.data},
             "replay_rows": {self.tasks.tasks[u].id: self.data(u).digests["train"] for u in stage.replay},
             "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in (*stage.data, *stage.replay)},
+            "max_length": {} if stage.settings is not None else self._lengths(stage, (*stage.data, *stage.replay)),
         }
         if stage.step == "invrat":
             facts["environments"] = [self.data(u).digests.get("environments") for u in stage.data]
@@ -209,7 +255,7 @@ class Workbook:
             "stage": stage.changed(),
             "generate": science.generate.changed(),
             "seed": science.seed,
-            "max_length": science.train_of(self.tasks.tasks[stage.task]).max_length,
+            "max_length": {self.tasks.tasks[u].id: self._length(u) for u in stage.sources},
             "new_rows": len(self.data(stage.task).train),
             "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in stage.sources},
             "questions": {self.tasks.tasks[u].id: self.data(u).question for u in stage.sources},
@@ -217,11 +263,12 @@ class Workbook:
         return flat(facts | self._inputs(stage))
 
     def _vote_facts(self, stage: Rationalise | Record | Vote | Choose) -> dict[str, Any]:
-        science, names = self.config.science, [self.tasks.tasks[u].id for u in stage.sources]
+        names = [self.tasks.tasks[u].id for u in stage.sources]
         facts = {
             "schema_version": SCHEMA_VERSION,
             "stage": stage.changed(),
-            "max_length": science.train_of(self.tasks.tasks[stage.task]).max_length,
+            "max_length": self._length(stage.task),
+            "max_lengths": self._lengths(stage, stage.sources),
             "rows": {name: self.data(u).digests for name, u in zip(names, stage.sources, strict=True)},
             "questions": {name: self.data(u).question for name, u in zip(names, stage.sources, strict=True)},
         }
@@ -229,19 +276,25 @@ class Workbook:
 
     def _evaluate_facts(self, stage: Evaluate) -> dict[str, Any]:
         science = self.config.science
-        lengths = {u: science.train_of(self.tasks.tasks[u]).max_length for u in (*stage.tasks, stage.task)}
         facts = {
             "schema_version": SCHEMA_VERSION,
             "stage": stage.changed(),
             "evaluate": science.evaluate.changed(),
-            # Where it is that of the stage's own task, it has come in through the model's fingerprint.
-            "max_length": {self.tasks.tasks[u].id: n for u, n in lengths.items() if n != lengths[stage.task]},
+            "max_length": self._lengths(stage, stage.tasks),
             "rows": {self.tasks.tasks[u].id: self.data(u).digests["test"] for u in stage.tasks},
         }
         if self.answers == "text":
             facts["questions"] = {self.tasks.tasks[u].id: self.data(u).question for u in stage.tasks}
             facts["metrics"] = {self.tasks.tasks[u].id: self.tasks.tasks[u].metric for u in stage.tasks}
         return flat(facts | self._inputs(stage))
+
+    def _length(self, task: int) -> int:
+        return self.config.science.train_of(self.tasks.tasks[task]).max_length
+
+    def _lengths(self, stage: Stage, tasks: Iterable[int]) -> dict[str, int]:
+        """Return where rows are cut, by task id; the length of the stage's own task has come in with its settings."""
+        own = self._length(stage.task)
+        return {self.tasks.tasks[u].id: self._length(u) for u in tasks if self._length(u) != own}
 
     def _inputs(self, stage: Stage) -> dict[str, Any]:
         return {"inputs": {self.ledger.key(ref): digest_of(self.facts(self.stage(ref))) for ref in stage.inputs}}
@@ -257,7 +310,7 @@ class Workbook:
             digests=tuple(self.data(u).digests for u in range(stage.task + 1)),
             data=science.data,
             train=(isinstance(stage, Train) and stage.settings) or science.train_of(self.tasks.tasks[stage.task]),
-            max_length=tuple(science.train_of(task).max_length for task in self.tasks.tasks[: stage.task + 1]),
+            max_length=tuple(self._length(task) for task in range(stage.task + 1)),
             evaluate=science.evaluate,
             generate=science.generate,
             folders={ref: str(self.ledger.path(ref).absolute()) for ref in stage.inputs},

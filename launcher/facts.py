@@ -122,6 +122,18 @@ def _not_local(source: str) -> str | None:
     )
 
 
+def _longest_rows(book: Workbook, task: int) -> TrainConfig:
+    """Return a task's settings with the longest rows that its stages train on: replayed ones have their own length."""
+    science, tasks = book.config.science, book.tasks.tasks
+    read = {task}
+    for stage in book.plan(task):
+        if isinstance(stage, Train) and stage.settings is None:
+            read |= {*stage.data, *stage.replay}
+            read |= set(range(task)) if stage.samples is not None else set()
+    longest = max(science.train_of(tasks[u]).max_length for u in read)
+    return science.train_of(tasks[task]).model_copy(update={"max_length": longest})
+
+
 @dataclass
 class Shape:
     """The model of a run's last task, which has most parts, on its longest rows."""
@@ -158,7 +170,7 @@ class Shape:
         dry = Dry(method, model, labels, vocabulary=vocabulary, tasks=tasks, recompute=recompute)
         divides = loads_in_pieces(dry.learner, book.config.science.model)
         before = Dry(method, model, labels[:-1], vocabulary=vocabulary).parts.elements if len(labels) > 1 else 0
-        settings = [book.config.science.train_of(task) for task in book.tasks.tasks]
+        settings = [_longest_rows(book, task) for task in range(len(labels))]
         longest = max(settings, key=lambda train: train.max_length * train.global_batch)
         item = 2 if model.dtype == "bfloat16" else 4
         smallest = MEGABYTE * book.config.cluster.workers // item

@@ -76,6 +76,7 @@ def preflight(config: RunConfig) -> list[Finding]:
     findings = [*_data(config), *_model(config)]
     if not any(finding.state == "fail" for finding in findings):
         findings += _tokens(config)
+        findings += _writing(config)
     findings += [*_time(config), *_mirror(config)]
     needed_gb = 0.0 if any(finding.state == "fail" for finding in findings) else _needed_gb(config)
     if config.cluster.dispatcher == "ray" and config.cluster.address is not None:
@@ -146,6 +147,23 @@ def _tokens(config: RunConfig) -> list[Finding]:
 
 def _code(error: ClDistError) -> int:
     return ConfigError.exit_code if isinstance(error, ConfigError) else ClusterError.exit_code
+
+
+def _writing(config: RunConfig) -> list[Finding]:
+    """Look whether the run, and baselines that write, can write the answers of each task; only faults are findings."""
+    found = []
+    for each in (config, *(config.baseline(name) for name in config.baselines)):
+        book = Workbook(each)
+        for number, task in enumerate(book.tasks.tasks):
+            remedy = "rename labels with source.label_map, raise train.max_length, or shorten the rows"
+            try:
+                fault = book.writing_fault(number)
+            except ClDistError as error:
+                fault, remedy = str(error), "install the package, or name another metric"
+            finding = Finding("data", "fail", f"task {task.id}", str(fault), remedy)
+            if fault is not None and finding not in found:
+                found.append(finding)
+    return found
 
 
 def _time(config: RunConfig) -> Iterator[Finding]:

@@ -146,6 +146,7 @@ def execute(
     for book, needed in zip(books, missing, strict=True):
         if needed:
             book.check_tokens()
+            book.check_writing()
     with _only_driver(configs):
         for each in configs:
             save(each, source if each is config else None)

@@ -115,7 +115,11 @@ def export(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the model after the last learned task as a folder for `transformers` and `load_exported`."""
+    """Write the model after the last learned task as a folder that travels; its README.md has the lines that load it.
+
+    `cl_dist.stages.export.load_exported` loads a classifier; plain transformers does not know the method's parts, and
+    refuses it. A model that writes its answers is loaded by AutoModelForCausalLM and AutoTokenizer, and by servers.
+    """
     console.start_logging(verbose)
     book = _open(run)
     number = number_of(book, task)
@@ -126,7 +130,8 @@ def export(
     check_free(folder)
     with console.results_only():
         write(book.job(stage), number, folder, book.ledger.fingerprint(book.stage(stage.model)))
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
     if as_json:
         model = book.ledger.key(stage.model)
         console.out.print_json(json.dumps({"folder": str(folder), "task": task, "model": model, "files": files}))

@@ -1,6 +1,7 @@
 """How free-text answers are compared with the right ones. Each score lies in [0, 1]; a task's is the mean over rows.
 
-Sources: exact match and token F1 after Rajpurkar et al. 2016 (SQuAD); turn_state and joint_state as the turn and joint
+Sources: exact match and token F1 after Rajpurkar et al. 2016 (SQuAD), whose normalising is kept from making different
+answers equal (see `plain`); turn_state and joint_state as the turn and joint
 accuracy of decaNLP (McCann et al. 2018) on WOZ; ROUGE-L and BLEU through rouge-score and sacrebleu, which need the
 `text` extra.
 """
@@ -16,16 +17,37 @@ from typing import Any
 from cl_dist.errors import ConfigError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_MARKS = re.compile(f"[{re.escape(string.punctuation)}]+")
+_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)")
 
 
 def plain(text: str) -> str:
-    """Return a text without case, punctuation, articles and repeated white space."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    """Return a text without case, punctuation, articles and repeated white space.
+
+    Departs from SQuAD, where "A" and "+" become nothing, and "-1", "1" and ".1" the same: marks that belong to a
+    number stay, except commas between thousands; if nothing would be left, articles stay, and then punctuation.
+    """
+    lowered = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text.lower())
+    bare = _MARKS.sub(_of_a_number, lowered)
+    steps = (_ARTICLES.sub(" ", bare), bare, lowered)
+    return next((words for step in steps if (words := " ".join(step.split()))), "")
+
+
+def _of_a_number(marks: re.Match[str]) -> str:
+    """Return what of a run of punctuation belongs to the number behind it: all between digits, a sign, a point."""
+    text, start = marks.string, marks.start()
+    before, after = text[max(start - 2, 0) : start], text[marks.end() : marks.end() + 1]
+    if not after.isdecimal():
+        return ""
+    if before[-1:].isdecimal():  # 1.5, 10:30, 1/2
+        return marks[0]
+    if before[-1:].isalpha() and len(marks[0]) == 1:  # covid-19, and the exponent of 1e-5
+        return "-" if marks[0] == "-" and before[-1] == "e" and before[0].isdecimal() else ""
+    return ("-" if "-" in marks[0] else "") + ("0." if marks[0].endswith(".") else "")
 
 
 def exact_match(truth: str, answer: str) -> float:
-    """Return 1 where the two are equal but for case, punctuation, articles and white space."""
+    """Return 1 where the two are equal but for case, punctuation, articles and white space (see `plain`)."""
     return float(plain(truth) == plain(answer))
 
 
@@ -54,6 +76,12 @@ def turn_state(truth: str, answer: str) -> float:
     return float(state(truth) == state(answer))
 
 
+def turn_of(row_id: str) -> tuple[str, int] | None:
+    """Return (dialogue, number of the turn) of an id such as woz-7-0, or None for one of another form."""
+    dialogue, _, turn = row_id.rpartition("-")
+    return (dialogue, int(turn)) if dialogue and turn.isascii() and turn.isdecimal() and len(turn) < 10 else None
+
+
 def joint_state(dialogues: Sequence[str], truths: Sequence[str], answers: Sequence[str]) -> float:
     """Return the share of turns after which all that a dialogue's slots have come to is that of the truth.
 
@@ -71,21 +99,33 @@ def joint_state(dialogues: Sequence[str], truths: Sequence[str], answers: Sequen
 
 def rouge_l(truths: Sequence[str], answers: Sequence[str]) -> float:
     """Return the mean ROUGE-L F-measure, with stemming."""
-    scorer = _library("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
+    scorer = _library("rouge_l").RougeScorer(["rougeL"], use_stemmer=True)
     return mean(scorer.score(t, a)["rougeL"].fmeasure for t, a in zip(truths, answers, strict=True))
 
 
 def bleu(truths: Sequence[str], answers: Sequence[str]) -> float:
     """Return the corpus BLEU as a share of 1."""
-    score: float = _library("sacrebleu").corpus_bleu(list(answers), [list(truths)]).score
+    score: float = _library("bleu").corpus_bleu(list(answers), [list(truths)]).score
     return score / 100
 
 
-def _library(name: str) -> Any:
+_LIBRARIES = {"rouge_l": "rouge_score.rouge_scorer", "bleu": "sacrebleu"}
+"""Modules that metrics are computed with."""
+
+
+def check_library(metric: str) -> None:
+    """Raise ConfigError if a metric cannot be computed here."""
+    if metric in _LIBRARIES:
+        _library(metric)
+
+
+def _library(metric: str) -> Any:
+    name = _LIBRARIES[metric]
     try:
         return import_module(name)
     except ImportError:
-        raise ConfigError(f"this metric needs {name.partition('.')[0]}: pip install 'cl-dist[text]'") from None
+        package = name.partition(".")[0]
+        raise ConfigError(f"metric {metric!r}: this metric needs {package}: pip install 'cl-dist[text]'") from None
 
 
 def _mean_of(score: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[str]], float]:

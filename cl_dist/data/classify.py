@@ -28,14 +28,21 @@ class ClassifyRows(NumberedRows):
         self._labels: list[int] = []
         self._tasks: list[int] = []
 
-    def add(self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False) -> None:
-        """Append rows of a task; data.labels[k] is its class k. A class learns replayed rows like others."""
+    def add(
+        self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False, max_length: int | None = None
+    ) -> None:
+        """Append rows of a task; data.labels[k] is its class k. A class learns replayed rows like others.
+
+        max_length: Longest row of this task in tokens, where it is not that of the collection.
+        """
         if not rows:
             return
         pairs = [row.text_pair for row in rows] if rows[0].text_pair is not None else None
         if pairs is not None and not self._separates:
             pairs = [f"\n{pair}" for pair in pairs]
-        encoded = self._tokenizer([row.text for row in rows], pairs, truncation=True, max_length=self._max_length)
+        encoded = self._tokenizer(
+            [row.text for row in rows], pairs, truncation=True, max_length=max_length or self._max_length
+        )
         class_of = {label: number for number, label in enumerate(data.labels)}
         self._ids += encoded["input_ids"]
         self._types += encoded.get("token_type_ids", [])

@@ -60,14 +60,19 @@ class ReasonedRows(NumberedRows):
         self._environments: list[int] = []
         self._tasks: list[int] = []
 
-    def add(self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False) -> None:
-        """Append rows of a task. The end of a text that is too long is cut off, never its text_pair."""
+    def add(
+        self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False, max_length: int | None = None
+    ) -> None:
+        """Append rows of a task. The end of a text that is too long is cut off, never its text_pair.
+
+        max_length: Longest row of this task in tokens, where it is not that of the collection.
+        """
         class_of = {label: number for number, label in enumerate(data.labels)}
         where = [0] * len(rows) if self._num is None else environments(rows, self._num)
         for row, environment in zip(rows, where, strict=True):
             text, places = self._speller.encode_places(row.text)
             pair = self._speller.encode(row.text_pair or "")
-            room = max(self._max_length - len(pair), 1)
+            room = max((max_length or self._max_length) - len(pair), 1)
             self._tokens.append([*text[:room], *pair])
             self._contexts.append(min(len(text), room))
             self.places.append(places[:room])

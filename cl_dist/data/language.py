@@ -25,6 +25,9 @@ from cl_dist.tokens import num_ids
 QA, LM = 0, 1
 """The two parts of a loss that a label may belong to."""
 
+BETWEEN = 2
+"""Tokens of a sequence besides context, question and answer: `ans`, and the token that asks for a sample."""
+
 _FIXED = 4  # special tokens besides those of tasks
 
 
@@ -78,7 +81,8 @@ class Speller:
         self._tokenizer, self.special = tokenizer, special(tokenizer)
         bare, spaced = (self._numbers(text) for text in ("a", " a"))
         # Byte-level vocabularies have words with the space before them; others would spell it as a token of its own.
-        self._lead = " " if len(bare) == len(spaced) else ""
+        self.lead = " " if len(bare) == len(spaced) else ""
+        """What stands in front of each part of a row."""
 
     def _numbers(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -86,13 +90,25 @@ class Speller:
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a part of a row."""
         text = text.strip()
-        return self._numbers(self._lead + text) if text else []
+        return self._numbers(self.lead + text) if text else []
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each of some texts has as a part of a row."""
+        stripped = [text.strip() for text in texts]
+        if not stripped:
+            return []
+        found = self._tokenizer([self.lead + text for text in stripped], add_special_tokens=False)["input_ids"]
+        return [len(tokens) if text else 0 for text, tokens in zip(stripped, found, strict=True)]
+
+    def show(self, tokens: Iterable[int]) -> str:
+        """Return tokens as the vocabulary names them."""
+        return " ".join(str(token) for token in self._tokenizer.convert_ids_to_tokens(list(tokens)))
 
     def encode_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the tokens of a part of a row, and the [start, end) characters of the text that each stands for."""
         cut = len(text) - len(text.lstrip())
-        shift = cut - len(self._lead)
-        found = self._tokenizer(self._lead + text.strip(), add_special_tokens=False, return_offsets_mapping=True)
+        shift = cut - len(self.lead)
+        found = self._tokenizer(self.lead + text.strip(), add_special_tokens=False, return_offsets_mapping=True)
         places = [(max(start + shift, cut), max(end + shift, cut)) for start, end in found["offset_mapping"]]
         return list(found["input_ids"]), places
 
@@ -118,19 +134,29 @@ class Spelled:
         return len(self.prefix) + len(self.answer) + 2
 
 
-def spell(speller: Speller, row: Row, question: str, max_length: int) -> tuple[list[int], list[int], list[int]]:
+def asked_of(row: Row, question: str) -> str:
+    """Return what a row asks: its text_pair, where it has one, and its task's question."""
+    return " ".join(part for part in (row.text_pair, question) if part)
+
+
+def spell(
+    speller: Speller, row: Row, question: str, max_length: int, reserved: int = 0
+) -> tuple[list[int], list[int], list[int]]:
     """Return (context, question, answer) of a row as tokens.
+
+    reserved: Tokens that the answer may have at least, where it is yet to be written.
 
     Raises:
         DataError: If question and answer alone are too long.
     """
     context, answer = speller.encode(row.text), speller.encode(row.label)
-    asked = speller.encode(" ".join(part for part in (row.text_pair, question) if part))
-    room = max_length - len(asked) - len(answer) - 2  # `ans`, and the token that asks for a sample
+    asked = speller.encode(asked_of(row, question))
+    taken = len(asked) + max(len(answer), reserved)
+    room = max_length - taken - BETWEEN
     if room < 0:
         raise DataError(
-            f"row {row.id}: question and answer have {len(asked) + len(answer)} tokens, more than "
-            f"train.max_length={max_length} leaves room for; raise it"
+            f"row {row.id}: question and answer have {taken} tokens, more than train.max_length={max_length} "
+            f"leaves room for ({max_length - BETWEEN}); raise it"
         )
     return context[:room], asked, answer
 
@@ -165,10 +191,15 @@ class LanguageRows(NumberedRows):
         """The special tokens."""
         return self.speller.special
 
-    def add(self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False) -> None:
-        """Append rows of a task."""
+    def add(
+        self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False, max_length: int | None = None
+    ) -> None:
+        """Append rows of a task.
+
+        max_length: Longest row of this task in tokens, where it is not that of the collection.
+        """
         for row in rows:
-            context, asked, answer = spell(self.speller, row, data.question, self._max_length)
+            context, asked, answer = spell(self.speller, row, data.question, max_length or self._max_length)
             self.add_tokens(task, [*context, *asked], answer, replayed=replayed)
 
     def add_tokens(self, task: int, prefix: Sequence[int], answer: Sequence[int], *, replayed: bool = True) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from cl_dist.config import did_you_mean
+from cl_dist.data.answers import turn_of
 from cl_dist.data.labels import label_warnings, likeness, told_apart
 from cl_dist.data.rationales import read_spans
 from cl_dist.data.rows import SPLITS, Row, TaskData, Where
@@ -37,6 +38,8 @@ class Checked:
     counts: dict[str, int]
     """Rows `read`, then rows taken away by `where`, `label` (map or thresholds), `dedupe`, `split` (a name that
     stands for null), `rows` and `overlap`."""
+    records: dict[str, tuple[Record, ...]]
+    """Of each split, the records that its rows come from, in their order."""
 
     def label_counts(self, split: str) -> dict[str, int]:
         """Return the rows of each label in a split, in the order of the task's labels."""
@@ -94,6 +97,8 @@ def check_task(task: TaskConfig, data: DataConfig) -> Checked:
     splits = _divide(task.source.split, items, notes)
     is_whole = not notes.faults  # otherwise a split may be empty only because its rows have faults
     _check_ids(task, splits, notes)
+    if task.metric == "joint_state":
+        _check_turns(task, splits, notes)
     labels = _labels(task, splits, notes) if task.answer == "label" else ()
     for split in get_args(SplitName):
         kept = _limited(task, split, splits[split])
@@ -104,6 +109,8 @@ def check_task(task: TaskConfig, data: DataConfig) -> Checked:
             notes.warnings.append(f"rows.{split}={len(kept)} leaves no {split} row of {shown}{hint}")
         splits[split] = kept
     overlap = _overlap(task, splits, data, notes)
+    if task.metric == "joint_state" and task.row_id is not None:
+        _warn_of_gaps(splits, notes)
     if is_whole:
         _check_none_is_empty(task.source, splits, notes)
 
@@ -118,7 +125,8 @@ def check_task(task: TaskConfig, data: DataConfig) -> Checked:
         digests["environments"] = digest_of([[row.id, row.environment] for row in (*train, *dev)])
     warnings = tuple(map(printable, notes.warnings))
     loaded = TaskData(task.id, labels, task.question or "", train, dev, test, digests, overlap, warnings)
-    return Checked(loaded, tuple(notes.faults), warnings, notes.counts)
+    records = {split: tuple(item.record for item in splits[split]) for split in SPLITS}
+    return Checked(loaded, tuple(notes.faults), warnings, notes.counts, records)
 
 
 def _read(task: TaskConfig, notes: _Notes) -> list[Record]:
@@ -288,6 +296,47 @@ def _check_ids(task: TaskConfig, splits: Splits, notes: _Notes) -> None:
             if before is not item.record:
                 message = f"id {item.row.id!r} of {split} is already that of {before.unit} {before.line}"
                 notes.faults.append(item.record.fault(task.row_id, message))
+
+
+def _check_turns(task: TaskConfig, splits: Splits, notes: _Notes) -> None:
+    """Name ids that do not say which turn of which dialogue a row is, and turns out of order."""
+    if task.row_id is None:
+        message = "metric joint_state needs `row_id`: a column with <dialogue>-<number of the turn>, such as woz-7-0"
+        notes.faults.append(Fault(task.source.path or "all files", None, None, f"{message}; turn_state needs none"))
+        return
+    for split in SPLITS:
+        latest: dict[str, tuple[int, Record]] = {}
+        for item in splits[split]:
+            place = turn_of(item.row.id)
+            if place is None:
+                message = (
+                    f"id {item.row.id!r}: metric joint_state expects <dialogue>-<number of the turn>, such as woz-7-0"
+                )
+                notes.faults.append(item.record.fault(task.row_id, message))
+                continue
+            dialogue, turn = place
+            before, record = latest.get(dialogue, (-1, item.record))
+            if turn < before:
+                message = (
+                    f"turn {turn} of {dialogue!r} comes after turn {before} ({record.unit} {record.line}); sort them"
+                )
+                notes.faults.append(item.record.fault(task.row_id, message))
+            latest[dialogue] = turn, item.record
+
+
+def _warn_of_gaps(splits: Splits, notes: _Notes) -> None:
+    """Warn of dialogues that lack turns: what a dialogue has come to is then not known."""
+    for split in ("dev", "test"):
+        turns: dict[str, list[int]] = {}
+        for item in splits[split]:
+            if (place := turn_of(item.row.id)) is not None:
+                turns.setdefault(place[0], []).append(place[1])
+        torn = [name for name, found in turns.items() if found[0] > 1 or found[-1] - found[0] >= len(found)]
+        if torn:
+            notes.warnings.append(
+                f"joint_state: {len(torn)} of {len(turns)} {split} dialogues lack turns, such as {torn[0]!r}; keep "
+                "whole dialogues in a split (split.by: field or files, no `rows` limit)"
+            )
 
 
 def _labels(task: TaskConfig, splits: Splits, notes: _Notes) -> tuple[str, ...]:

@@ -163,7 +163,7 @@ class TaskConfig(Section):
     rationales that hold in all of them."""
     metric: Literal["accuracy", "exact_match", "f1", "turn_state", "joint_state", "rouge_l", "bleu"] = "accuracy"
     """What the cells of R hold. accuracy: of labels; the others compare free text (see cl_dist/data/answers.py);
-    for joint_state the turns of a dialogue are rows in order whose ids are equal up to their last "-"."""
+    joint_state needs `row_id`, with ids <dialogue>-<number of the turn>, such as woz-7-0, and turns in order."""
     train: dict[str, Any] = {}
     """Settings of `science.train` that differ for this task: {epochs: 30}."""
     rows: RowLimits = RowLimits()

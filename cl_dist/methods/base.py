@@ -83,8 +83,10 @@ class Progress:
 class Rows(Protocol):
     """Encoded rows of one or more tasks, numbered through: ClassifyRows or LanguageRows."""
 
-    def add(self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False) -> None:
-        """Append rows of a task."""
+    def add(
+        self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False, max_length: int | None = None
+    ) -> None:
+        """Append rows of a task, cut at max_length tokens where that is not the length of the collection."""
 
     def __len__(self) -> int: ...
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from cl_dist.data.answers import TEXT_METRICS, joint_state
+from cl_dist.data.answers import TEXT_METRICS, joint_state, turn_of
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.data.tasks import TaskConfig
+from cl_dist.errors import DataError
 from cl_dist.metrics import accuracy, f1_macro, majority_accuracy
 from cl_dist.stage import Evaluate
 from cl_dist.stages.job import Job, task_data
@@ -116,7 +117,11 @@ def compared(task: TaskConfig, labels: Sequence[str], rows: Sequence[Row], answe
         wanted = {"exact_match", "f1", task.metric} - {"joint_state"}
         numbers |= {name: TEXT_METRICS[name](truth, answers) for name in wanted}
         if task.metric == "joint_state":
-            dialogues = [row.id.rpartition("-")[0] for row in rows]
+            turns = [turn_of(row.id) for row in rows]
+            dialogues = [turn[0] for turn in turns if turn is not None]
+            if len(dialogues) < len(rows):
+                alone = rows[turns.index(None)].id
+                raise DataError(f"task {task.id}: joint_state needs ids <dialogue>-<number of the turn>, not {alone!r}")
             numbers |= {"joint_state": joint_state(dialogues, truth, answers)}
             numbers |= {"turn_state": TEXT_METRICS["turn_state"](truth, answers)}
     else:

@@ -1,17 +1,20 @@
 """A learned model as a folder that travels: no run, no data, no pickle.
 
-`save_pretrained` writes the backbone, with whatever of it was trained, and the tokenizer: AutoModel and AutoTokenizer
-load them. parts.safetensors holds every tensor that the method added and its learner's state, cl_dist.json how to put
-the two together (see `Card`).
+A classifier: backbone/ holds the backbone, with whatever of it was trained, parts.safetensors every tensor that the
+method added and its learner's state, cl_dist.json how to put the two together (see `Card`). config.json names an
+architecture that transformers does not know, so that its Auto classes and pipelines refuse the folder, instead of
+answering with a new head on a backbone without its parts.
 
     model, tokenizer, labels = load_exported(folder)
     logits_BK = model(tokenizer(texts, padding=True, truncation=True, return_tensors="pt"))
 
 A model that writes its answers needs nothing of ours: AutoModelForCausalLM and AutoTokenizer load it, and it continues
-"<text> <question><ans>", or writes a sample after "<task-0>".
+what the tokenizer's chat template makes of a text (see export_text), or writes a sample after "<task-0>".
+README.md has the lines that load either.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cl_dist.config import Section, did_you_mean, parse
-from cl_dist.data.language import special
+from cl_dist.data.language import Speller
 from cl_dist.errors import CheckpointError, ConfigError
-from cl_dist.ledger import write_json
+from cl_dist.ledger import write_json, write_text
 from cl_dist.methods import METHODS
 from cl_dist.methods.base import Learner
 from cl_dist.models.backbone import load_backbone, load_tokenizer, lower
@@ -32,9 +35,16 @@ from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.seeds import seeded
 from cl_dist.stage import Evaluate
 from cl_dist.stages.build import build_learner, new_learner
+from cl_dist.stages.export_text import Example, generation, misspelled, text_tokenizer
 from cl_dist.stages.job import Job, task_data
+from cl_dist.stages.model_card import class_card, text_card
 
-CARD, PARTS = "cl_dist.json", "parts.safetensors"
+log = logging.getLogger(__name__)
+CARD, PARTS, README, BACKBONE = "cl_dist.json", "parts.safetensors", "README.md", "backbone"
+MODEL_TYPE = "cl_dist (load it with cl_dist.stages.export.load_exported; see README.md)"
+"""What transformers shows when it refuses a folder."""
+EXAMPLES = 100
+"""Train rows of each task on which the layout of an exported chat is compared with that of training."""
 _MODEL, _LEARNER = "model.", "learner."
 
 
@@ -53,7 +63,8 @@ class ExportedTask(Section):
 class Card(Section):
     """What cl_dist.json holds."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2
+    """1: of a classifier, the backbone lies in the folder itself."""
     task: int
     """The task that it was exported for, as its place in `tasks`."""
     tasks: tuple[ExportedTask, ...] = Field(min_length=1)
@@ -101,19 +112,12 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
         fingerprint=fingerprint,
     )
     tokenizer = load_tokenizer(job.model)
-    tokenizer.name_or_path = ""
-    tokenizer.init_kwargs.pop("name_or_path", None)
     if learner.answers == "text":
         assert isinstance(learner.model, CausalModel)
-        tokenizer.add_tokens(
-            special(tokenizer).names(len(card.tasks), job.model.spare_task_tokens), special_tokens=True
-        )
-        from cl_dist.models.lowrank import merge_updates  # peft takes seconds to import
-
-        merge_updates(learner.model.backbone)
-        _save(learner.model.backbone, tokenizer, folder)
-        write_json(folder / CARD, card.model_dump(mode="json"))
+        _export_text(job, card, learner.model, tokenizer, folder)
         return
+    tokenizer.name_or_path = ""
+    tokenizer.init_kwargs.pop("name_or_path", None)
     if tokenizer.pad_token is None and tokenizer.all_special_tokens:
         # Masked, so any will do; but one that is not special yet, as number 0 may be, would cut up texts that hold it.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.all_special_tokens[0]
@@ -125,16 +129,70 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
     parts = {_MODEL + name: tensor for name, tensor in tensors.items() if name not in places}
     parts |= {_LEARNER + name: tensor.cpu() for name, tensor in learner.state_dict().items()}
 
-    _save(backbone, tokenizer, folder)
+    _save(backbone, folder / BACKBONE)
+    tokenizer.save_pretrained(folder)
     save_file({name: tensor.clone().contiguous() for name, tensor in parts.items()}, folder / PARTS)
+    labels = card.tasks[task].labels
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: number for number, name in enumerate(labels)}}
+    write_json(folder / "config.json", {"model_type": MODEL_TYPE, "architectures": ["ClDistClassifier"], **names})
+    ids = [known.id for known in card.tasks]
+    answered = [known.id for known in card.tasks if known.is_answered]
+    write_text(folder / README, class_card(job.method.name, ids[task], ids, labels, answered))
     write_json(folder / CARD, card.model_dump(mode="json"))
 
 
-def _save(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _save(backbone: PreTrainedModel, folder: Path) -> None:
     backbone.config._name_or_path = ""  # where it was on this machine
     folder.mkdir(parents=True, exist_ok=True)
     backbone.save_pretrained(folder)
+
+
+def _export_text(job: Job, card: Card, model: CausalModel, source: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model that writes, as a plain causal language model."""
+    from cl_dist.models.lowrank import merge_updates  # peft takes seconds to import
+
+    speller = Speller(source)
+    data = {known.id: task_data(job, number) for number, known in enumerate(card.tasks) if known.is_answered}
+    examples = [
+        Example(row, rows.question)
+        for rows in data.values()
+        for row in rows.train[:: max(1, len(rows.train) // EXAMPLES)]
+    ]
+    asked = card.tasks[card.task].id
+    tokenizer = text_tokenizer(source, len(card.tasks), job.model.spare_task_tokens, data[asked].question, examples)
+    longest = max(max(speller.lengths(sorted({row.label for row in rows.train}))) for rows in data.values())
+    merge_updates(model.backbone)
+    special, config = speller.special, model.backbone.config
+    config.eos_token_id, config.pad_token_id, config.bos_token_id = special.eos, special.pad, None
+    model.backbone.generation_config = generation(special, longest)
+    _save(model.backbone, folder)
     tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"  # by the name that servers with an older transformers know too
+    write_json(settings, json.loads(settings.read_text("utf8")) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+    stored: Any = load_tokenizer(ModelConfig(source=str(folder.absolute())))
+    wrong = misspelled(stored, speller, examples)
+    if wrong:
+        log.warning(
+            "export task=%s rows=%d misspelled=%d: the chat template does not lay them out as training did; see %s",
+            *(asked, len(examples), wrong, folder / README),
+        )
+    ans, eos, gen = stored.convert_ids_to_tokens([special.ans, special.eos, special.task(card.task)])
+    prompt = stored.apply_chat_template([{"role": "user", "content": "a text"}], tokenize=False)
+    write_text(
+        folder / README,
+        text_card(
+            job.method.name,
+            asked,
+            [known.id for known in card.tasks],
+            {name: rows.question for name, rows in data.items()},
+            prompt,
+            (ans, eos, gen),
+            (card.tasks[card.task].max_length, longest + 1),
+            (wrong, len(examples)),
+        ),
+    )
+    write_json(folder / CARD, card.model_dump(mode="json"))
 
 
 def check_free(folder: Path) -> None:
@@ -159,7 +217,7 @@ def load_exported(folder: Path | str, task: str | None = None) -> tuple[nn.Modul
     if card.answers == "text":
         raise ConfigError(
             f"{folder}: this model writes its answers; load it with AutoModelForCausalLM and AutoTokenizer of "
-            'transformers, and let it continue "<text> <question><ans>"'
+            f"transformers, and let it continue what apply_chat_template makes of a text (see {README} in the folder)"
         )
     answered = {known.id: number for number, known in enumerate(card.tasks) if known.is_answered}
     if task is not None and task not in answered:
@@ -167,7 +225,7 @@ def load_exported(folder: Path | str, task: str | None = None) -> tuple[nn.Modul
     number = card.task if task is None else answered[task]
 
     config = ModelConfig(
-        source=str(folder.absolute()),
+        source=str((folder if card.format_version == 1 else folder / BACKBONE).absolute()),
         dtype=card.dtype,
         dropout=card.dropout,
         pooling=card.pooling,
@@ -192,7 +250,7 @@ def load_exported(folder: Path | str, task: str | None = None) -> tuple[nn.Modul
     if card.dtype == "bfloat16":
         lower(model)
     learner.activate(number)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(ModelConfig(source=str(folder.absolute())))
     tokenizer.model_max_length = card.tasks[number].max_length
     return model, tokenizer, list(card.tasks[number].labels)
 
@@ -206,8 +264,8 @@ def _read_card(folder: Path) -> Card:
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     version = tree.get("format_version") if isinstance(tree, dict) else None
-    if version != 1:
-        raise CheckpointError(f"{path}: format_version={version!r}: this version of cl-dist reads 1")
+    if version not in (1, 2):
+        raise CheckpointError(f"{path}: format_version={version!r}: this version of cl-dist reads 1 and 2")
     try:
         return parse(Card, tree)
     except ConfigError as error:

@@ -2,7 +2,8 @@
 
 What a shard writes depends on the model file and the science settings alone: its samples stand in a fixed number of
 slots, a slot that is free takes the next number in order, and every draw is keyed on (seed, task, number, attempt,
-step).
+step). All samples have their first attempt before any has its second, and within an attempt lower numbers choose first
+where labels are balanced: which sample ends first, and so how long it is, decides nothing.
 """
 
 import json
@@ -26,14 +27,14 @@ from cl_dist.models.decode import Line, draw, rows_within, write
 from cl_dist.parallel.seeds import seed_of
 from cl_dist.stage import Generate
 from cl_dist.stages.build import build_learner, placed
-from cl_dist.stages.job import Job, replayed_rows, task_data
+from cl_dist.stages.job import Job, replayed_rows, row_length, task_data
 
 SHOWN = 20
 """First attempts of each task that are kept as they came, for the report."""
 Fault = Literal["no_answer_mark", "stray_token", "no_end", "empty", "other_question", "unknown_label", "surplus_label"]
 """no_answer_mark: ended without the token between question and answer, or has two; stray_token: holds another special
-token; no_end: longer than train.max_length; empty: nothing before or behind the mark; other_question, unknown_label
-and surplus_label (well-formed, but one too many): see known_question, known_labels and balance_labels of
+token; no_end: longer than train.max_length of its task; empty: nothing before or behind the mark; other_question,
+unknown_label and surplus_label (well-formed, but one too many): see known_question, known_labels and balance_labels of
 science.generate."""
 
 
@@ -71,14 +72,14 @@ class Dreamer:
         assert isinstance(learner.model, CausalModel)
         model: Any = learner.model.backbone  # the library's methods carry no types
         self._model: Any = placed(job, model)
-        length, settings = job.train.max_length, job.generate
-        self._slots = rows_within(self._model, settings.slots, length, settings.cache_gb)
         self._speller = Speller(load_tokenizer(job.model))
         self._shared = getattr(job.method, "task_token", "task") == "shared"
 
     def run(self, shard: Shard) -> Written:
         """Write a shard's samples."""
-        settings, special, length = self._job.generate, self._speller.special, self._job.train.max_length
+        settings, special = self._job.generate, self._speller.special
+        length = row_length(self._job, shard.source)
+        slots = rows_within(self._model, settings.slots, length, settings.cache_gb)
         gen = special.gen if self._shared else special.task(shard.source)
 
         def line(number: int, attempt: int) -> _Line:
@@ -88,35 +89,39 @@ class Dreamer:
         def pick(logits_BV: Tensor, key_B: Tensor, at_B: Tensor) -> Tensor:
             return draw(logits_BV, key_B, at_B, settings.top_k, settings.top_p, settings.temperature)
 
-        waiting = deque(line(number, 0) for number in range(shard.start, shard.stop))
         known = {tuple(self._speller.encode(name)) for name in self._known(shard.source)}
-        found: list[Sample] = []
+        found: dict[int, Sample] = {}
         spare: dict[int, Sample] = {}
         room = self._quota(shard)
         faults: Counter[str] = Counter()
         firsts: dict[int, str] = {}
         attempts = tokens = first_well_formed = 0
-        for ended in write(self._model, waiting, self._slots, length, pick):
-            attempts, tokens = attempts + 1, tokens + len(ended.tokens) + 1
-            sample, fault = self._judged(ended, shard.source, known)
-            if ended.attempt == 0 and ended.number < SHOWN:
-                firsts[ended.number] = self._shown(ended.tokens) + (f"  [{fault}]" if fault else "")
-            if sample is not None and room.get(sample.label, 1) < 1:
-                spare.setdefault(sample.number, sample)
-                sample, fault = None, "surplus_label"
-            first_well_formed += ended.attempt == 0 and fault in (None, "surplus_label")
-            if fault is not None:
-                faults[fault] += 1
-                if ended.attempt + 1 < settings.max_attempts:
-                    waiting.append(line(ended.number, ended.attempt + 1))
+        wanted = list(range(shard.start, shard.stop))
+        for attempt in range(settings.max_attempts):
+            waiting = deque(line(number, attempt) for number in wanted)
+            lines = {ended.number: ended for ended in write(self._model, waiting, slots, length, pick)}
+            wanted = []
+            for number, ended in sorted(lines.items()):
+                attempts, tokens = attempts + 1, tokens + len(ended.tokens) + 1
+                sample, fault = self._judged(ended, shard.source, known)
+                if attempt == 0 and number < SHOWN:
+                    firsts[number] = self._shown(ended.tokens) + (f"  [{fault}]" if fault else "")
+                if sample is not None and room.get(sample.label, 1) < 1:
+                    spare.setdefault(number, sample)
+                    sample, fault = None, "surplus_label"
+                first_well_formed += attempt == 0 and fault in (None, "surplus_label")
+                if sample is None:
+                    faults[str(fault)] += 1
+                    wanted.append(number)
                     continue
-                sample = spare.get(ended.number)
-            if sample is not None:
-                found.append(sample)
+                found[number] = sample
                 if sample.label in room:
                     room[sample.label] -= 1
+            if not wanted:
+                break
+        found |= {number: spare[number] for number in wanted if number in spare}
         return {
-            "samples": [asdict(sample) for sample in found],
+            "samples": [asdict(found[number]) for number in sorted(found)],
             "faults": dict(faults),
             "attempts": attempts,
             "first_well_formed": first_well_formed,
@@ -195,11 +200,10 @@ class _Line(Line):
         if token >= special.base and (token != special.ans or special.ans in self.tokens):
             self.fault = "no_answer_mark" if token == special.ans else "stray_token"
             return True
-        super().takes(token)
-        if len(self.tokens) >= self._length - 1:
+        if len(self.tokens) == self._length - 1:  # as long as the longest train row, which ends here
             self.fault = "no_end"
             return True
-        return False
+        return super().takes(token)
 
 
 def _agreement(data: TaskData, samples: list[Sample]) -> dict[str, float | None]:

@@ -34,7 +34,7 @@ class Job:
     train: TrainConfig
     """Settings of the stage's own task."""
     max_length: tuple[int, ...]
-    """Longest input of each task when it is scored: as its own settings say, whichever task the model has come to."""
+    """Longest input of each task, as its own settings say, whichever task the model has come to."""
     evaluate: EvaluateConfig
     generate: GenerateConfig
     folders: Mapping[Ref, str]
@@ -62,6 +62,12 @@ def replayed_rows(job: Job) -> int:
         return stage.replay_rows if isinstance(stage, Train) else 0
     earlier = stage.sources if isinstance(stage, Generate) else stage.replay
     return stage.budget.per_task(len(task_data(job, stage.task).train), len(earlier))
+
+
+def row_length(job: Job, task: int) -> int:
+    """Return where a stage cuts the rows of a task: as the task's own settings say, unless the stage has its own."""
+    own = isinstance(job.stage, Train) and job.stage.settings is not None
+    return job.train.max_length if own else job.max_length[task]
 
 
 def task_data(job: Job, task: int) -> TaskData:

@@ -115,7 +115,7 @@ class Predictor:
         found: list[str] = []
         for start in range(0, len(rows), self._job.evaluate.shard_rows):
             blind = [replace(row, label="") for row in rows[start : start + self._job.evaluate.shard_rows]]
-            spelled = [spell(speller, row, data.question, length - longest) for row in blind]
+            spelled = [spell(speller, row, data.question, length, longest) for row in blind]
             prompts = [[*context, *asked, special.ans] for context, asked, _ in spelled]
             of_row: dict[int, str] = {}
             for indices in self._batches(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))):

@@ -30,7 +30,7 @@ from cl_dist.parallel.world import World
 from cl_dist.stage import Train
 from cl_dist.stages import checkpoint
 from cl_dist.stages.build import LEARNER, build_learner
-from cl_dist.stages.job import Due, Job, replayed_rows, task_data
+from cl_dist.stages.job import Due, Job, replayed_rows, row_length, task_data
 from cl_dist.stages.pace import Pace
 from cl_dist.stages.schedule import Schedule
 from cl_dist.stages.weights import Pieces, StoredWeights
@@ -229,17 +229,19 @@ def start(job: Job, learner: Learner) -> None:
 
 def _rows(job: Job, stage: Train, learner: Learner) -> tuple[Rows, dict[int, Rows]]:
     """Return the rows to train on, replayed ones last, and the dev rows of each task."""
-    tokenizer, length = load_tokenizer(job.model), job.train.max_length
-    rows = learner.rows(tokenizer, length, training=True)
-    dev = {task: learner.rows(tokenizer, length, training=False) for task in stage.data}
+    tokenizer = load_tokenizer(job.model)
+    longest = max(row_length(job, task) for task in (stage.task, *stage.data, *stage.replay))
+    rows = learner.rows(tokenizer, longest, training=True)
+    dev = {task: learner.rows(tokenizer, row_length(job, task), training=False) for task in stage.data}
     for task in stage.data:
         data = task_data(job, task)
-        rows.add(task, data, data.train)
+        rows.add(task, data, data.train, max_length=row_length(job, task))
         dev[task].add(task, data, data.dev)
     for task in stage.replay:
         data = task_data(job, task)
         chosen = sample(job.seed, data.id, len(data.train), replayed_rows(job))
-        rows.add(task, data, [data.train[number] for number in chosen], replayed=True)
+        chosen_rows = [data.train[number] for number in chosen]
+        rows.add(task, data, chosen_rows, replayed=True, max_length=row_length(job, task))
     if stage.samples is not None:
         assert isinstance(rows, LanguageRows)  # the stage that wrote them was planned by a method on decoders
         for found in read_samples(job.folder(stage.samples)):

@@ -26,7 +26,7 @@ from cl_dist.models.heads import units_of
 from cl_dist.models.saliency import agreement, salient
 from cl_dist.stage import Record, Vote, VoteConfig, digest_of
 from cl_dist.stages.build import build_learner, placed
-from cl_dist.stages.job import Job, task_data
+from cl_dist.stages.job import Job, row_length, task_data
 from cl_dist.stages.voters import Shard
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,11 @@ class _Reader(ABC):
         model: Any = learner.model.backbone
         self._model: Any = placed(job, model)
         self._speller = Speller(load_tokenizer(job.model))
+        self._length = {task.id: row_length(job, number) for number, task in enumerate(job.tasks)}
 
     def _tokens(self, data: TaskData, row: Row) -> tuple[list[int], int]:
         """Return the tokens of a row that are looked at, and how many of them, from the first, are its text."""
-        context, asked, answer = spell(self._speller, row, data.question, self._job.train.max_length)
+        context, asked, answer = spell(self._speller, row, data.question, self._length[data.id])
         more = [*asked, self._speller.special.ans, *answer] if self._vote.rows == "all" else []
         return [*context, *more], len(context)
 
@@ -109,7 +110,7 @@ class Recording(_Reader):
         if kept < 2:
             return np.zeros(kept, dtype=bool), "too_short"
         if self._vote.rationales == "gradient":
-            context, asked, answer = spell(self._speller, row, data.question, self._job.train.max_length)
+            context, asked, answer = spell(self._speller, row, data.question, self._length[data.id])
             prefix, ans = [*context, *asked], self._speller.special.ans
             return salient(self._model, kept, prefix, ans, answer, self._vote.rationale_share), None
         spans = row.rationale if self._vote.rationales == "human" else self._found[source].get(row.id, ())

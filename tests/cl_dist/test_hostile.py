@@ -185,7 +185,8 @@ def test_fields_of_every_alphabet_and_number(folder: Path, data: st.DataObject) 
     """Faults and warnings can be printed anywhere, and rows without a fault can be digested, stored and tokenized."""
     lines = [json.dumps({"pair": "", "author": "a", **row}) for row in tiny.rows("food", 4, 2, 2)]
     for number in range(data.draw(st.integers(1, 4))):
-        row = {"id": f"n{number}", "text": "the soup", "pair": "", "label": "good", "split": "train", "author": "a"}
+        row: dict[str, Any] = {"id": f"n{number}", "text": "the soup", "pair": "", "label": "good"}
+        row |= {"split": "train", "author": "a"}
         for field in data.draw(st.lists(st.sampled_from(FIELDS), min_size=1, max_size=3)):
             row[field] = data.draw(st.one_of(ODD_TEXTS, NUMBERS, st.none()))
         line = json.dumps(row)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from cl_dist.run_config import RunConfig
 from cl_dist.storage import Room
 from cl_dist.tracking import versions
 from launcher import preflight
-from tests.launcher.commands import Cli
+from tests import tiny
+from tests.launcher.commands import Cli, save_run
 
 SOUND = NodeFacts(
     name="node-1 (192.0.2.1)",
@@ -79,6 +81,119 @@ def test_what_loading_the_rows_warns_of_is_found(cli: Cli, run_file: Path) -> No
     assert r"'GOOD\x1b[31m' (1 row)" in warning
     shown = cli("check", run_file)
     assert (shown.code, "\x1b" in shown.out) == (0, False)
+
+
+def writes(folder: Path, **task: Any) -> Path:
+    """Return a run file of a method that writes its answers, with settings of task film."""
+    tree = tiny.tree(folder, {"science": {"method": dict(tiny.METHODS["lamol"])}}, tasks=("food", "film"))
+    tree["science"]["tasks"][1] |= task
+    return save_run(folder / "run.yaml", tree)
+
+
+def film(folder: Path, split: str, number: int, **changes: str) -> int:
+    """Change a row of a split of film.jsonl, give every row a pair, and return the line of the row."""
+    path = folder / "film.jsonl"
+    rows = [{"pair": "soup", **json.loads(line)} for line in path.read_text(encoding="utf8").splitlines()]
+    line = [at for at, row in enumerate(rows) if row["split"] == split][number]
+    rows[line] |= changes
+    tiny.save_rows(path, rows)
+    return line + 1
+
+
+LONG = "cake " * 12
+
+
+@pytest.mark.parametrize(
+    ("split", "changes", "task", "told"),
+    [
+        (
+            "test",
+            {"pair": LONG},
+            {},
+            "field pair: question and answer have 15 + 1 tokens, with 2 special ones 18, more",
+        ),
+        ("dev", {"pair": LONG}, {}, "field pair: question and answer have 15 + 1 tokens"),
+        ("train", {"pair": LONG}, {}, "field pair: question and answer have 15 + 1 tokens"),
+        ("train", {"label": LONG}, {"answer": "text", "metric": "f1"}, "field label: question and answer have 4 + 12"),
+        ("dev", {"label": LONG}, {"answer": "text", "metric": "f1"}, "field label: question and answer have 4 + 12"),
+    ],
+)
+def test_a_row_that_cannot_be_read_by_a_model_that_writes_is_told_before_the_first_stage(
+    cli: Cli, tmp_path: Path, split: str, changes: dict[str, str], task: dict[str, str], told: str
+) -> None:
+    run = writes(tmp_path, text_pair="pair", **task)
+    line = film(tmp_path, split, 2, **changes)
+    code, found = looked_at(cli, run)
+    assert (code, [(finding["check"], finding["where"]) for finding in found["fail"]]) == (4, [("data", "task film")])
+    assert f"film.jsonl, line {line}, {told}" in found["fail"][0]["found"]
+    assert "train.max_length=16" in found["fail"][0]["found"]
+    ended = cli("train", run)
+    assert ended.code == 3
+    assert f"line {line}, {told}" in " ".join(ended.err.split())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_question_that_is_too_long_is_told_with_the_limit_of_its_task(cli: Cli, tmp_path: Path) -> None:
+    code, found = looked_at(cli, writes(tmp_path, question=LONG, train={"max_length": 14}))
+    assert code == 4
+    assert "12 + 1 tokens, with 2 special ones 15, more than train.max_length=14" in found["fail"][0]["found"]
+    assert looked_at(cli, writes(tmp_path, question=LONG, train={"max_length": 15}))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (("+", "-"), "labels '+' and '-' are the same to the tokenizer ([UNK])"),
+        (("Good", "good"), "labels 'Good' and 'good' are the same to the tokenizer (good)"),
+        (("good", "good "), "labels 'good' and 'good ' are the same"),
+        (("good cake", "\u0301"), "is no token to the tokenizer"),
+    ],
+)
+def test_labels_that_the_tokenizer_cannot_tell_apart_are_told_before_the_first_stage(
+    cli: Cli, tmp_path: Path, labels: tuple[str, str], told: str
+) -> None:
+    run = writes(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "film.jsonl").read_text(encoding="utf8").splitlines()]
+    path = tmp_path / "decoder" / "tokenizer.json"
+    spelling = json.loads(path.read_text(encoding="utf8"))
+    cleaning = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": True}
+    path.write_text(json.dumps(spelling | {"normalizer": cleaning | {"strip_accents": None}}), encoding="utf8")
+    renamed = dict(zip(("good", "bad"), labels, strict=True))
+    tiny.save_rows(tmp_path / "film.jsonl", [row | {"label": renamed[row["label"]]} for row in rows])
+    code, found = looked_at(cli, run)
+    assert (code, [(finding["check"], finding["where"]) for finding in found["fail"]]) == (4, [("data", "task film")])
+    assert told in found["fail"][0]["found"]
+    ended = cli("train", run)
+    assert ended.code == 3
+    assert told in " ".join(ended.err.split())
+    classes = tiny.tree(tmp_path / "classes", {"science": {"method": {"name": "sequential"}}}, tasks=("food",))
+    classes["science"]["tasks"][0]["source"]["path"] = str(tmp_path / "film.jsonl")
+    assert looked_at(cli, save_run(tmp_path / "classes.yaml", classes))[0] == 0  # classes need no spelling
+
+
+def test_the_labels_of_a_baseline_that_writes_are_looked_at_too(cli: Cli, tmp_path: Path) -> None:
+    run = writes(tmp_path)
+    tree = read_yaml(run)
+    over = {"method": {"name": "sequential"}, "model": {"answers": "text"}, "train": {"max_length": 5}}
+    code, found = looked_at(cli, save_run(run, tree | {"baselines": {"short": over}}))
+    assert code == 4
+    assert "more than train.max_length=5" in found["fail"][0]["found"]
+
+
+@pytest.mark.parametrize(("metric", "package"), [("rouge_l", "rouge_score"), ("bleu", "sacrebleu")])
+def test_a_metric_without_its_package_is_told_before_the_first_stage(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.rouge_scorer", None)
+    run = writes(tmp_path, answer="text", metric=metric)
+    code, found = looked_at(cli, run)
+    assert (code, found["fail"][0]["where"]) == (4, "task film")
+    assert f"tasks.film.metric '{metric}': this metric needs {package}" in found["fail"][0]["found"]
+    ended = cli("train", run)
+    assert ended.code == 2
+    assert "cl-dist[text]" in ended.err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_model_that_is_not_there_is_found(cli: Cli, run_file: Path) -> None:

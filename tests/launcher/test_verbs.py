@@ -222,7 +222,8 @@ def test_export_writes_a_model_that_answers_as_predict_does(cli: Cli, run: Path,
     assert stamps(run) == before
     document = ended.json()
     assert (document["task"], document["model"]) == ("film", "01-film/train")
-    assert {"config.json", "model.safetensors", "cl_dist.json", "parts.safetensors"} <= document["files"].keys()
+    files = {"README.md", "config.json", "backbone/model.safetensors", "cl_dist.json", "parts.safetensors"}
+    assert files <= document["files"].keys()
 
     model, tokenizer, labels = load_exported(tmp_path / "out" / "film")
     texts = [row["text"] for row in rows_of(run, "film")][:4]

@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 from collections import Counter
 from hashlib import sha256
 from importlib.util import find_spec
@@ -259,6 +260,52 @@ def test_dedupe_tells_rows_apart_by_their_pair(path: Path) -> None:
 def test_ids_may_start_over_in_each_split_but_not_repeat_within_one(path: Path) -> None:
     data = [row | {"key": number % 4} for number, row in enumerate(good())]
     assert not check(path, data, row_id="key").faults
+
+
+def turns(*ids: str) -> list[dict[str, Any]]:
+    """Rows with these ids, as a train, a dev and a test split."""
+    return [
+        {"split": split, "label": "area: west", "text": f"{split} {row_id}", "key": row_id}
+        for split in ("train", "dev", "test")
+        for row_id in ids
+    ]
+
+
+WOZ: dict[str, Any] = {"answer": "text", "metric": "joint_state"}
+
+
+@pytest.mark.parametrize(
+    ("ids", "column", "expected"),
+    [
+        (("a-0", "a-1", "b-c-0", "b-c-1"), "key", None),
+        (("a-0", "a-1"), None, r"laptop.jsonl: metric joint_state needs `row_id`"),
+        (("a-0", "b"), "key", "laptop.jsonl, line 2, field key: id 'b': metric joint_state expects <dialogue>-<number"),
+        (("a-0", "-1"), "key", "laptop.jsonl, line 2, field key: id '-1'"),
+        (("a-0", "a-x"), "key", "laptop.jsonl, line 2, field key: id 'a-x'"),
+        (
+            ("a-1", "a-0"),
+            "key",
+            "laptop.jsonl, line 2, field key: turn 0 of 'a' comes after turn 1 .line 1.; sort them",
+        ),
+    ],
+)
+def test_a_joint_state_needs_to_know_the_turns_of_each_dialogue(
+    path: Path, ids: tuple[str, ...], column: str | None, expected: str | None
+) -> None:
+    checked = check(path, turns(*ids), **WOZ, row_id=column)
+    if expected is None:
+        assert (checked.faults, checked.warnings) == ((), ())
+    else:
+        assert re.search(expected, str(checked.faults[0])), checked.faults[0]
+    assert not check(path, turns(*ids), answer="text", metric="turn_state", row_id=column).faults
+
+
+@pytest.mark.parametrize(
+    ("ids", "over"), [(("a-0", "a-2", "b-0"), {}), (("a-3", "a-4"), {}), (("a-0", "a-1", "a-2"), {"rows": {"test": 2}})]
+)
+def test_dialogues_that_lack_turns_are_a_warning(path: Path, ids: tuple[str, ...], over: dict[str, Any]) -> None:
+    warnings = check(path, turns(*ids), **WOZ, row_id="key", **over).warnings
+    assert any(re.search("joint_state: 1 of . test dialogues lack turns, such as 'a'", text) for text in warnings)
 
 
 def test_split_names_are_translated_and_null_drops_a_split(path: Path) -> None:

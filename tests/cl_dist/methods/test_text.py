@@ -9,7 +9,7 @@ import torch
 from cl_dist.config import parse
 from cl_dist.data.rows import Row
 from cl_dist.data.tasks import TaskConfig
-from cl_dist.errors import ConfigError
+from cl_dist.errors import ConfigError, DataError
 from cl_dist.jobs import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref, ref
@@ -78,6 +78,9 @@ def test_turns_are_followed_through_their_dialogues() -> None:
     later = compared(task, (), rows, ["food: greek;", "area: west;", "area: east;"])
     assert later["turn_state"] == 2 / 3
     assert later["joint_state"] == 1 / 3  # what was missed in the first turn is still missed in the second
+    numbered = [Row(str(number), "text", None, label) for number, (_, label) in enumerate(said)]
+    with pytest.raises(DataError, match=r"joint_state needs ids <dialogue>-<number of the turn>, not '0'"):
+        compared(task, (), numbered, ["food: thai;"] * 3)
 
 
 @pytest.mark.parametrize(

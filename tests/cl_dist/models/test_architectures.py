@@ -178,10 +178,10 @@ class Maps:
         self.parts: dict[int, list[NDArray[np.float32]]] = {}
         self.seen: list[int] = []
 
-    def see(self, layer: int, seen: int, attention_HST: NDArray[np.float32]) -> None:
+    def see(self, layer: int, seen: int, attention_HST: cci.Attention) -> None:
         for row in range(attention_HST.shape[1]):
             assert not attention_HST[:, row, seen + row + 1 :].any()
-        self.parts.setdefault(layer, []).append(attention_HST)
+        self.parts.setdefault(layer, []).append(np.asarray(attention_HST))
 
 
 @each

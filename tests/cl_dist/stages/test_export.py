@@ -2,6 +2,7 @@
 and what writes answers as a plain language model."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+    pipeline,
+)
 
 from cl_dist.config import parse
 from cl_dist.data.classify import ClassifyRows
@@ -23,7 +34,7 @@ from cl_dist.models.classifier import Batch
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Evaluate
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.export import CARD, PARTS, export, load_exported
+from cl_dist.stages.export import BACKBONE, CARD, PARTS, README, export, load_exported
 from cl_dist.stages.job import Job
 from cl_dist.stages.predict import Predictor
 from tests import tiny
@@ -77,10 +88,11 @@ def test_every_method_exported_answers_to_the_bit_as_in_its_run(name: str, tmp_p
         assert expected.shape == (10, len(labels))
         assert torch.equal(logits_of_export(book, job, task, folder), expected)
         assert load_exported(folder)[2] == labels
-        plain = AutoModel.from_pretrained(folder)
+        plain = AutoModel.from_pretrained(folder / BACKBONE)
         assert plain.config.model_type == "bert"
-    assert str(tmp_path) not in "".join(p.read_text("utf8") for p in tmp_path.glob("export*/*.json"))
-    assert {p.suffix for p in tmp_path.glob("export*/*")} <= {".json", ".safetensors", ".txt"}
+    files = [path for path in tmp_path.glob("export*/**/*") if path.is_file()]
+    assert str(tmp_path) not in "".join(p.read_text("utf8") for p in files if p.suffix in (".json", ".md"))
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt", ".md"}
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +126,13 @@ def test_a_frozen_backbone_is_exported_as_it_came_and_a_tuned_one_as_it_is(
     book: Workbook, exported: Path, tmp_path: Path
 ) -> None:
     source = load_backbone(book.config.science.model).state_dict()
-    frozen = AutoModel.from_pretrained(exported).state_dict()
+    frozen = AutoModel.from_pretrained(exported / BACKBONE).state_dict()
     assert all(torch.equal(frozen[name], tensor) for name, tensor in source.items())
 
     tuned_book = compute(tmp_path / "run", "sequential")
     job = last_job(tuned_book, 1)
     export(job, 1, tmp_path / "x", "f00d")
-    tuned = AutoModel.from_pretrained(tmp_path / "x").state_dict()
+    tuned = AutoModel.from_pretrained(tmp_path / "x" / BACKBONE).state_dict()
     expected = {name: tensor for name, tensor in build_learner(job).model.state_dict().items() if "backbone." in name}
     assert all(torch.equal(tuned[name.removeprefix("backbone.")], tensor) for name, tensor in expected.items())
     assert any(not torch.equal(tuned[name], tensor) for name, tensor in source.items())
@@ -134,7 +146,9 @@ def test_the_precision_of_the_run_is_kept(book: Workbook, tmp_path: Path) -> Non
     found = logits_of_export(book, job, 1, tmp_path / "x")
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, logits_of_run(book, job, 1))
-    assert {tensor.dtype for tensor in load_file(tmp_path / "x" / "model.safetensors").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "x" / BACKBONE / "model.safetensors").values()} == {
+        torch.float32
+    }
 
 
 def test_the_tokenizer_cuts_where_the_run_did(exported: Path) -> None:
@@ -171,6 +185,57 @@ def test_a_decoder_whose_tokenizer_does_not_pad_is_given_texts_of_any_length(tmp
         torch.testing.assert_close(model(alone)[0].detach(), together[number])
 
 
+def test_a_folder_of_the_version_before_is_still_read(book: Workbook, exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "x")
+    for path in (folder / BACKBONE).iterdir():
+        path.replace(folder / path.name)
+    edited_card(folder, format_version=1)
+    job = last_job(book, 0)
+    assert torch.equal(logits_of_export(book, job, 0, folder), logits_of_run(book, job, 0))
+
+
+def code(folder: Path) -> str:
+    """Return the lines of a folder's README.md that load it, with the folder filled in."""
+    (block,) = re.findall(r"```python\n(.*?)```", (folder / README).read_text("utf8"), flags=re.DOTALL)
+    return str(block).replace("DIR", str(folder))
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("method", ["ctr", "adapter", "sequential"])
+def test_a_classifier_is_refused_by_all_that_would_answer_without_its_parts(
+    tmp_path: Path, method: str, kind: str
+) -> None:
+    model = {"config": {"model_type": kind, **TINY[kind], "vocab_size": len(tiny.WORDS)}} if kind != "bert" else {}
+    settings = {key: value for key, value in tiny.CTR.items() if key in METHODS[method].config.model_fields}
+    science = {"method": settings | {"name": method}, "train": {"epochs": 1, "min_round_steps": 1}, "model": model}
+    book = tiny.compute(tiny.book(tmp_path / "run", {"science": science}, tasks=TASKS))
+    folder = tmp_path / "exported"
+    export(last_job(book, 1), 1, folder, "f00d")
+    loaders: list[Any] = [
+        *(AutoModel, AutoModelForSequenceClassification, AutoModelForCausalLM, AutoModelForTokenClassification),
+        AutoConfig,
+    ]
+    chained: Any = pipeline  # its many types name tasks
+    calls: list[Any] = [loader.from_pretrained for loader in loaders]
+    calls += [lambda where: chained("text-classification", where), lambda where: chained(model=where)]
+    for call in calls:
+        with pytest.raises((ValueError, RuntimeError), match=r"load it with cl_dist\.stages\.export\.load_exported"):
+            call(str(folder))
+    plain: Any = BertForSequenceClassification if kind == "bert" else LlamaForSequenceClassification
+    with pytest.raises(OSError, match=r"no file named .*model\.safetensors"):  # nor is there anything to load by force
+        plain.from_pretrained(folder)
+    described = json.loads((folder / "config.json").read_text("utf8"))
+    assert described["id2label"] == {"0": "garden", "1": "kitchen", "2": "office"}
+
+    names: dict[str, Any] = {}
+    exec(code(folder), names)
+    rows = book.data(1).test
+    encoded = names["tokenizer"]([row.text for row in rows], padding=True, truncation=True, return_tensors="pt")
+    answers = [names["labels"][k] for k in names["model"](encoded).argmax(-1)]
+    assert answers == Predictor(last_job(book, 1)).answers(1, rows)
+    assert names["labels"] == list(described["id2label"].values())
+
+
 def test_a_folder_that_holds_something_is_refused(book: Workbook, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "notes.txt").write_text("mine", "utf8")
@@ -191,8 +256,8 @@ def edited_card(folder: Path, **changes: Any) -> None:
 
 
 def of_a_later_version(folder: Path) -> str:
-    edited_card(folder, format_version=2)
-    return "format_version=2: this version of cl-dist reads 1"
+    edited_card(folder, format_version=3)
+    return "format_version=3: this version of cl-dist reads 1 and 2"
 
 
 def of_an_unknown_method(folder: Path) -> str:
@@ -261,11 +326,10 @@ def test_a_model_that_writes_needs_transformers_alone(tmp_path: Path, lora: Any)
     rows = book.data(0).test
     expected = Predictor(book.job(last)).answers(0, rows)
     assert len(set(expected)) > 1
-    end = tokenizer.convert_tokens_to_ids("<end>")
     for row, answer in zip(rows, expected, strict=True):
-        ids = tokenizer(f"{row.text} which one ? <ans>", add_special_tokens=False, return_tensors="pt")["input_ids"]
-        asked = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
-        written = model.generate(ids, attention_mask=torch.ones_like(ids), **asked)[0, ids.shape[1] :]
+        asked = tokenizer(f"{row.text} which one ? <ans>", return_tensors="pt")
+        written = model.generate(**asked)[0, asked["input_ids"].shape[1] :]
+        assert written[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(written, skip_special_tokens=True).strip() == answer
     with pytest.raises(ConfigError, match="load it with AutoModelForCausalLM"):
         load_exported(folder)

@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from cl_dist.data.language import Special
+from cl_dist.config import parse
+from cl_dist.data.language import Special, Speller
 from cl_dist.data.samples import read_samples
 from cl_dist.errors import CheckpointError, TrainingError
 from cl_dist.jobs import Workbook
-from cl_dist.stage import Budget, Ref
-from cl_dist.stages import generate
+from cl_dist.models.backbone import load_tokenizer
+from cl_dist.run_config import RunConfig
+from cl_dist.stage import Budget, Record, Ref, Train
+from cl_dist.stages import generate, train
+from cl_dist.stages.build import build_learner
 from cl_dist.stages.job import Job
+from cl_dist.stages.vote import Recording
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny
 
@@ -88,7 +93,9 @@ def test_every_request_is_accounted_for(job: Job, book: Workbook) -> None:
         ([1, 2, 3, 9], None),  # that the mark is absent is seen when the whole is judged
         ([1, 100, 2, 100], "no_answer_mark"),
         ([1, 104], "stray_token"),
-        ([1] * 15, "no_end"),
+        ([*[1] * 15, 9], None),  # as long as a row that was cut: its end is still drawn
+        ([1] * 16, "no_end"),
+        ([*[1] * 15, 100], "no_end"),
     ],
 )
 def test_what_ends_a_sample_and_how(tokens: list[int], fault: str | None) -> None:
@@ -96,6 +103,7 @@ def test_what_ends_a_sample_and_how(tokens: list[int], fault: str | None) -> Non
     ended = [line.takes(token) for token in tokens]
     assert ended == [False] * (len(tokens) - 1) + [True]
     assert line.fault == fault
+    assert len(line.tokens) <= 15  # with the token that asks, no longer than a row: there is no place for more
 
 
 def test_labels_keep_their_shares_as_far_as_attempts_go(job: Job) -> None:
@@ -156,3 +164,85 @@ def test_pseudo_samples_change_what_is_trained(book: Workbook, tmp_path: Path) -
     name = min(stored[0])
     assert not torch.equal(stored[0][name], stored[1][name])
     assert [stage.name for stage in other.plan(1)] == ["train", "evaluate"]
+
+
+LENGTH = 12
+
+
+def cut(folder: Path, method: str, lengths: tuple[int, int]) -> Workbook:
+    """Return a run on texts that are longer than any row may be, with a max_length for each task."""
+    settings = {**tiny.METHODS[method], **({"gamma": 1.0} if tiny.writes(method) else {})}
+    tree = tiny.tree(folder, {"science": {"method": settings}}, tasks=("food", "film"))
+    for task in ("food", "film"):
+        rows = tiny.rows(task, 20)
+        for row in rows:
+            row["text"] = " ".join([row["text"].split()[-1], *tiny.FILLERS, *tiny.FILLERS])
+        tiny.save_rows(folder / f"{task}.jsonl", rows)
+    for task, length in zip(tree["science"]["tasks"], lengths, strict=True):
+        task["train"] = {"max_length": length}
+    return Workbook(parse(RunConfig, tree))
+
+
+@pytest.mark.parametrize("lengths", [(LENGTH, LENGTH), (LENGTH, LENGTH - 4)])
+def test_rows_that_were_cut_are_written_again(tmp_path: Path, lengths: tuple[int, int]) -> None:
+    """Whatever the new task's max_length: a sample is as long as a row of its own task may be."""
+    book = tiny.compute(cut(tmp_path, "lamol", lengths))
+    job = book.job(book.stage(Ref(task=1, stage="generate")))
+    once = job.generate.model_copy(update={"max_attempts": 1, "balance_labels": False})
+    written = generate.Dreamer(replace(job, generate=once)).run(generate.Shard(0, 0, 128))
+    assert len(written["samples"]) >= 100
+    assert written["faults"].get("no_end", 0) <= 20
+    assert {len(s["prefix"]) + len(s["answer"]) + 2 for s in written["samples"]} >= {LENGTH}
+    assert max(len(s["prefix"]) + len(s["answer"]) + 2 for s in written["samples"]) == LENGTH
+
+
+@pytest.mark.parametrize(
+    ("method", "lengths"),
+    [
+        ("lamol_real", (LENGTH, LENGTH - 4)),
+        ("replay", (LENGTH, LENGTH - 4)),
+        ("joint", (LENGTH, LENGTH + 4)),
+        ("rational_lamol", (LENGTH, LENGTH + 4)),
+    ],
+)
+def test_real_rows_of_a_task_are_cut_as_its_own_settings_say(
+    tmp_path: Path, method: str, lengths: tuple[int, int]
+) -> None:
+    book = cut(tmp_path, method, lengths)
+    stage = next(s for s in book.plan(1) if isinstance(s, Record if method == "rational_lamol" else Train))
+    job = replace(book.job(stage), chain=())  # its data, with a model that nothing has trained
+    if isinstance(stage, Record):
+        reader = Recording(job)
+        tokens, _ = reader._tokens(book.data(0), book.data(0).train[0])
+        assert len(tokens) == LENGTH - 3 - 1 - 2  # question, answer, and two tokens around the answer
+    else:
+        assert isinstance(stage, Train)
+        learner = build_learner(job)
+        train.start(job, learner)
+        rows, _ = train._rows(job, stage, learner)
+        number = {length: sum(rows.length(k) == length for k in range(len(rows))) for length in lengths}
+        assert number[lengths[1]] == 20
+        assert number[LENGTH] == len(rows) - 20 > 0
+    other = cut(tmp_path, method, (LENGTH - 1, lengths[1]))
+    assert other.facts(stage) != book.facts(stage)
+
+
+def test_labels_are_chosen_by_number_and_not_by_which_sample_ends_first(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of even numbers are long, and end last: they are kept all the same where labels are balanced."""
+    special = Speller(load_tokenizer(job.model)).special
+    cake, *question = (tiny.SPOKEN.index(word) for word in ("cake", "which", "one", "?"))
+
+    def written(model: Any, waiting: Any, slots: int, length: int, pick: Any) -> Any:
+        while waiting:
+            line = min(waiting, key=lambda line: (line.attempt, line.number % 2 == 0, line.number))
+            label = tiny.SPOKEN.index("bad" if line.attempt else "good")
+            line.tokens = [*[cake] * (6 if line.number % 2 == 0 else 1), *question, special.ans, label]
+            waiting.remove(line)
+            yield line
+
+    monkeypatch.setattr(generate, "write", written)
+    found = generate.Dreamer(job).run(generate.Shard(0, 0, 8))
+    assert found["faults"] == {"surplus_label": 4}
+    assert {s["number"]: s["label"] for s in found["samples"]} == {n: "good" if n < 4 else "bad" for n in range(8)}

@@ -1,0 +1,86 @@
+"""Faults of the rows of a model that writes: labels that its tokenizer cannot tell apart, and rows that do not fit.
+
+Found before anything is computed, instead of in the stage that first meets such a row, or never.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from cl_dist.data.language import BETWEEN, Speller, asked_of
+from cl_dist.data.load import Checked
+from cl_dist.data.rows import SPLITS, Row, TaskData
+from cl_dist.data.sources import Fault
+from cl_dist.data.tasks import TaskConfig
+
+_CHUNK = 4096
+Misfit = tuple[str, int, str | None, str]
+"""(split, number of a row in it, column, message)."""
+
+
+def label_faults(labels: Sequence[str], speller: Speller) -> list[str]:
+    """Return what is wrong with labels that are to be written: spelled alike, or as nothing.
+
+    An answer ends at the first end-of-text token, so labels are compared up to there.
+    """
+    faults = []
+    first: dict[tuple[int, ...], str] = {}
+    for label in labels:
+        tokens = speller.encode(label)
+        eos = speller.special.eos
+        spelled = tuple(tokens[: tokens.index(eos)] if eos in tokens else tokens)
+        if not spelled:
+            why = "the end of text" if tokens else "no token"
+            faults.append(f"label {label!a} is {why} to the tokenizer, so no answer can be this label")
+            continue
+        other = first.setdefault(spelled, label)
+        if other != label:
+            shown = speller.show(spelled)
+            faults.append(
+                f"labels {other!a} and {label!a} are the same to the tokenizer ({shown}), so one is never given"
+            )
+    return faults
+
+
+def length_faults(
+    task: TaskConfig, data: TaskData, speller: Speller, max_length: int, blind: Iterable[str] = ("test",)
+) -> Iterator[Misfit]:
+    """Yield each row whose question and answer exceed max_length.
+
+    Rows are laid out as questions with answers (see data.language): those of `blind` splits are answered, so they leave
+    room for the longest answer of the train rows, others for their own.
+    """
+    answers = _lengths(speller, (row.label for row in data.train))
+    longest = max(answers.values(), default=0)
+    for split in SPLITS:
+        rows = data.rows(split)
+        is_blind = split in blind
+        for start in range(0, len(rows), _CHUNK):
+            part = rows[start : start + _CHUNK]
+            questions = _lengths(speller, (asked_of(row, data.question) for row in part))
+            own = {} if is_blind and split != "dev" else _lengths(speller, (row.label for row in part))
+            for number, row in enumerate(part, start):
+                asked, answer = questions[asked_of(row, data.question)], own.get(row.label, 0)
+                needed = asked + max(answer, longest if is_blind else 0) + BETWEEN
+                if needed > max_length:
+                    yield split, number, _column(task, row, asked, answer), _message(asked, needed, max_length)
+
+
+def _lengths(speller: Speller, texts: Iterable[str]) -> dict[str, int]:
+    distinct = list(dict.fromkeys(texts))
+    return dict(zip(distinct, speller.lengths(distinct), strict=True))
+
+
+def _column(task: TaskConfig, row: Row, asked: int, answer: int) -> str | None:
+    """Return the column that is to blame: that of the answer or of text_pair; none where it is the task's question."""
+    return task.label if answer > asked else task.text_pair if row.text_pair else None
+
+
+def _message(asked: int, needed: int, max_length: int) -> str:
+    return (
+        f"question and answer have {asked} + {needed - asked - BETWEEN} tokens, with {BETWEEN} special ones {needed}, "
+        f"more than train.max_length={max_length}; raise it, or shorten question, text_pair or answer"
+    )
+
+
+def located(checked: Checked, found: Iterable[Misfit]) -> list[Fault]:
+    """Return faults with file and line of rows that `length_faults` has found."""
+    return [checked.records[split][number].fault(column, message) for split, number, column, message in found]

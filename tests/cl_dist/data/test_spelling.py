@@ -1,0 +1,65 @@
+"""Labels and rows that a model that writes cannot take, on a tokenizer of whole words."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from cl_dist.config import parse
+from cl_dist.data.language import Speller, spell
+from cl_dist.data.rows import Row, TaskData
+from cl_dist.data.spelling import label_faults, length_faults
+from cl_dist.data.tasks import TaskConfig
+from cl_dist.errors import DataError
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def speller(tmp_path_factory: pytest.TempPathFactory) -> Speller:
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny.save_tokenizer(tmp_path_factory.mktemp("words"), tiny.SPOKEN))
+    tokenizer.eos_token = "[SEP]"
+    return Speller(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (("good", "bad"), []),
+        (("good", "+"), []),  # unknown, but unlike the other
+        (("+", "bad", "-"), ["labels '+' and '-' are the same to the tokenizer ([UNK])"]),
+        (("good", "good [SEP] bad"), ["labels 'good' and 'good [SEP] bad' are the same"]),  # an answer ends there
+        (("good", "[SEP]"), ["label '[SEP]' is the end of text to the tokenizer"]),
+        (("good", " "), ["label ' ' is no token to the tokenizer"]),
+        (("+", "-", "*"), ["labels '+' and '-'", "labels '+' and '*'"]),
+    ],
+)
+def test_labels_are_told_apart_as_an_answer_is_read(speller: Speller, labels: tuple[str, ...], told: list[str]) -> None:
+    found = label_faults(labels, speller)
+    assert len(found) == len(told)
+    assert all(fault.startswith(start) for fault, start in zip(found, told, strict=True))
+
+
+def row(number: int, pair: str, label: str) -> Row:
+    return Row(str(number), "the cake", pair, label)
+
+
+@pytest.mark.parametrize("length", [5, 6, 7, 8, 9])
+def test_a_row_is_told_exactly_where_it_cannot_be_laid_out(speller: Speller, length: int) -> None:
+    """Expected: words and two special tokens, counted; of test rows with the longest answer of the train rows."""
+    task = parse(
+        TaskConfig,
+        {"id": "t", "text_pair": "pair", "answer": "text", "metric": "f1", "source": {"kind": "jsonl", "path": "x"}},
+    )
+    rows = [row(n, "soup " * pair, "good " * label) for n, (pair, label) in enumerate([(1, 1), (1, 3), (3, 2), (5, 1)])]
+    data = TaskData("t", (), "?", tuple(rows), tuple(rows[:3]), tuple(rows), {}, 0)
+    found = {(split, number) for split, number, _, _ in length_faults(task, data, speller, length)}
+    expected = set()
+    for split, reserved in (("train", 0), ("dev", 0), ("test", 3)):
+        for number, each in enumerate(data.rows(split)):
+            answer = reserved or len(each.label.split())
+            if len((each.text_pair or "").split()) + 1 + answer + 2 > length:
+                expected.add((split, number))
+                with pytest.raises(DataError, match=rf"max_length={length} leaves room for .{length - 2}."):
+                    spell(speller, replace(each, label="") if reserved else each, "?", length, reserved)
+    assert found == expected
