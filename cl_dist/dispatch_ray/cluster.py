@@ -7,12 +7,18 @@ import signal
 import socket
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.network_utils import is_localhost
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.services import canonicalize_bootstrap_address, find_bootstrap_address
 from ray.exceptions import RayError
 
+from cl_dist.dispatch_ray.private import clusters_here, private, temp_dir
 from cl_dist.errors import ClusterError
 from cl_dist.run_config import ClusterConfig
 
@@ -27,6 +33,8 @@ PROCESS_ENV = {
     "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
 }
 """Set in every worker process before torch starts, unless the user has set them."""
+OPEN = "the Ray cluster asks for no token: whoever reaches a port of its nodes runs commands as its user"
+CLOSE_IT = "start every node with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN, and set both here"
 PASSED_ON = ("HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "DS_ACCELERATOR", "PYTHONPATH")
 
 
@@ -40,8 +48,15 @@ class Place:
     pid: int
 
 
-def connect(cluster: ClusterConfig) -> None:
-    """Join the cluster that is named, or start one on this machine.
+class Connection(ExitStack):
+    """A driver's place in a cluster; closing it leaves the cluster, and stops it where it is the run's own."""
+
+    folder: Path | None = None
+    """The folder of a Ray that is the run's own."""
+
+
+def connect(cluster: ClusterConfig) -> Connection:
+    """Join the cluster that is named, or start one on this machine for this run alone.
 
     Raises:
         ClusterError: If it cannot be reached.
@@ -57,28 +72,35 @@ def connect(cluster: ClusterConfig) -> None:
         "log_to_driver": False,
         "logging_level": "ERROR",
     }
-    if cluster.address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # reachable from this machine alone
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # without the run's environment: of no use
-        wanted = math.ceil(cluster.workers * cluster.cpus_per_worker)
-        cores = os.cpu_count() or 1
-        if wanted > cores:
-            log.warning(
-                "cluster.workers=%d need %d CPUs, this machine has %d: they share",
-                cluster.workers,
-                wanted,
-                cores,
-            )
-        settings |= {"num_cpus": max(wanted, cores), "_node_ip_address": "127.0.0.1"}
-    else:
-        _check_reachable(cluster.address)
+    with Connection() as connection:
+        if cluster.address is None:
+            connection.folder = connection.enter_context(private())
+            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # without the run's environment: of no use
+            # "local", since None would join whatever a crashed driver left noted in Ray's temporary folder.
+            settings |= {"address": "local", "num_cpus": _cpus(cluster), "_temp_dir": temp_dir(connection.folder)}
+        else:
+            settings["address"] = _reachable(cluster.address)
+        connection.callback(ray.shutdown)
+        _init(cluster.address, settings)
+        left: Connection = connection.pop_all()
+        left.folder = connection.folder
+        return left
+
+
+def _cpus(cluster: ClusterConfig) -> int:
+    wanted, cores = math.ceil(cluster.workers * cluster.cpus_per_worker), os.cpu_count() or 1
+    if wanted > cores:
+        log.warning("cluster.workers=%d need %d CPUs, this machine has %d: they share", cluster.workers, wanted, cores)
+    return max(wanted, cores)
+
+
+def _init(address: str | None, settings: dict[str, Any]) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        # "local", since None would join whatever a crashed driver left noted in Ray's temporary folder.
-        ray.init(address=cluster.address or "local", **settings)
-    except (ConnectionError, RuntimeError, ValueError, RayError, TimeoutError) as error:
-        where = cluster.address or "a local Ray"
-        raise ClusterError(f"cluster.address={cluster.address!r}: cannot reach {where}: {error}") from error
+        ray.init(**settings)
+    except (OSError, RuntimeError, ValueError, RayError, TimeoutError) as error:
+        where = address or "a local Ray"
+        raise ClusterError(f"cluster.address={address!r}: cannot reach {where}: {error}") from error
     except SystemExit:  # from Ray's own handler of SIGTERM
         signal.signal(signal.SIGTERM, on_sigterm)
         signal.raise_signal(signal.SIGTERM)
@@ -88,18 +110,63 @@ def connect(cluster: ClusterConfig) -> None:
             signal.signal(signal.SIGTERM, on_sigterm)
 
 
-def _check_reachable(address: str) -> None:
-    """Fail at once where nobody listens: Ray would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if "://" in address or not port.isdigit():
-        return  # 'auto', or an address of another kind
+def _reachable(address: str) -> str:
+    """Return where to join; fail at once where nobody listens: Ray would try for minutes."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or address
+    where = find_cluster() if address == "auto" else address
+    host, _, port = where.rpartition(":")
+    if "://" in where or not port.isdigit():
+        return where  # an address of another kind
     try:
-        socket.create_connection((host, int(port)), timeout=10.0).close()
+        # Ray takes a loopback address for the machine's public one.
+        host = str(canonicalize_bootstrap_address(where)).rpartition(":")[0]
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
     except OSError as error:
         raise ClusterError(
             f"cluster.address={address!r}: cannot reach it: {error}; expected HOST:PORT of a Ray head, 'auto', "
             "or nothing for a local Ray"
         ) from error
+    return where
+
+
+def find_cluster() -> str:
+    """Return the address of the cluster that has a node on this machine: what 'auto' means, never a run's own Ray.
+
+    Raises:
+        ClusterError: If there is none, or several.
+    """
+    found, noted = clusters_here(), find_bootstrap_address(None)  # the last `ray start` of this machine
+    if len(found) > 1 and noted not in found:
+        raise ClusterError(
+            f"cluster.address='auto': several Ray clusters have nodes on this machine: {', '.join(sorted(found))}; "
+            "name one"
+        )
+    where = noted if len(found) != 1 else next(iter(found))
+    if not where:
+        raise ClusterError(
+            "cluster.address='auto': no Ray cluster has a node on this machine (those that runs have started for "
+            "themselves are not joined); start one with `ray start --head`, name HOST:PORT of its head, set "
+            "RAY_ADDRESS, or leave cluster.address out for a local Ray"
+        )
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for 'auto'
+    return str(where)
+
+
+def is_open() -> bool:
+    """Return whether the cluster that was joined lets in whoever reaches it from another machine."""
+    import grpc
+
+    where = ray.get_runtime_context().gcs_address
+    nodes = [str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
+    if all(is_localhost(host) for host in (where.rpartition(":")[0], *nodes)):
+        return False
+    with grpc.insecure_channel(where) as stranger:
+        try:
+            stranger.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=5.0)
+        except grpc.RpcError:
+            return False
+    return True
 
 
 def head_listens() -> bool:
