@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._common.network_utils import is_localhost
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray._private.services import canonicalize_bootstrap_address, find_bootstrap_address
+from ray._private.services import canonicalize_bootstrap_address
+from ray._private.utils import read_ray_address
 from ray.exceptions import RayError
 
-from cl_dist.dispatch_ray.private import clusters_here, private, temp_dir
+from cl_dist.dispatch_ray.private import private, temp_dir
 from cl_dist.errors import ClusterError
 from cl_dist.run_config import ClusterConfig
 
@@ -112,42 +114,46 @@ def _init(address: str | None, settings: dict[str, Any]) -> None:
 
 def _reachable(address: str) -> str:
     """Return where to join; fail at once where nobody listens: Ray would try for minutes."""
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or address
-    where = find_cluster() if address == "auto" else address
-    host, _, port = where.rpartition(":")
-    if "://" in where or not port.isdigit():
-        return where  # an address of another kind
+    where = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
     try:
+        where = find_cluster() if where == "auto" else where
+        host, _, port = where.rpartition(":")
+        if "://" in where or not port.isdigit():
+            return where  # an address of another kind
         # Ray takes a loopback address for the machine's public one.
         host = str(canonicalize_bootstrap_address(where)).rpartition(":")[0]
         socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
-    except OSError as error:
+    except (OSError, ClusterError) as error:
         raise ClusterError(
             f"cluster.address={address!r}: cannot reach it: {error}; expected HOST:PORT of a Ray head, 'auto', "
-            "or nothing for a local Ray"
+            "or nothing for a Ray of the run's own"
         ) from error
     return where
 
 
 def find_cluster() -> str:
-    """Return the address of the cluster that has a node on this machine: what 'auto' means, never a run's own Ray.
+    """Return the cluster that has a node on this machine, as 'auto' means it: one that `ray start` has made.
+
+    `ray start` notes it in Ray's folder. A Ray that a run has started for itself, or a notebook, is noted nowhere.
 
     Raises:
         ClusterError: If there is none, or several.
     """
-    found, noted = clusters_here(), find_bootstrap_address(None)  # the last `ray start` of this machine
-    if len(found) > 1 and noted not in found:
-        raise ClusterError(
-            f"cluster.address='auto': several Ray clusters have nodes on this machine: {', '.join(sorted(found))}; "
-            "name one"
-        )
-    where = noted if len(found) != 1 else next(iter(found))
+    last, found = read_ray_address(), set[str]()
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or [""]
+        if os.path.basename(words[0]) == "raylet":
+            options = dict(word.partition("=")[::2] for word in words)
+            address = options.get("--gcs-address", "")
+            if address in (last, read_ray_address(options.get("--temp_dir"))):
+                found.add(address)
+    if len(found) > 1 and last not in found:
+        raise ClusterError(f"several Ray clusters have nodes on this machine; name one: {', '.join(sorted(found))}")
+    where = next(iter(found)) if len(found) == 1 else last  # whose processes may be hidden from us
     if not where:
         raise ClusterError(
-            "cluster.address='auto': no Ray cluster has a node on this machine (those that runs have started for "
-            "themselves are not joined); start one with `ray start --head`, name HOST:PORT of its head, set "
-            "RAY_ADDRESS, or leave cluster.address out for a local Ray"
+            "no Ray cluster has a node on this machine (a Ray that a run has started for itself is not joined); start "
+            "one with `ray start --head`, or name another machine's"
         )
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for 'auto'
     return str(where)
@@ -159,7 +165,7 @@ def is_open() -> bool:
 
     where = ray.get_runtime_context().gcs_address
     nodes = [str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
-    if all(is_localhost(host) for host in (where.rpartition(":")[0], *nodes)):
+    if all(is_localhost(host) for host in (where.rpartition(":")[0].strip("[]"), *nodes)):
         return False
     with grpc.insecure_channel(where) as stranger:
         try:

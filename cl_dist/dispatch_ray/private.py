@@ -1,7 +1,7 @@
 """A Ray of the run's own: on the loopback interface, with a token of its own, in a folder that only its user can enter.
 
 The token lies in a file of that folder, and Ray's processes are told where: it is in no environment, command line, log
-or job. Whoever sees the folder's name learns nothing, and 'auto' passes such a Ray by.
+or job.
 """
 
 import logging
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from ray._common.network_utils import is_localhost
 from ray._common.utils import get_default_system_temp_dir
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config
@@ -69,6 +70,7 @@ def private() -> Iterator[Path]:
 
 
 def _make_folder() -> Path:
+    """Make a folder where Ray would make its own, or in /tmp where that has no room for the names of sockets."""
     base = get_default_system_temp_dir()
     if len(os.path.join(base, LONGEST_SOCKET)) > SOCKET_PATH:
         if "RAY_TMPDIR" in os.environ:
@@ -102,27 +104,11 @@ def loopback() -> str:
         ClusterError: If there is none.
     """
     for name, addresses in psutil.net_if_addrs().items():
-        if any(each.family == socket.AF_INET and each.address == "127.0.0.1" for each in addresses):
+        if any(each.family in (socket.AF_INET, socket.AF_INET6) and is_localhost(each.address) for each in addresses):
             return name
-    raise ClusterError("no network interface has the address 127.0.0.1, which a local Ray needs")
-
-
-def clusters_here() -> set[str]:
-    """Return the addresses of the clusters that have a node on this machine, without those that are a run's own."""
-    found: set[str] = set()
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or [""]
-        options = dict(word.partition("=")[::2] for word in words)
-        if os.path.basename(words[0]) == "raylet" and not is_private(options.get("--temp_dir", "")):
-            found.add(options.get("--gcs-address", ""))
-    return found - {""}
+    raise ClusterError("no network interface has a loopback address such as 127.0.0.1, which a local Ray needs")
 
 
 def temp_dir(folder: Path) -> str:
     """Return where Ray puts its sockets and logs."""
     return str(folder / INNER)
-
-
-def is_private(temp_dir: str) -> bool:
-    """Return whether a Ray's folder says that it is a run's own."""
-    return Path(temp_dir).parent.name.startswith(PREFIX)

@@ -2,6 +2,8 @@
 
 import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +37,8 @@ class Seen:
     """What was done for somebody without a token, for each door that another machine reaches."""
     here: Mapping[Door, Mapping[str, Tried]]
     """What each door did for somebody on this machine with no token, a wrong one, and the right one."""
+    joining: Mapping[str, subprocess.CompletedProcess[str]]
+    """What commands did that look for a cluster of this machine."""
     files: Mapping[str, bytes]
     """All files of the run folder and of Ray's, but the token's."""
     output: str
@@ -77,6 +81,13 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
         local = [door for door in sorted(doors) if reaches(door.address, door.port)]
         with ThreadPoolExecutor(4) as threads:
             here = dict(zip(local, threads.map(try_all, local), strict=True))
+        joining = {
+            " ".join(args): subprocess.run(
+                [sys.executable, "-m", "launcher", *args],
+                cwd=folder, env=ray_runs.environment(), capture_output=True, text=True, timeout=120,
+            )
+            for args in (["train", "watched.yaml", "run.name=other", "cluster.address=auto"], ["jobs"])
+        }  # fmt: skip
         places = [path for place in (run, temp) for path in place.rglob("*") if path != secret and path.is_file()]
         files = {str(path): path.read_bytes() for path in places}
         command.signal(signal.SIGTERM)
@@ -84,8 +95,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     finally:
         command.kill()
     return Seen(
-        run, commands, environments, doors, temp, token, modes, from_outside, here, files, command.output, code,
-        temp.exists(),
+        run, commands, environments, doors, temp, token, modes, from_outside, here, joining, files,
+        command.output, code, temp.exists(),
     )  # fmt: skip
 
 
@@ -131,3 +142,10 @@ def test_nobody_else_can_read_the_token(seen: Seen) -> None:
 def test_rays_folder_goes_with_the_run(seen: Seen) -> None:
     assert seen.code == 75
     assert not seen.left
+
+
+def test_nobody_joins_it_by_looking_for_a_cluster(seen: Seen) -> None:
+    train, jobs = seen.joining.values()
+    assert (train.returncode, jobs.returncode) == (4, 7), train.stderr + jobs.stderr
+    for command in (train, jobs):
+        assert "no Ray cluster has a node on this machine" in command.stderr
