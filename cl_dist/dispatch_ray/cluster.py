@@ -14,13 +14,12 @@ from typing import Any
 
 import psutil
 import ray
-from ray._common.network_utils import is_localhost
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.services import canonicalize_bootstrap_address
 from ray._private.utils import read_ray_address
 from ray.exceptions import RayError
 
-from cl_dist.dispatch_ray.private import private, temp_dir
+from cl_dist.dispatch_ray.private import is_loopback, private, temp_dir
 from cl_dist.errors import ClusterError
 from cl_dist.run_config import ClusterConfig
 
@@ -37,7 +36,10 @@ PROCESS_ENV = {
 """Set in every worker process before torch starts, unless the user has set them."""
 OPEN = "the Ray cluster asks for no token: whoever reaches a port of its nodes runs commands as its user"
 CLOSE_IT = "start every node with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN, and set both here"
-PASSED_ON = ("HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "DS_ACCELERATOR", "PYTHONPATH")
+PASSED_ON = ("HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "DS_ACCELERATOR", "PYTHONPATH")
+
+SECRETS = ("HF_TOKEN",)
+"""Handed to workers by hand: Ray writes what it passes on to a log file, on every node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,7 @@ def is_open() -> bool:
 
     where = ray.get_runtime_context().gcs_address
     nodes = [str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
-    if all(is_localhost(host) for host in (where.rpartition(":")[0].strip("[]"), *nodes)):
+    if all(is_loopback(host) for host in (where.rpartition(":")[0], *nodes)):
         return False
     with grpc.insecure_channel(where) as stranger:
         try:
@@ -244,6 +246,11 @@ def free() -> str:
     """Return what of the cluster nobody has taken."""
     left = ray.available_resources()
     return "free now: " + ", ".join(f"{left.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+
+
+def secrets() -> dict[str, str]:
+    """Return what this process holds of them."""
+    return {name: os.environ[name] for name in SECRETS if name in os.environ}
 
 
 def enter(folder: str) -> None:

@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Fits, Place, free, head_listens, last_lines
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Fits, Place, free, head_listens, last_lines, secrets
 from cl_dist.dispatch_ray.life import last_words, remedy
 from cl_dist.dispatch_ray.mailbox import POLL_S, Mailbox, Parcel
 from cl_dist.dispatch_ray.ranks import gang_worker
@@ -69,7 +69,7 @@ class Gang:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # Beside the driver, so that no other node can take it along; its calls are no news for Ray's dashboard.
         place: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here, "enable_task_events": False}
-        self._mailbox: Any = ray.remote(Mailbox).options(max_concurrency=1000, **place).remote()
+        self._mailbox: Any = ray.remote(Mailbox).options(max_concurrency=1000, **place).remote(secrets())
         fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
         storage, place_to_meet = str((folder / "logs" / "ray").absolute()), str(meeting) if meeting else None
         self._fit = fit.remote(cluster, storage, self._mailbox, os.getcwd(), place_to_meet)

@@ -29,9 +29,8 @@ class FileConfig(TorchConfig):
 
 
 class _FileBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Set the group up, each time with a file of its own: the last one may hold what a dead gang left."""
-        assert isinstance(backend_config, FileConfig)
         worker_group.execute(_set_torch_distributed_env_vars)
         settings = {
             "backend": backend_config.backend,

@@ -4,6 +4,7 @@ The token lies in a file of that folder, and Ray's processes are told where: it 
 or job.
 """
 
+import ipaddress
 import logging
 import os
 import secrets
@@ -11,14 +12,13 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from ray._common.network_utils import is_localhost
 from ray._common.utils import get_default_system_temp_dir
 from ray._private import ray_constants
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
 
 from cl_dist.errors import ClusterError
 
@@ -104,9 +104,16 @@ def loopback() -> str:
         ClusterError: If there is none.
     """
     for name, addresses in psutil.net_if_addrs().items():
-        if any(each.family in (socket.AF_INET, socket.AF_INET6) and is_localhost(each.address) for each in addresses):
+        if any(each.family in (socket.AF_INET, socket.AF_INET6) and is_loopback(each.address) for each in addresses):
             return name
     raise ClusterError("no network interface has a loopback address such as 127.0.0.1, which a local Ray needs")
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host.partition("%")[0].strip("[]")).is_loopback
+    return host == "localhost"
 
 
 def temp_dir(folder: Path) -> str:

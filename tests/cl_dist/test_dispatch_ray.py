@@ -15,7 +15,11 @@ import grpc
 import psutil
 import pytest
 import ray
-from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, get_authentication_mode
+from ray._raylet import (  # type: ignore[attr-defined]  # compiled
+    AuthenticationMode,
+    AuthenticationTokenLoader,
+    get_authentication_mode,
+)
 from ray.exceptions import RayActorError
 
 from cl_dist.dispatch_ray import cluster, mailbox
@@ -63,6 +67,18 @@ def test_a_stage_that_failed_for_good_is_not_given_to_a_restarted_gang() -> None
         assert str((await mailbox.news())["error"]) == "first"
 
     asyncio.run(story())
+
+
+def test_ranks_are_handed_the_drivers_secrets_and_jobs_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HOME", "/models")
+    asked: list[Any] = []
+    monkeypatch.setattr(ray, "init", lambda **settings: asked.append(settings))
+    with cluster.connect(ClusterConfig()):
+        assert asked[0]["runtime_env"]["env_vars"]["HF_HOME"] == "/models"
+        assert "hf_secret" not in str(asked)
+        place = cluster.Place(rank=0, node="a", gpus="", pid=1)
+        assert asyncio.run(Mailbox(cluster.secrets()).hello(place, 1)) == {"HF_TOKEN": "hf_secret"}
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from tests.integration.ray_runs import Command, events
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 WRONG = "f" * 64
+HF = "hf_nobody_else_shall_read_this"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     folder = tmp_path_factory.mktemp("doors")
     ray_runs.save_run(folder, "watched")
     run = folder / "runs" / "watched"
-    command = Command(folder, "train", "watched.yaml", "science.train.epochs=2000")
+    command = Command(
+        folder, "train", "watched.yaml", "science.train.epochs=2000", env={**ray_runs.environment(), "HF_TOKEN": HF}
+    )
     try:
         command.wait_until(lambda: any(event["event"] == "round" for event in events(run)), "it trains")
         pids = {*command.family(), command.pid}
@@ -149,3 +152,9 @@ def test_nobody_joins_it_by_looking_for_a_cluster(seen: Seen) -> None:
     assert (train.returncode, jobs.returncode) == (4, 7), train.stderr + jobs.stderr
     for command in (train, jobs):
         assert "no Ray cluster has a node on this machine" in command.stderr
+
+
+def test_ray_writes_down_no_secret_of_the_users(seen: Seen) -> None:
+    assert any(name.endswith("runtime_env_agent.log") for name in seen.files)
+    assert [name for name, content in seen.files.items() if HF.encode() in content] == []
+    assert [line for line in seen.commands.values() if HF in line] == []
