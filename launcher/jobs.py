@@ -21,7 +21,7 @@ import yaml
 
 import cl_dist
 from cl_dist.config import parse
-from cl_dist.errors import ConfigError, JobError
+from cl_dist.errors import ClusterError, ConfigError, JobError
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import digest_of
 
@@ -69,8 +69,12 @@ class Jobs:
         """
         from ray.job_submission import JobSubmissionClient
 
+        from cl_dist.dispatch_ray.cluster import find_cluster
+
         self._address = address
         with self._told():
+            if address is None and not any(os.environ.get(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")):
+                address = find_cluster()  # Ray would take what a run has started for itself
             self._client = JobSubmissionClient(address)
 
     def submit(self, config: RunConfig, job_id: str | None = None) -> tuple[str, bool]:
@@ -213,7 +217,7 @@ class Jobs:
 
         try:
             yield
-        except (ConnectionError, OSError, RuntimeError, RayError) as error:
+        except (ClusterError, ConnectionError, OSError, RuntimeError, RayError) as error:
             where = self._address or os.environ.get("RAY_ADDRESS") or "a Ray cluster on this machine"
             raise JobError(
                 f"{where}: {str(error).strip()}\nExpected the job server of a Ray head, as --address http://HOST:8265 "

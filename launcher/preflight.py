@@ -224,20 +224,20 @@ def _machine(config: RunConfig, needed_gb: float) -> Iterator[Finding]:
 
 def _cluster(config: RunConfig, needed_gb: float) -> Iterator[Finding]:
     """Join the cluster, look at every node, and leave it."""
-    import ray
-
-    from cl_dist.dispatch_ray.cluster import check_fits, connect
+    from cl_dist.dispatch_ray.cluster import CLOSE_IT, OPEN, check_fits, connect, is_open
     from cl_dist.dispatch_ray.nodes import alive, probe
 
     address = str(config.cluster.address)
     try:
-        connect(config.cluster)
+        connection = connect(config.cluster)
     except ClusterError as error:
         yield Finding("cluster", "fail", address, str(error), "start it with `ray start`, or mend cluster.address")
         return
     try:
         nodes = alive()
         yield Finding("cluster", "ok", address, f"{len(nodes)} nodes alive")
+        if is_open():
+            yield Finding("cluster", "warn", address, OPEN, CLOSE_IT)
         try:
             check_fits(config.cluster)
             yield Finding("resources", "ok", address, f"{config.cluster.workers} workers fit")
@@ -250,7 +250,7 @@ def _cluster(config: RunConfig, needed_gb: float) -> Iterator[Finding]:
     except OSError as error:
         yield Finding("storage", "fail", str(config.folder), str(error), "name another run.dir")
     finally:
-        ray.shutdown()
+        connection.close()
 
 
 def _node(facts: NodeFacts, own: dict[str, str | None], config: RunConfig, needed_gb: float) -> Iterator[Finding]:

@@ -7,12 +7,19 @@ import signal
 import socket
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.services import canonicalize_bootstrap_address
+from ray._private.utils import read_ray_address
 from ray.exceptions import RayError
 
+from cl_dist.dispatch_ray.private import is_loopback, private, temp_dir
 from cl_dist.errors import ClusterError
 from cl_dist.run_config import ClusterConfig
 
@@ -27,7 +34,12 @@ PROCESS_ENV = {
     "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
 }
 """Set in every worker process before torch starts, unless the user has set them."""
-PASSED_ON = ("HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "DS_ACCELERATOR", "PYTHONPATH")
+OPEN = "the Ray cluster asks for no token: whoever reaches a port of its nodes runs commands as its user"
+CLOSE_IT = "start every node with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN, and set both here"
+PASSED_ON = ("HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "DS_ACCELERATOR", "PYTHONPATH")
+
+SECRETS = ("HF_TOKEN",)
+"""Handed to workers by hand: Ray writes what it passes on to a log file, on every node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +52,15 @@ class Place:
     pid: int
 
 
-def connect(cluster: ClusterConfig) -> None:
-    """Join the cluster that is named, or start one on this machine.
+class Connection(ExitStack):
+    """A driver's place in a cluster; closing it leaves the cluster, and stops it where it is the run's own."""
+
+    folder: Path | None = None
+    """The folder of a Ray that is the run's own."""
+
+
+def connect(cluster: ClusterConfig) -> Connection:
+    """Join the cluster that is named, or start one on this machine for this run alone.
 
     Raises:
         ClusterError: If it cannot be reached.
@@ -57,28 +76,35 @@ def connect(cluster: ClusterConfig) -> None:
         "log_to_driver": False,
         "logging_level": "ERROR",
     }
-    if cluster.address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # reachable from this machine alone
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # without the run's environment: of no use
-        wanted = math.ceil(cluster.workers * cluster.cpus_per_worker)
-        cores = os.cpu_count() or 1
-        if wanted > cores:
-            log.warning(
-                "cluster.workers=%d need %d CPUs, this machine has %d: they share",
-                cluster.workers,
-                wanted,
-                cores,
-            )
-        settings |= {"num_cpus": max(wanted, cores), "_node_ip_address": "127.0.0.1"}
-    else:
-        _check_reachable(cluster.address)
+    with Connection() as connection:
+        if cluster.address is None:
+            connection.folder = connection.enter_context(private())
+            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # without the run's environment: of no use
+            # "local", since None would join whatever a crashed driver left noted in Ray's temporary folder.
+            settings |= {"address": "local", "num_cpus": _cpus(cluster), "_temp_dir": temp_dir(connection.folder)}
+        else:
+            settings["address"] = _reachable(cluster.address)
+        connection.callback(ray.shutdown)
+        _init(cluster.address, settings)
+        left: Connection = connection.pop_all()
+        left.folder = connection.folder
+        return left
+
+
+def _cpus(cluster: ClusterConfig) -> int:
+    wanted, cores = math.ceil(cluster.workers * cluster.cpus_per_worker), os.cpu_count() or 1
+    if wanted > cores:
+        log.warning("cluster.workers=%d need %d CPUs, this machine has %d: they share", cluster.workers, wanted, cores)
+    return max(wanted, cores)
+
+
+def _init(address: str | None, settings: dict[str, Any]) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        # "local", since None would join whatever a crashed driver left noted in Ray's temporary folder.
-        ray.init(address=cluster.address or "local", **settings)
-    except (ConnectionError, RuntimeError, ValueError, RayError, TimeoutError) as error:
-        where = cluster.address or "a local Ray"
-        raise ClusterError(f"cluster.address={cluster.address!r}: cannot reach {where}: {error}") from error
+        ray.init(**settings)
+    except (OSError, RuntimeError, ValueError, RayError, TimeoutError) as error:
+        where = address or "a local Ray"
+        raise ClusterError(f"cluster.address={address!r}: cannot reach {where}: {error}") from error
     except SystemExit:  # from Ray's own handler of SIGTERM
         signal.signal(signal.SIGTERM, on_sigterm)
         signal.raise_signal(signal.SIGTERM)
@@ -88,18 +114,67 @@ def connect(cluster: ClusterConfig) -> None:
             signal.signal(signal.SIGTERM, on_sigterm)
 
 
-def _check_reachable(address: str) -> None:
-    """Fail at once where nobody listens: Ray would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if "://" in address or not port.isdigit():
-        return  # 'auto', or an address of another kind
+def _reachable(address: str) -> str:
+    """Return where to join; fail at once where nobody listens: Ray would try for minutes."""
+    where = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
     try:
-        socket.create_connection((host, int(port)), timeout=10.0).close()
-    except OSError as error:
+        where = find_cluster() if where == "auto" else where
+        host, _, port = where.rpartition(":")
+        if "://" in where or not port.isdigit():
+            return where  # an address of another kind
+        # Ray takes a loopback address for the machine's public one.
+        host = str(canonicalize_bootstrap_address(where)).rpartition(":")[0]
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
+    except (OSError, ClusterError) as error:
         raise ClusterError(
             f"cluster.address={address!r}: cannot reach it: {error}; expected HOST:PORT of a Ray head, 'auto', "
-            "or nothing for a local Ray"
+            "or nothing for a Ray of the run's own"
         ) from error
+    return where
+
+
+def find_cluster() -> str:
+    """Return the cluster that has a node on this machine, as 'auto' means it: one that `ray start` has made.
+
+    `ray start` notes it in Ray's folder. A Ray that a run has started for itself, or a notebook, is noted nowhere.
+
+    Raises:
+        ClusterError: If there is none, or several.
+    """
+    last, found = read_ray_address(), set[str]()
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or [""]
+        if os.path.basename(words[0]) == "raylet":
+            options = dict(word.partition("=")[::2] for word in words)
+            address = options.get("--gcs-address", "")
+            if address in (last, read_ray_address(options.get("--temp_dir"))):
+                found.add(address)
+    if len(found) > 1 and last not in found:
+        raise ClusterError(f"several Ray clusters have nodes on this machine; name one: {', '.join(sorted(found))}")
+    where = next(iter(found)) if len(found) == 1 else last  # whose processes may be hidden from us
+    if not where:
+        raise ClusterError(
+            "no Ray cluster has a node on this machine (a Ray that a run has started for itself is not joined); start "
+            "one with `ray start --head`, or name another machine's"
+        )
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for 'auto'
+    return str(where)
+
+
+def is_open() -> bool:
+    """Return whether the cluster that was joined lets in whoever reaches it from another machine."""
+    import grpc
+
+    where = ray.get_runtime_context().gcs_address
+    nodes = [str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
+    if all(is_loopback(host) for host in (where.rpartition(":")[0], *nodes)):
+        return False
+    with grpc.insecure_channel(where) as stranger:
+        try:
+            stranger.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=5.0)
+        except grpc.RpcError:
+            return False
+    return True
 
 
 def head_listens() -> bool:
@@ -171,6 +246,11 @@ def free() -> str:
     """Return what of the cluster nobody has taken."""
     left = ray.available_resources()
     return "free now: " + ", ".join(f"{left.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+
+
+def secrets() -> dict[str, str]:
+    """Return what this process holds of them."""
+    return {name: os.environ[name] for name in SECRETS if name in os.environ}
 
 
 def enter(folder: str) -> None:

@@ -6,12 +6,12 @@ started again by Ray Train and finds the current stage still there. While the po
 borrows the gang's CPUs and GPUs instead of asking for more; before the gang works the pool drops its model.
 """
 
+import logging
 from pathlib import Path
 
-import ray
 from ray.exceptions import RayError
 
-from cl_dist.dispatch_ray.cluster import check_fits, connect, last_lines
+from cl_dist.dispatch_ray.cluster import CLOSE_IT, OPEN, check_fits, connect, is_open, last_lines
 from cl_dist.dispatch_ray.gang import Gang
 from cl_dist.dispatch_ray.nodes import check_storage
 from cl_dist.dispatch_ray.pool import Pool
@@ -19,6 +19,8 @@ from cl_dist.errors import ClusterError
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stages.job import Job
 from cl_dist.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 
 class RayDispatcher:
@@ -33,12 +35,14 @@ class RayDispatcher:
         self._cluster, self._folder = cluster, folder
         self._gang: Gang | None = None
         self._pool: Pool | None = None
-        connect(cluster)
+        self._connection = connect(cluster)
         try:
+            if cluster.address is not None and is_open():
+                log.warning("%s; %s", OPEN, CLOSE_IT)
             check_fits(cluster)
             check_storage(folder)
         except ClusterError:
-            ray.shutdown()
+            self._connection.close()
             raise
 
     def run(self, job: Job, out: str, tracker: Tracker) -> None:
@@ -59,7 +63,7 @@ class RayDispatcher:
                 self._pool.free(keep_actors=self._pool.borrowed)
                 self._pool = self._pool if self._pool.borrowed else None
             if self._gang is None:
-                self._gang = Gang(self._cluster, self._folder)
+                self._gang = Gang(self._cluster, self._folder, self._connection.folder)
                 import cl_dist.stages.shards  # noqa: F401  # it brings torch: while the gang starts, which takes longer
             self._gang.train(job, out, tracker)
             return
@@ -84,4 +88,4 @@ class RayDispatcher:
                 if self._gang is not None:
                     self._gang.close()
             finally:
-                ray.shutdown()
+                self._connection.close()

@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Fits, Place, free, head_listens, last_lines
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Fits, Place, free, head_listens, last_lines, secrets
 from cl_dist.dispatch_ray.life import last_words, remedy
 from cl_dist.dispatch_ray.mailbox import POLL_S, Mailbox, Parcel
 from cl_dist.dispatch_ray.ranks import gang_worker
@@ -28,18 +28,21 @@ log = logging.getLogger(__name__)
 CLOSE_S, QUIET_S = 20.0, 2.0
 
 
-def _fit(cluster: ClusterConfig, storage: str, mailbox: Any, cwd: str) -> None:
+def _fit(cluster: ClusterConfig, storage: str, mailbox: Any, cwd: str, meeting: str | None) -> None:
     """Run the gang to its end. A Ray task: a thread of the driver would crash it when it leaves Ray in between."""
     import ray.train  # here, since the driver imports this module before it starts Ray
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from cl_dist.dispatch_ray.meeting import FileConfig
+
     use_gpu = cluster.gpus_per_worker > 0
+    backend = "nccl" if use_gpu else "gloo"
     scaling: Any = ray.train.ScalingConfig  # typed as its predecessor, which was not elastic
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if use_gpu else {})
     TorchTrainer(
         gang_worker,
         train_loop_config={"mailbox": mailbox, "cwd": cwd},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=FileConfig(backend, folder=meeting) if meeting else TorchConfig(backend),
         scaling_config=scaling(
             num_workers=cluster.workers if cluster.min_workers is None else (cluster.min_workers, cluster.workers),
             use_gpu=use_gpu,
@@ -57,7 +60,8 @@ def _fit(cluster: ClusterConfig, storage: str, mailbox: Any, cwd: str) -> None:
 class Gang:
     """The driver's end of the gang: one `fit`, fed through the mailbox."""
 
-    def __init__(self, cluster: ClusterConfig, folder: Path) -> None:
+    def __init__(self, cluster: ClusterConfig, folder: Path, meeting: Path | None = None) -> None:
+        """Start it; its ranks meet in a folder, where there is one that they share and others do not."""
         self._cluster, self._number, self._starts = cluster, 0, 1
         self._busy = False
         self.stop: BaseException | None = None
@@ -65,9 +69,10 @@ class Gang:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # Beside the driver, so that no other node can take it along; its calls are no news for Ray's dashboard.
         place: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here, "enable_task_events": False}
-        self._mailbox: Any = ray.remote(Mailbox).options(max_concurrency=1000, **place).remote()
+        self._mailbox: Any = ray.remote(Mailbox).options(max_concurrency=1000, **place).remote(secrets())
         fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
-        self._fit = fit.remote(cluster, str((folder / "logs" / "ray").absolute()), self._mailbox, os.getcwd())
+        storage, place_to_meet = str((folder / "logs" / "ray").absolute()), str(meeting) if meeting else None
+        self._fit = fit.remote(cluster, storage, self._mailbox, os.getcwd(), place_to_meet)
 
     def train(self, job: Job, out: str, tracker: Tracker) -> None:
         """Hand a Train stage to the gang and wait for it.

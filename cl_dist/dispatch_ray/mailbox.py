@@ -1,6 +1,7 @@
 """The mailbox between the driver and the gang: an actor that carries stages one way and news the other."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ class Parcel:
 class Mailbox:
     """Carries stages to the gang and news back. Lives in an actor of its own, so it outlives a crashed gang."""
 
-    def __init__(self) -> None:
+    def __init__(self, secrets: Mapping[str, str] | None = None) -> None:
+        self._secrets = dict(secrets or {})
         self._parcel: Parcel | None = None
         self._done, self._closed = -1, False
         self._error: ClDistError | None = None
@@ -37,11 +39,15 @@ class Mailbox:
         self._asked: Due = ""
         self._saved = -1
 
-    async def hello(self, place: Place, size: int) -> None:
-        """Take note of a rank that has started, in a gang of some size: an elastic one may have been larger."""
+    async def hello(self, place: Place, size: int) -> dict[str, str]:
+        """Take note of a rank that has started, in a gang of some size: an elastic one may have been larger.
+
+        Return what belongs into its environment.
+        """
         self._places[place.rank] = place
         self._places = {rank: known for rank, known in self._places.items() if rank < size}
         self._starts += place.rank == 0
+        return self._secrets
 
     async def fetch(self, after: int) -> Parcel | str:
         """Return the stage to work on, once there is one later than `after`; 'closed', or 'wait' to ask again."""

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Fits, Place, enter, free, last_lines
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Fits, Place, enter, free, last_lines, secrets
 from cl_dist.dispatch_ray.life import Alive, last_words, log_of, remedy
 from cl_dist.errors import ClDistError, ClusterError, TrainingError
 from cl_dist.run_config import ClusterConfig
@@ -33,8 +34,9 @@ ACTOR = "actor"
 class ShardWorker:
     """An actor of the pool: holds one model at a time and works on one shard at a time."""
 
-    def __init__(self, number: int, cwd: str, gpus: str | None) -> None:
+    def __init__(self, number: int, cwd: str, gpus: str | None, secrets: Mapping[str, str]) -> None:
         enter(cwd)
+        os.environ |= secrets
         if gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # before torch looks
         import cl_dist.stages.shards  # noqa: F401  # all that a shard needs
@@ -111,10 +113,10 @@ class Pool:
             kind = ray.remote(ShardWorker).options(
                 num_cpus=cluster.cpus_per_worker * each, num_gpus=cluster.gpus_per_worker * each
             )
-            return kind.remote(number, os.getcwd(), None)
+            return kind.remote(number, os.getcwd(), None, secrets())
         here = NodeAffinitySchedulingStrategy(place.node, soft=True)
         kind = ray.remote(ShardWorker).options(num_cpus=0, num_gpus=0, scheduling_strategy=here)
-        return kind.remote(number, os.getcwd(), place.gpus if cluster.gpus_per_worker else None)
+        return kind.remote(number, os.getcwd(), place.gpus if cluster.gpus_per_worker else None, secrets())
 
     def map(self, tracker: Tracker, job: Job, finished: Finished, logs: Path) -> None:
         """Have all missing shards worked on, each once, and keep each result as it comes.

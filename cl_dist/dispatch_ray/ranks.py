@@ -30,7 +30,7 @@ def gang_worker(config: Mapping[str, Any]) -> None:
     # Its own GPUs: CUDA_VISIBLE_DEVICES names those of all ranks of its node.
     gpus = ",".join(map(str, context.get_accelerator_ids().get("GPU", [])))
     place = Place(world.rank, context.get_node_id(), gpus, os.getpid())
-    ray.get(mailbox.hello.remote(place, world.size), timeout=ACTOR_TIMEOUT_S)
+    os.environ |= ray.get(mailbox.hello.remote(place, world.size), timeout=ACTOR_TIMEOUT_S)
     while True:
         parcel = ray.get(mailbox.fetch.remote(after), timeout=ACTOR_TIMEOUT_S)
         if parcel == "closed":

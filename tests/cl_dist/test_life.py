@@ -65,7 +65,7 @@ class Hanging:
 
 def _actor(folder: str, job: Job) -> None:
     SHARDED[job.stage.kind] = replace(SHARDED[job.stage.kind], worker=Hanging)
-    ShardWorker(3, folder, None).run("once", job, "the first shard", f"{folder}/logs", 1.0)
+    ShardWorker(3, folder, None, {}).run("once", job, "the first shard", f"{folder}/logs", 1.0)
 
 
 def test_an_actor_that_hangs_on_a_shard_ends_with_its_stacks_in_a_log(tmp_path: Path) -> None:

@@ -130,16 +130,24 @@ class Command:
         wait_for(lambda: condition() or self._process.poll() is not None, START_S, f"{what}\n{self.output}")
         assert condition(), f"ended with {self._process.returncode} before {what}:\n{self.output}"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it at once, if it has not ended; its Ray ends with it."""
+        self._process.kill()
+        self._process.wait()
 
     def end(self, timeout_s: float = START_S) -> int:
         """Wait for the process to end and return its exit code."""
         try:
             return self._process.wait(timeout_s)
         except BaseException:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
             raise
 
     @property
