@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 from cl_dist.data.rows import SPLITS, Row, TaskData, Where
@@ -36,15 +37,15 @@ def reading(
 ) -> Reading:
     """Read all rows of a task; embeddings is how many tokens the backbone knows, None where it gets those it lacks."""
     faults: list[Fault] = []
-    for split in SPLITS:
-        for row, column, message in unreadable(task, data.rows(split), tokenizer, max_length, embeddings):
-            where = row.where or Where(f"row {row.id}", None)
-            faults.append(Fault(where.file, where.line, column, message, where.unit))
     unknown = total = 0
-    if tokenizer.unk_token_id is not None:
-        for tokens in _tokens(tokenizer, [row.text for row in data.train], max_length):
-            unknown += tokens.count(tokenizer.unk_token_id)
-            total += len(tokens)
+    for split in SPLITS:
+        for row, column, tokens in _parts(task, data.rows(split), tokenizer, max_length):
+            if (message := _fault(task, row, column, tokens, tokenizer, embeddings)) is not None:
+                where = row.where or Where(f"row {row.id}", None)
+                faults.append(Fault(where.file, where.line, column, message, where.unit))
+            if split == "train" and column == task.text and tokenizer.unk_token_id is not None:
+                unknown += tokens.count(tokenizer.unk_token_id)
+                total += len(tokens)
     return Reading(tuple(faults), unknown / max(total, 1))
 
 
@@ -52,16 +53,30 @@ def unreadable(
     task: TaskConfig, rows: Sequence[Row], tokenizer: Any, max_length: int, embeddings: int | None = None
 ) -> Iterator[tuple[Row, str, str]]:
     """Yield (row, column, what is wrong) for each text that the tokenizer, or the backbone behind it, cannot read."""
-    for row, tokens in zip(rows, _tokens(tokenizer, [row.text for row in rows], max_length), strict=True):
-        if not tokens:
-            yield row, task.text, f"the tokenizer makes no token of {row.text!a:.60}"
-        elif (message := _beyond(tokenizer, tokens, embeddings)) is not None:
-            yield row, task.text, message
-    if task.text_pair is None:
-        return
-    for row, tokens in zip(rows, _tokens(tokenizer, [row.text_pair or "" for row in rows], max_length), strict=True):
-        if (message := _beyond(tokenizer, tokens, embeddings)) is not None:
-            yield row, task.text_pair, message
+    for row, column, tokens in _parts(task, rows, tokenizer, max_length):
+        if (message := _fault(task, row, column, tokens, tokenizer, embeddings)) is not None:
+            yield row, column, message
+
+
+def _parts(
+    task: TaskConfig, rows: Sequence[Row], tokenizer: Any, max_length: int
+) -> Iterator[tuple[Row, str, list[int]]]:
+    """Yield (row, column, tokens) for every text of some rows."""
+    yield from zip(rows, repeat(task.text), _tokens(tokenizer, [row.text for row in rows], max_length))
+    if task.text_pair is not None:
+        pairs = [row.text_pair or "" for row in rows]
+        yield from zip(rows, repeat(task.text_pair), _tokens(tokenizer, pairs, max_length))
+
+
+def _fault(
+    task: TaskConfig, row: Row, column: str, tokens: list[int], tokenizer: Any, embeddings: int | None
+) -> str | None:
+    if not tokens and column == task.text:
+        return f"the tokenizer makes no token of {row.text!a:.60}"
+    if embeddings is None or (largest := max(tokens, default=0)) < embeddings:
+        return None
+    name = tokenizer.convert_ids_to_tokens(largest)
+    return f"holds {name!a}, token {largest} of the tokenizer, and the model's embedding has {embeddings} rows"
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str], max_length: int) -> Iterator[list[int]]:
@@ -74,10 +89,3 @@ def _tokens(tokenizer: Any, texts: Sequence[str], max_length: int) -> Iterator[l
             return_attention_mask=False,
             return_token_type_ids=False,
         )["input_ids"]
-
-
-def _beyond(tokenizer: Any, tokens: list[int], embeddings: int | None) -> str | None:
-    if embeddings is None or (largest := max(tokens, default=0)) < embeddings:
-        return None
-    name = tokenizer.convert_ids_to_tokens(largest)
-    return f"holds {name!a}, token {largest} of the tokenizer, and the model's embedding has {embeddings} rows"

@@ -312,6 +312,7 @@ def _tables(source: Source, path: str, wanted: Collection[str] | None) -> Iterat
 def _table_rows(table: Any, file: str, wanted: Collection[str] | None) -> Iterator[Values]:
     """Yield the rows of a parquet file or a data set; columns that are not wanted are None."""
     import datasets
+    import pyarrow
 
     is_set = isinstance(table, datasets.Dataset)
     known = table.column_names if is_set else table.schema.names
@@ -323,7 +324,10 @@ def _table_rows(table: Any, file: str, wanted: Collection[str] | None) -> Iterat
     else:
         for name in chosen:
             _check_type(table.schema.field(name))
-        table = datasets.Dataset(table.read(columns=chosen))
+        try:
+            table = datasets.Dataset(table.read(columns=chosen))
+        except (pyarrow.ArrowException, RuntimeError, TypeError) as error:
+            raise DataError(f"expected a parquet file: {error}") from error
     names = {column: feature.names for column, feature in table.features.items() if hasattr(feature, "names")}
     unread = dict.fromkeys(known)
     for row in table:

@@ -124,7 +124,7 @@ class RowLimits(Section):
     test: int | None = Field(None, gt=0)
     balance: bool | list[SplitName] = False
     """Splits, or true for all, that get as many rows of every label as they have; the others keep the shares that
-    labels have in the whole split, so that scores are those of its test rows."""
+    labels have in the whole split. Balanced test rows score another test than the data's."""
 
     def of(self, split: SplitName) -> int | None:
         """Return the bound of a split."""
