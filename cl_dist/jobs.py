@@ -188,7 +188,7 @@ class Workbook:
             raise ConfigError(f"tasks.{config.id}.{error}") from None
         lines = label_faults(data.labels, self._speller)
         is_tried = any(isinstance(stage, Choose) for t in range(len(self.tasks)) for stage in self.plan(t))
-        blind = ("dev", "test") if is_tried else ("test",)
+        blind = ("test", "dev" if data.dev else "train") if is_tried else ("test",)  # candidates answer rows that vote
         if too_long := list(length_faults(config, data, self._speller, self._length(task), blind)):
             lines.append(listing(located(check_task(config, self.config.science.data), too_long)).lstrip())
         return f"task {config.id}: " + "\n  ".join(lines) if lines else None

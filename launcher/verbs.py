@@ -115,10 +115,10 @@ def export(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the model after the last learned task as a folder that travels; its README.md has the lines that load it.
+    """Write the model after the last learned task as a folder; its README.md has the lines that load it.
 
-    `cl_dist.stages.export.load_exported` loads a classifier; plain transformers does not know the method's parts, and
-    refuses it. A model that writes its answers is loaded by AutoModelForCausalLM and AutoTokenizer, and by servers.
+    A classifier is loaded by cl_dist.stages.export.load_exported; plain transformers refuses it.
+    A model that writes its answers is loaded by AutoModelForCausalLM and AutoTokenizer.
     """
     console.start_logging(verbose)
     book = _open(run)

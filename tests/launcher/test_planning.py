@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from cl_dist.config import parse
+from cl_dist.jobs import Workbook
+from cl_dist.run_config import RunConfig
+from launcher.facts import _longest_rows
 from tests import tiny
 from tests.launcher.commands import TASKS, Cli, fresh, save_run
 
@@ -151,3 +155,14 @@ def test_a_decoder_is_planned_with_its_cache_its_votes_and_its_two_losses(cli: C
     assert labels == {"qa": 8 * 2, "lm": 8 * 16}  # every answer is one word and its end
     assert len(found["untold"]) == 1
     assert "a frozen block takes 12,704 elements off it" in found["untold"][0]  # 12 * 32 * 32 + 13 * 32
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"), [("lamol", 24), ("lamol_real", 24), ("joint", 24), ("individual", 12), ("sequential", 12)]
+)
+def test_rows_of_earlier_tasks_are_planned_as_long_as_they_are(tmp_path: Path, method: str, expected: int) -> None:
+    tree = tiny.tree(tmp_path, {"science": {"method": dict(tiny.METHODS[method])}}, tasks=("food", "film"))
+    for task, length in zip(tree["science"]["tasks"], (24, 12), strict=True):
+        task["train"] = {"max_length": length}
+    book = Workbook(parse(RunConfig, tree))
+    assert [_longest_rows(book, task).max_length for task in (0, 1)] == [24, expected]
