@@ -62,7 +62,7 @@ class Hat(Learner):
         """Start what the task inherits, if it does; freeze what is not its own."""
         if task and self.config.inherit:
             self.model.inherit(task)
-        self.model.start_task(task)
+        self.model.start_task(task, protect=False)  # the engine does it, by grad_scales: for any ZeRO stage
 
     def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:
         """Return cross-entropy per row and the sparsity of the task's masks.
@@ -95,11 +95,9 @@ class Hat(Learner):
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         task = self.model.context.task
         for plugin in self.model.plugins:
-            used1, used2 = plugin.used(task)
-            if task:
-                scales[names[plugin.fc1.weight]] = scales[names[plugin.fc1.bias]] = GradScale(row=1 - used1)
-                scales[names[plugin.fc2.weight]] = GradScale(row=1 - used2, column=1 - used1)
-                scales[names[plugin.fc2.bias]] = GradScale(row=1 - used2)
+            for name, used in plugin.shared(task).items() if task else ():
+                row, *column = (1 - used_U for used_U in used)
+                scales[names[plugin.get_parameter(name)]] = GradScale(row=row, column=column[0] if column else None)
             for gate in plugin.gates(task):
                 scales[names[gate]] = GradScale(scale=1 / self.config.s_max)
         return scales

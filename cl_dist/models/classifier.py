@@ -91,9 +91,10 @@ def cross_entropy(logits_BK: Tensor, batch: Batch) -> Tensor:
 
 
 def freeze(module: nn.Module) -> None:
-    """Take every parameter of a module out of training."""
+    """Take every parameter of a module out of training; an optimizer moves none that has no gradient."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+        parameter.grad = None
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:

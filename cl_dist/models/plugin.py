@@ -7,19 +7,22 @@ Departs from the release: norms are copied per task instead of being trained by 
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from cl_dist.models.adapters import ActiveTask, TaskNorms, insert
 from cl_dist.models.capsules import Sharing
 from cl_dist.models.classifier import Batch, Classifier, freeze
 from cl_dist.models.config import MaskShape, PluginShape
-from cl_dist.models.gates import Gate, binary, sparsity
+from cl_dist.models.gates import Gate, binary, slope, sparsity
 from cl_dist.pieces import whole_shape
 
 
@@ -60,6 +63,11 @@ class Plugin(nn.Module):
         # Binary masks of finished tasks, one row a task. They are no parameters: nothing can train them.
         self.register_buffer("mask1", torch.zeros(0, shape.tsm_size, dtype=torch.bool), persistent=False)
         self.register_buffer("mask2", torch.zeros(0, hidden, dtype=torch.bool), persistent=False)
+        self.protected: int | None = None
+        """The task in training that the earlier tasks are protected from; None if nobody asked for protection."""
+        self._kept: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
+        self._hooks: list[RemovableHandle] = []
+        self.register_load_state_dict_post_hook(_protect_loaded)  # type: ignore[no-untyped-call]
 
     def add_task(self) -> None:
         """Append the gates and sharing parts of the next task."""
@@ -79,6 +87,73 @@ class Plugin(nn.Module):
         """Return which units the tasks before `task` use, as float32 masks (A,) and (H,)."""
         return self.mask1[:task].any(0).float(), self.mask2[:task].any(0).float()
 
+    def shared(self, task: int) -> dict[str, tuple[Tensor, ...]]:
+        """Return by parameter which rows, and columns where they count, of the shared layers earlier tasks use.
+
+        A unit of the first layer is theirs whole, an entry of the second where they use both its ends.
+        """
+        used1_A, used2_H = self.used(task)
+        return {
+            "fc1.weight": (used1_A,),
+            "fc1.bias": (used1_A,),
+            "fc2.weight": (used2_H, used1_A),
+            "fc2.bias": (used2_H,),
+        }
+
+    def protect(self, task: int) -> None:
+        """Protect what earlier tasks use of the shared layers while `task` trains, whatever the optimizer.
+
+        Gradients are zero there. Weight decay and momentum move weights without a gradient, so values are also restored
+        before they are used: in each forward pass and in `state_dict`. Gates get gradients s_max / 4 times larger than
+        other parameters; they are scaled down, or clipping by norm would leave nothing for the others.
+        """
+        self.release()
+        self.protected = task
+        for gate in self.gates(task):
+            self._hooks.append(gate.register_hook(partial(torch.mul, other=1 / self.shape.s_max)))
+        for name, used in self.shared(task).items():
+            parameter, (rows, *columns) = self.get_parameter(name), [used_U.nonzero()[:, 0] for used_U in used]
+            if rows.numel():
+                index = (rows[:, None], *columns) if columns else (rows,)
+                self._kept[name] = index, parameter.detach()[index].clone()
+                self._hooks.append(parameter.register_hook(partial(_zeroed, index=index)))
+
+    def restore(self) -> None:
+        """Restore the values that `protect` keeps.
+
+        Raises:
+            ValueError: If ZeRO-3 has partitioned the parameters.
+        """
+        for name, (index, values) in self._kept.items():
+            parameter = self.get_parameter(name)
+            if parameter.shape != whole_shape(parameter):
+                raise ValueError(
+                    f"{name}: start_task(protect=True) needs whole parameters, and ZeRO-3 has partitioned them; "
+                    "train with cl-dist, or with ZeRO-1 or 2"
+                )
+            # .data: equal bits are written between the forward passes of one step, which autograd must not take for a
+            # change. The model may have moved to another device or type since.
+            parameter.data[index] = values.to(parameter)
+
+    def release(self) -> None:
+        """End the protection."""
+        for hook in self._hooks:
+            hook.remove()
+        self.protected, self._kept, self._hooks = None, {}, []
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.restore()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.mask1.shape[0]:
+            destination |= {f"{prefix}{name}": getattr(self, name) for name in MASKS}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in MASKS:
+            if (mask := state_dict.get(f"{prefix}{name}")) is not None:
+                setattr(self, name, mask.to(getattr(self, name).device, torch.bool, copy=True))
+        rest = {name: value for name, value in state_dict.items() if name.removeprefix(prefix) not in MASKS}
+        super()._load_from_state_dict(rest, prefix, *args)
+
     def _masks(self) -> tuple[Tensor, Tensor]:
         task, s, s_max = self.context.task, self.context.slope, self.shape.s_max
         if task < self.mask1.shape[0]:
@@ -93,6 +168,7 @@ class Plugin(nn.Module):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Return the sub-block's output with the plugin's contribution added: (B, L, H)."""
         x_BLH: Tensor = self.inner(*args, **kwargs)
+        self.restore()
         context, h_BLH = self.context, x_BLH
         if context.share and self.sharing is not None:
             assert context.token_mask_BL is not None  # set by CtrClassifier.forward
@@ -107,20 +183,50 @@ class Plugin(nn.Module):
         return x_BLH + k2_BLH
 
 
+MASKS = ("mask1", "mask2")
+
+
+def _zeroed(grad: Tensor, index: tuple[Tensor, ...]) -> Tensor:
+    return grad.index_put(index, grad.new_zeros(()))
+
+
+def _protect_loaded(plugin: Plugin, _: object) -> None:
+    """Protect what has been loaded, in place of what was there before."""
+    if plugin.protected is not None:
+        plugin.protect(plugin.protected)
+
+
 class CtrClassifier(Classifier):
     """A frozen backbone with a CL-plugin behind every sub-block, and a head per task.
 
-    Usable without the rest of this project:
-        model = CtrClassifier(AutoModel.from_pretrained(...), PluginShape(tsm_size=256))
-        model.add_task(num_labels=2); model.start_task(0)
-        ... an ordinary training loop over `model(batch)`, with `model.context.slope` set at each step ...
-        model.finish_task(); model.save_plugins("plugins.safetensors")
+    Usable without the rest of this project, with any optimizer in any training loop:
+
+        model = CtrClassifier(AutoModel.from_pretrained("path/to/bert"), PluginShape(tsm_size=256))
+        for task, batches in enumerate([reviews, tickets]):
+            model.add_task(num_labels=2)
+            model.start_task(task)
+            optimizer = torch.optim.AdamW(model.parameter_groups(lr=1e-3, weight_decay=0.01))
+            for step, batch in enumerate(batches):
+                model.set_progress(step, len(batches))
+                loss = F.cross_entropy(model(batch), batch["label"]) + 0.75 * model.sparsity()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            model.finish_task()
+        model.eval()
+        model.activate(0)
+        logits = model(reviews[0])
+
+    From `start_task` to `finish_task` nothing moves a bit of what the earlier tasks compute: their logits in eval mode
+    stay as they are. `state_dict` holds all that a restart needs; add the same tasks, load it, then call `start_task`.
     """
 
     def __init__(self, backbone: PreTrainedModel, shape: MaskShape, pooling: str | None = None) -> None:
         super().__init__(backbone, pooling)
         freeze(backbone)
         self.shape, self.context = shape, Context()
+        self._training_task: int | None = None
+        self._progress: tuple[int, int] | None = None
         self.plugins: list[Plugin] = []
 
         def plugin(inner: nn.Module) -> nn.Module:
@@ -153,11 +259,26 @@ class CtrClassifier(Classifier):
         own += [p for norms in self.norms for p in norms.norms[task].parameters()]
         return own + list(self.heads[task].parameters())
 
-    def start_task(self, task: int) -> None:
+    @property
+    def num_finished(self) -> int:
+        """Number of tasks whose masks are final."""
+        return self.plugins[0].mask1.shape[0]
+
+    def start_task(self, task: int, protect: bool = True) -> None:
         """Choose what task `task` may train: its own parts, and the plugins' shared layers.
 
-        Those of their units that earlier tasks use are for the caller to protect.
+        protect keeps the units that earlier tasks use from every change, see `Plugin.protect`. False leaves that to the
+        caller, as for a learner whose engine scales gradients and holds back decay itself, under ZeRO-3 too.
+
+        Raises:
+            ValueError: If earlier tasks are not finished, or this one is already.
         """
+        if protect and task != self.num_finished:
+            raise ValueError(
+                f"start_task({task}): expected {self.num_finished}, the number of finished tasks; call "
+                "finish_task() at the end of a task, and load a state_dict before start_task()"
+            )
+        self._release()
         freeze(self)
         trained = self.task_parameters(task)
         for plugin in self.plugins:
@@ -165,6 +286,42 @@ class CtrClassifier(Classifier):
         for parameter in trained:
             parameter.requires_grad_(True)
         self.activate(task)
+        if protect:
+            self._training_task = task
+            for plugin in self.plugins:
+                plugin.protect(task)
+
+    def _release(self) -> None:
+        self._training_task = self._progress = None
+        for plugin in self.plugins:
+            plugin.restore()
+            plugin.release()
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.0, gate_lr: float = 0.02) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups for the task in training.
+
+        Gates have a learning rate of their own. Biases, norms and gates do not decay, nor do the shared layers once an
+        earlier task uses units of them.
+        """
+        gates = {id(gate) for plugin in self.plugins for gate in plugin.gates(self.context.task)}
+        layers = (layer for plugin in self.plugins for layer in (plugin.fc1, plugin.fc2))
+        used = {id(p) for layer in layers for p in layer.parameters()} if self.num_finished else set()
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                decays = len(whole_shape(parameter)) > 1 and id(parameter) not in used
+                key = (gate_lr if id(parameter) in gates else lr, weight_decay if decays else 0.0)
+                groups.setdefault(key, []).append(parameter)
+        return [{"params": groups[key], "lr": key[0], "weight_decay": key[1]} for key in sorted(groups)]
+
+    def set_progress(self, step: int, total_steps: int) -> None:
+        """Set where the task's training stands, before each optimizer step: 0 <= step < total_steps.
+
+        In train mode the gates' slope rises to s_max and the routers' noise, drawn from torch's generator, falls to 0.
+        In eval mode masks and routers are as they are after `finish_task`.
+        """
+        slope(step, total_steps, self.shape.s_max)  # refuses steps beyond the end
+        self._progress = (step, total_steps)
 
     def train_capsules(self, before: int) -> None:
         """Let the capsules of the tasks before this one go on learning, through open gates: backward transfer."""
@@ -188,9 +345,19 @@ class CtrClassifier(Classifier):
         """Binarise the masks of the task in training and count their units as used.
 
         gates are the float32 masters of the gate embeddings, where the parameters themselves are of lower precision.
+
+        Raises:
+            ValueError: If the task is finished already.
         """
+        task = self.context.task if self._training_task is None else self._training_task
+        if task != self.num_finished:
+            raise ValueError(f"finish_task: expected task {self.num_finished} to be the one in training, not {task}")
+        if self._training_task is not None:
+            self._release()
+            self.context.slope = self.context.noise_PBU2 = None
+            freeze(self)
         for number, plugin in enumerate(self.plugins):
-            gate1, gate2 = plugin.gates(self.context.task) if gates is None else gates[number]
+            gate1, gate2 = plugin.gates(task) if gates is None else gates[number]
             plugin.mask1 = torch.cat([plugin.mask1, (gate1.detach() > 0)[None].to(plugin.mask1.device)])
             plugin.mask2 = torch.cat([plugin.mask2, (gate2.detach() > 0)[None].to(plugin.mask2.device)])
 
@@ -202,7 +369,23 @@ class CtrClassifier(Classifier):
         """Return the logits (B, K) of the active task."""
         self.context.token_mask_BL = batch["attention_mask"].bool()
         self.context.masks, self.context.gates = [], []
+        if self._training_task is not None:
+            self._prepare(batch["attention_mask"])
         return super().forward(batch)
+
+    def _prepare(self, rows_BL: Tensor) -> None:
+        """Set slope and noise as `set_progress` and the mode ask for; refuse to train in vain."""
+        context, task = self.context, self._training_task
+        if self._progress is not None:
+            step, total = self._progress
+            context.slope = slope(step, total, self.shape.s_max) if self.training else None
+            scale = 1 - step / max(1, total - 1)
+            noise_PBU2 = torch.empty(len(self.plugins), len(rows_BL), context.task, 2, device=rows_BL.device)
+            noisy = self.training and scale > 0 and self.sharings
+            context.noise_PBU2 = -noise_PBU2.exponential_().log() * scale if noisy else None
+        if self.training and torch.is_grad_enabled() and (context.task != task or context.slope is None):
+            wanted = f"activate({task})" if context.task != task else "set_progress(step, total_steps)"
+            raise ValueError(f"task {task} is in training: call {wanted} before its next step, and eval() for scoring")
 
     def masks(self) -> dict[str, Tensor]:
         """Return the binary masks of the finished tasks by plugin: uint8, eight units a byte."""

@@ -121,8 +121,10 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
     if tokenizer.pad_token is None and tokenizer.all_special_tokens:
         # Masked, so any will do; but one that is not special yet, as number 0 may be, would cut up texts that hold it.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.all_special_tokens[0]
-    _, places = _untrained(card, job.model)
-    tensors = {name: tensor.detach().cpu() for name, tensor in learner.model.state_dict().items()}
+    untrained, places = _untrained(card, job.model)
+    weights = untrained.model.state_dict().keys()  # without masks of finished tasks, which are the learner's state
+    found = learner.model.state_dict().items()
+    tensors = {name: tensor.detach().cpu() for name, tensor in found if name in weights}
     plain = job.model.model_copy(update={"weight_bits": None})
     backbone = load_backbone(plain)  # one that no method has put anything into
     backbone.load_state_dict({inner: tensors[name] for name, inner in places.items()}, strict=False)

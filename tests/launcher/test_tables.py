@@ -59,6 +59,27 @@ def test_the_table_of_parity_shows_the_worst_of_its_cells_and_why_one_is_refused
     assert [value.strip() for value in row.split("|")[1:-1]] == ["ctr", "2", "3e-06", "no such stage", "0e+00", "2"]
 
 
+def test_a_pretrained_models_parity_has_a_table_of_its_own() -> None:
+    cell = {"method": "ctr", "workers": 2, "zero_stage": 2, "accumulation": 1}
+    cell |= {"weights": 2e-7, "metrics": 1e-7, "mask_bits": 0}
+    data = {"cells": [cell], "rows": 41, "global_batch": 32, "steps": 20}
+    assert parity(data).count("| --- ") == 5
+    way = {
+        "what": "ZeRO-2",
+        "workers": 2,
+        "steps": 35,
+        "weights": 0.0613,
+        "mean": 1.2e-5,
+        "mask_bits": 3,
+        "masks": 10752,
+    }
+    way |= {"metrics": 1e-3, "answers": 1, "accuracy": [0.705, 0.7]}
+    lines = parity(data | {"pretrained": [way]}).splitlines()
+    assert "| ZeRO-2 | 2 | 6e-02 | 1e-05 | 3 of 10,752 | 1e-03 | 1 | 0.705 |" in lines
+    assert "35 steps" in lines[-1]
+    assert lines[-1].endswith("is 0.700.")
+
+
 def test_the_table_of_memory_has_a_row_per_gang_and_a_column_per_micro_batch() -> None:
     line = {"what": "ctr, train", "workers": 2, "zero_stage": 3, "told": 3 * 2**20, "measured": 2 * 2**20}
     lines = [line | {"micro_batch": "auto"}, line | {"micro_batch": 1, "told": 2**20}]
