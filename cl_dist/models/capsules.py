@@ -8,7 +8,6 @@ and all tasks are computed by the same handful of operations, whatever their num
 """
 
 import re
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -32,21 +31,15 @@ def task_capsules(x_BLH: Tensor, weight_UdH: Tensor, bias_Ud: Tensor) -> Tensor:
     return squash(p_BLX.unflatten(-1, (num_tasks, size)).transpose(1, 2))
 
 
-def max_conv(u_XLD: Tensor, weights_CDk: Sequence[Tensor], token_mask_XL: Tensor) -> Tensor:
-    """Return the maxima of convolutions over windows that start at a real token, all kernel sizes together: (X, sum C).
+def max_conv(u_XDL: Tensor, weight_CDk: Tensor, token_mask_XL: Tensor) -> Tensor:
+    """Return the maximum of a convolution over windows that start at a real token: (X, C).
 
     Windows read zeros beyond the last token, so the result does not depend on how far a batch is padded. Bias and ReLU
     commute with the maximum and are applied after it, by the caller.
-
-    One matrix product over the widest windows serves every kernel size, the shorter ones filled up with zeros: a
-    convolution over so few channels is far slower on a GPU than the product is.
     """
-    length, widest = u_XLD.shape[1], max(weight.shape[-1] for weight in weights_CDk)
-    padded = F.pad(u_XLD, (0, 0, 0, widest - 1))
-    windows_XLY = torch.cat([padded[:, shift : shift + length] for shift in range(widest)], -1)
-    whole_CDk = torch.cat([F.pad(weight, (0, widest - weight.shape[-1])) for weight in weights_CDk])
-    out_XLC = F.linear(windows_XLY, whole_CDk.transpose(1, 2).flatten(1))
-    return out_XLC.masked_fill(~token_mask_XL[..., None], float("-inf")).amax(1)
+    kernel = weight_CDk.shape[-1]
+    out_XCL = F.conv1d(F.pad(u_XDL, (0, kernel - 1)), weight_CDk)
+    return out_XCL.masked_fill(~token_mask_XL[:, None, :], float("-inf")).amax(-1)
 
 
 def dynamic_routing(u_BULJd: Tensor, rounds: int = 3) -> Tensor:
@@ -101,12 +94,13 @@ class Router(nn.Module):
         noise_BU2 is the Gumbel noise of the U - 1 earlier tasks' gates; None decides by argmax.
         """
         batch, num_tasks, length, width = u_BULD.shape
-        u_XLD = (u_BULD * token_mask_BL[:, None, :, None].to(u_BULD.dtype)).reshape(-1, length, width)
+        u_XDL = (u_BULD * token_mask_BL[:, None, :, None].to(u_BULD.dtype)).reshape(-1, length, width).transpose(1, 2)
         mask_XL = token_mask_BL.repeat_interleave(num_tasks, 0)
-        own_BLD = u_XLD.unflatten(0, (batch, num_tasks))[:, -1]
-        q_BC = self.current(F.relu(self._pool("cur", own_BLD, token_mask_BL)))
-        q_XZ = q_BC.repeat_interleave(num_tasks, 0).repeat(1, len(self.kernels))
-        z_XZ = F.relu(self._pool("sim", u_XLD, mask_XL) + q_XZ)
+        own_BDL = u_XDL.unflatten(0, (batch, num_tasks))[:, -1]
+        cur_BX = torch.cat([self._pool("cur", k, own_BDL, token_mask_BL) for k in self.kernels], -1)
+        q_BC = self.current(F.relu(cur_BX))
+        q_XC = q_BC.repeat_interleave(num_tasks, 0)
+        z_XZ = torch.cat([F.relu(self._pool("sim", k, u_XDL, mask_XL) + q_XC) for k in self.kernels], -1)
         z_BUZ = z_XZ.unflatten(0, (batch, num_tasks))
         contrast_BUZ = z_BUZ[:, :-1] - z_BUZ.mean(1, keepdim=True)
         delta_BU = hard_gate(self.gate(contrast_BUZ).float(), noise_BU2)
@@ -114,9 +108,9 @@ class Router(nn.Module):
         passed_BUD = self.amount(z_BUZ) * delta_BU[..., None].to(z_BUZ.dtype)
         return (passed_BUD[:, :, None, :] * u_BULD).sum(1), delta_BU
 
-    def _pool(self, kind: str, u_XLD: Tensor, mask_XL: Tensor) -> Tensor:
-        weights, biases = ([getattr(self, f"{kind}{k}_{what}") for k in self.kernels] for what in ("weight", "bias"))
-        return max_conv(u_XLD, weights, mask_XL) + torch.cat(biases)
+    def _pool(self, kind: str, k: int, u_XDL: Tensor, mask_XL: Tensor) -> Tensor:
+        pooled: Tensor = max_conv(u_XDL, getattr(self, f"{kind}{k}_weight"), mask_XL)
+        return pooled + getattr(self, f"{kind}{k}_bias")
 
 
 def hard_gate(logits_BU2: Tensor, noise_BU2: Tensor | None) -> Tensor:

@@ -4,7 +4,6 @@
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -155,12 +154,11 @@ def test_no_two_windows_are_so_close_that_rounding_chooses(
     """If this fails, the tests below may too, with nothing wrong but SEED."""
     margins, max_conv = [], capsules.max_conv
 
-    def watch(u_XLD: Tensor, weights_CDk: Sequence[Tensor], token_mask_XL: Tensor) -> Tensor:
-        for weight_CDk in weights_CDk:
-            out_XCL = F.conv1d(F.pad(u_XLD.transpose(1, 2), (0, weight_CDk.shape[-1] - 1)), weight_CDk).detach()
-            first, second = out_XCL.masked_fill(~token_mask_XL[:, None, :], float("-inf")).topk(2).values.unbind(-1)
-            margins.append(float((first - second).min()))
-        return max_conv(u_XLD, weights_CDk, token_mask_XL)
+    def watch(u_XDL: Tensor, weight_CDk: Tensor, token_mask_XL: Tensor) -> Tensor:
+        out_XCL = F.conv1d(F.pad(u_XDL, (0, weight_CDk.shape[-1] - 1)), weight_CDk).detach()
+        first, second = out_XCL.masked_fill(~token_mask_XL[:, None, :], float("-inf")).topk(2).values.unbind(-1)
+        margins.append(float((first - second).min()))
+        return max_conv(u_XDL, weight_CDk, token_mask_XL)
 
     monkeypatch.setattr(capsules, "max_conv", watch)
     book = gang.book("ctr", "last")

@@ -95,21 +95,19 @@ def slow_max_conv(u_DL: Tensor, weight_CDk: Tensor, length: int) -> Tensor:
     return best
 
 
-@pytest.mark.parametrize("kernels", [(1,), (3,), (5,), (3, 4, 5), (5, 1)])
-def test_max_conv_is_the_best_window_of_the_real_tokens(kernels: tuple[int, ...]) -> None:
-    lengths, u = (6, 1, 4), torch.randn(3, 4, 6)
-    weights = [torch.randn(7, 4, kernel) for kernel in kernels]
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_max_conv_is_the_best_window_of_the_real_tokens(kernel: int) -> None:
+    lengths, u, weight = (6, 1, 4), torch.randn(3, 4, 6), torch.randn(7, 4, kernel)
     mask = tokens(*lengths, width=6)
-    found = max_conv((u * mask[:, None]).transpose(1, 2), weights, mask)
-    rows = enumerate(lengths)
-    expected = [torch.cat([slow_max_conv(u[row], weight, length) for weight in weights]) for row, length in rows]
-    torch.testing.assert_close(found, torch.stack(expected))
+    found = max_conv(u * mask[:, None], weight, mask)
+    expected = torch.stack([slow_max_conv(u[row], weight, length) for row, length in enumerate(lengths)])
+    torch.testing.assert_close(found, expected)
 
 
 def test_padding_cannot_win_the_maximum_of_max_conv() -> None:
     u, weight = -torch.ones(1, 2, 3), torch.ones(1, 2, 1)  # every window of a real token is -2, of padding 0
     for extra in range(4):
-        found = max_conv(F.pad(u, (0, extra)).transpose(1, 2), [weight], tokens(3, width=3 + extra))
+        found = max_conv(F.pad(u, (0, extra)), weight, tokens(3, width=3 + extra))
         assert found.item() == -2.0
 
 
