@@ -40,7 +40,7 @@ test: $(STAMP)  ## tests that run on CPU, with Ray; CI=true also fails on a skip
 	$(BIN)/python -X faulthandler -m pytest tests -n 2 --no-loadscope-reorder -rs --durations 15 -m 'not gpu and not bench and not long'
 
 test-long: $(STAMP)  ## jobs, manifests, several hosts, lost and drained nodes: Ray clusters of their own, minutes each
-	$(BIN)/python -X faulthandler -m pytest tests -rs -m long
+	$(BIN)/python -X faulthandler -m pytest tests -n 2 --no-loadscope-reorder -rs --durations 15 -m long
 
 test-ray: $(STAMP)  ## the tests that start Ray
 	$(BIN)/python -m pytest tests -rs -m ray
