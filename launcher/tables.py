@@ -5,11 +5,12 @@ python -m launcher.tables write              fill the marked blocks of the pages
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from launcher.scaling import RANKS, cells
@@ -25,6 +26,8 @@ COLUMNS = {
     "cl/bwt": "backward transfer",
     "cl/fwt_one": "transfer vs. own model",
 }
+TWO_WORKERS = 1.7
+"""The least speed-up that DESIGN asks of two workers."""
 
 
 def kept(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,8 +63,11 @@ def table(summaries: list[dict[str, Any]]) -> str:
     which = "seed" if orders == 1 else "folder"
     heading = " | ".join([group, "seed" if orders == 1 else "run", *COLUMNS.values(), "seconds"])
     lines = [f"| {heading} |", "| --- " * (len(COLUMNS) + 3) + "|"]
-    for method in sorted({summary[group] for summary in summaries}):
-        runs = sorted((s for s in summaries if s[group] == method), key=lambda s: str(s[which]))
+    groups = {
+        name: sorted((s for s in summaries if s[group] == name), key=lambda s: str(s[which]))
+        for name in dict.fromkeys(summary[group] for summary in summaries)
+    }
+    for method, runs in sorted(groups.items()):
         values = [[run["metrics"].get(name, {}).get("value") for name in COLUMNS] for run in runs]
         seconds = [run["seconds"] for run in runs]
         labels = [str(run[which]) for run in runs]
@@ -84,7 +90,63 @@ def table(summaries: list[dict[str, Any]]) -> str:
         f"{first['cluster']['workers']} Ray workers, ZeRO-{first['cluster']['zero_stage']}, "
         f"torch {first['versions']['torch']}; seconds are the stages' own."
     )
-    return "\n".join(lines) + "\n"
+    compared = differences(groups, which)
+    return "\n".join([*lines, *(["", compared] if compared else [])]) + "\n"
+
+
+def differences(groups: Mapping[str, list[dict[str, Any]]], which: str) -> str:
+    """Return a sentence with the first group's differences from each other group, with 95 % intervals; '' for none.
+
+    A task's difference is the mean over the runs that both groups have: the same seed, or the same order of tasks.
+    The interval is Student's over the tasks' differences, so it covers the choice of tasks and of test rows.
+    """
+    name, *others = groups
+    found, tasks, pairs = [], 0, 0
+    for other in others:
+        ends = [{str(run[which]): _ends(run) for run in groups[each]} for each in (name, other)]
+        parts = []
+        for key, column in (("accuracy", "accuracy"), ("f1_macro", "macro F1")):
+            points: dict[str, list[float]] = {}
+            for run in ends[0].keys() & ends[1].keys():
+                ours, theirs = (end[run].get(key, {}) for end in ends)
+                for task in ours.keys() & theirs.keys():
+                    points.setdefault(task, []).append(100 * (ours[task] - theirs[task]))
+            if len(points) > 1:
+                values = [mean(each) for each in points.values()]
+                half = quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+                parts.append(f"{column} {mean(values):+.1f} ± {half:.1f}")
+                tasks, pairs = len(values), len(next(iter(points.values())))
+        found += [f"{name} minus {other}: {', '.join(parts)}"] if parts else []
+    if not found:
+        return ""
+    runs = "one pair of runs" if pairs == 1 else f"{pairs} pairs of runs"
+    heading = f"Points after the last task, with 95 % intervals over the {tasks} tasks ({runs})"
+    return f"{heading}. {'; '.join(found)}."
+
+
+def _ends(run: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return each task's scores after the last task, by kind of score."""
+    names = [task["id"] for task in run["tasks"]]
+    return {
+        kind: {task: score for task, score in zip(names, rows[-1], strict=True) if score is not None}
+        for kind, rows in run["matrix"].items()
+    }
+
+
+def quantile(freedom: int) -> float:
+    """Return the t below which Student's distribution has 97.5 % of its mass, by Simpson's rule and bisection."""
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+
+    def above_zero(t: float) -> float:
+        steps = 2000
+        density = [scale * (1 + (t * i / steps) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(steps + 1)]
+        return t / steps / 3 * (density[0] + density[-1] + 4 * sum(density[1:-1:2]) + 2 * sum(density[2:-1:2]))
+
+    low, high = 1.9, 13.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if above_zero(middle) < 0.475 else (low, middle)
+    return low
 
 
 def parity(data: Mapping[str, Any]) -> str:
@@ -208,10 +270,18 @@ def scaling(data: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def speed(data: Mapping[str, Any]) -> str:
-    """Return the Markdown table of `tests/benchmarks`: a row per figure."""
+def speed(data: Mapping[str, Any], scaled: Mapping[str, Any] | None = None) -> str:
+    """Return the Markdown table of `tests/benchmarks`, a row per figure, and of `tests.scaling`'s two workers."""
     lines = ["| what | measured | allowed |", "| --- " * 3 + "|"]
     lines += [f"| {row['what']} | {row['text']} | {row['budget'] or '-'} |" for row in data["figures"]]
+    rates = {
+        row["workers"]: row["tokens_per_s"] for row in (scaled or {}).get("measured", []) if row["how"] == "strong"
+    }
+    if {1, 2} <= rates.keys():
+        times = rates[2] / rates[1]
+        missed = "" if times >= TWO_WORKERS else "; missed"
+        what = "training with two workers, against one"
+        lines.append(f"| {what} | {times:.2f}x as fast | at least {TWO_WORKERS:g}{missed} |")
     lines += ["", f"{data['cores']} cores, torch {data['torch']}."]
     return "\n".join(lines) + "\n"
 
@@ -226,20 +296,20 @@ def gpu(data: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-BLOCKS = {"gpu": gpu, "parity": parity, "chaos": chaos, "memory": memory, "scaling": scaling, "speed": speed}
+BLOCKS = {"gpu": gpu, "parity": parity, "chaos": chaos, "memory": memory, "scaling": scaling}
 """How results are shown that are no summaries of runs."""
 
 
 def filled(readme: str) -> str:
     """Return a page with every marked block written from its results file."""
-    for path in sorted(RESULTS.glob("*.json")):
-        data = json.loads(path.read_text(encoding="utf8"))
-        block = BLOCKS.get(path.stem, table)(data)
+    results = {path.stem: json.loads(path.read_text(encoding="utf8")) for path in sorted(RESULTS.glob("*.json"))}
+    for name, data in results.items():
+        block = speed(data, results.get("scaling")) if name == "speed" else BLOCKS.get(name, table)(data)
 
         def put(match: re.Match[str], block: str = block) -> str:
             return match[1] + block + match[2]
 
-        readme = re.sub(BLOCK.format(name=re.escape(path.stem)), put, readme, flags=re.DOTALL)
+        readme = re.sub(BLOCK.format(name=re.escape(name)), put, readme, flags=re.DOTALL)
     return readme
 
 

@@ -1,4 +1,6 @@
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,13 @@ def test_exit_codes_are_those_of_the_command_line() -> None:
         "JobError": 7,
         "QualityError": 8,
     }
+
+
+def test_the_readme_lists_every_exit_code() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf8")
+    told = readme.partition("Exit codes: ")[2].partition("\n\n")[0]
+    codes = {int(code) for code in re.findall(r"(?:^|,)\s*(\d+) ", told)}
+    assert codes == {kind.exit_code for kind in ALL} | {0, 130}
 
 
 def test_a_conflict_names_each_setting_with_both_values_and_what_to_do() -> None:

@@ -4,10 +4,11 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launcher.tables import PAGES, RESULTS, filled, kept, memory, parity, speed, table
+from launcher.tables import PAGES, RESULTS, filled, kept, memory, parity, quantile, speed, table
 from tests.launcher.summaries import summaries
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,29 @@ def test_settings_of_one_method_go_by_their_names() -> None:
     rows = [line.split("|")[1].strip() for line in table([one, other]).splitlines()[2:4]]
     assert rows == ["block", "head"]
     assert "mean of" not in table([one, other])
+
+
+def test_methods_are_compared_by_task_with_an_interval() -> None:
+    def scored(method: str, seed: int, scores: list[float]) -> dict[str, Any]:
+        return {
+            "run": method, "method": method, "seed": seed, "seconds": 1.0, "metrics": {},
+            "matrix": {"accuracy": [[0.0] * 3, scores]}, "versions": {"torch": "2"},
+            "tasks": [{"id": id, "rows": dict.fromkeys(("train", "dev", "test"), 9), "majority": 0.5} for id in "abc"],
+            "cluster": {"workers": 1, "zero_stage": 0},
+        }  # fmt: skip
+
+    runs = [scored("hat", seed, [0.50, 0.60, 0.70]) for seed in (0, 1)]
+    runs += [scored("ctr", 0, [0.51, 0.60, 0.71]), scored("ctr", 1, [0.53, 0.60, 0.75])]
+    # by task, ctr is ahead by 2, 0 and 3 points: mean 5/3, standard deviation 1.5275
+    assert "hat minus ctr: accuracy -1.7 ± 3.8." in table(runs)
+    assert "ctr minus hat: accuracy +1.7 ± 3.8." in table(runs[::-1])
+    assert "minus" not in table(runs[:2])
+    assert "minus" not in table([runs[0], runs[3]])  # another seed: no pair
+
+
+@pytest.mark.parametrize(("freedom", "expected"), [(1, 12.706), (2, 4.303), (5, 2.571), (18, 2.101), (300, 1.968)])
+def test_intervals_are_students(freedom: int, expected: float) -> None:
+    assert quantile(freedom) == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_table_of_parity_shows_the_worst_of_its_cells_and_why_one_is_refused() -> None:
@@ -96,6 +120,20 @@ def test_the_table_of_speed_shows_each_figure_beside_what_is_allowed() -> None:
     ]
     rows = speed({"figures": figures, "cores": 2, "torch": "2"}).splitlines()[2:4]
     assert rows == ["| a vote | 1.06x their time | at most 1.1 |", "| operations | 437 each time | - |"]
+
+
+def test_the_table_of_speed_has_two_workers_and_says_where_they_miss_what_is_allowed() -> None:
+    line = {"how": "strong", "workers": 1, "global_batch": 64, "step_s": 1.0, "tokens_per_s": 1000.0}
+    scaling: dict[str, Any] = {
+        "measured": [line, line | {"workers": 2, "tokens_per_s": 1550.0}],
+        "cores": 2,
+        "torch": "2",
+    }
+    text = speed({"figures": [], "cores": 2, "torch": "2"}, scaling)
+    assert "| training with two workers, against one | 1.55x as fast | at least 1.7; missed |" in text
+    scaling["measured"][1]["tokens_per_s"] = 1710.0
+    assert "| 1.71x as fast | at least 1.7 |" in speed({"figures": [], "cores": 2, "torch": "2"}, scaling)
+    assert "two workers" not in speed({"figures": [], "cores": 2, "torch": "2"}, {"measured": []})
 
 
 def test_make_chaos_runs_every_test_that_the_table_of_faults_names() -> None:
