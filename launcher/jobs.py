@@ -73,7 +73,8 @@ class Jobs:
 
         self._address = address
         with self._told():
-            if address is None and not any(os.environ.get(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")):
+            named = any(os.environ.get(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"))
+            if address in (None, "auto") and not named:
                 address = find_cluster()  # Ray would take what a run has started for itself
             self._client = JobSubmissionClient(address)
 

@@ -24,7 +24,7 @@ from cl_dist.errors import ClusterError
 
 log = logging.getLogger(__name__)
 PREFIX, INNER = "cl-ray-", "r"
-LONGEST_SOCKET = f"{PREFIX}12345678/{INNER}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+LONGEST_SOCKET = f"{PREFIX}12345678/{INNER}/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_MetricsHead"
 SOCKET_PATH = 107
 """Longest path that the system takes for a socket."""
 TOKEN_SETTINGS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")

@@ -26,8 +26,9 @@ from cl_dist.dispatch_ray import cluster, mailbox
 from cl_dist.dispatch_ray.dispatcher import RayDispatcher
 from cl_dist.dispatch_ray.mailbox import Mailbox, Parcel
 from cl_dist.dispatch_ray.private import loopback, private
-from cl_dist.errors import ClusterError, DataError
+from cl_dist.errors import ClusterError, DataError, JobError
 from cl_dist.run_config import ClusterConfig
+from launcher.jobs import Jobs
 
 
 @pytest.fixture(autouse=True)
@@ -203,6 +204,17 @@ def test_auto_is_a_cluster_that_ray_start_has_made(
             cluster.connect(ClusterConfig(address="auto"))
         return
     assert cluster.find_cluster() == found
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_jobs_are_sent_to_what_auto_means_too(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
+    def find() -> str:
+        raise ClusterError("no Ray cluster has a node on this machine")
+
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "find_cluster", find)
+    with pytest.raises(JobError, match=r"no Ray cluster has a node on this machine\nExpected the job server"):
+        Jobs(address)
 
 
 class Context:
