@@ -17,10 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
-
 import cl_dist
-from cl_dist.config import parse
+from cl_dist.config import parse, yaml_text
 from cl_dist.errors import ConfigError, JobError
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import digest_of
@@ -285,7 +283,7 @@ def _pack(tree: Mapping[str, Any], into: Path) -> None:
         ConfigError: If a path leaves the working directory, or all is too large to travel.
     """
     parse(RunConfig, tree)
-    (into / RUN_FILE).write_text(yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True), encoding="utf8")
+    (into / RUN_FILE).write_text(yaml_text(tree), encoding="utf8")
     for path in sorted(set(_paths(_science(tree)))):
         if not Path(path).resolve().is_relative_to(Path.cwd()):
             raise ConfigError(f"{path}: leaves the working directory; make it absolute, in a folder every node sees")
