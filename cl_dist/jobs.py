@@ -7,7 +7,7 @@ from typing import Any
 from cl_dist.data.load import load_task
 from cl_dist.data.rows import TaskData
 from cl_dist.data.votes import voting_rows
-from cl_dist.errors import ConfigError, DataError
+from cl_dist.errors import ConfigError, DataError, StageConflictError
 from cl_dist.ledger import Ledger, sha256
 from cl_dist.methods import METHODS
 from cl_dist.models.config import ModelConfig
@@ -26,6 +26,7 @@ from cl_dist.stage import (
     Vote,
     digest_of,
     flat,
+    ref,
 )
 from cl_dist.stages.job import Job
 
@@ -122,9 +123,7 @@ class Workbook:
             "method": science.method.changed() | {"name": science.method.name},
             "train": {} if stage.settings is not None else science.train_of(task).changed(),
             "evaluate": {"batch": science.evaluate.batch},  # dev rows are scored in batches of this size
-            "rows": {self.tasks.tasks[u].id: [self.data(u).digests[s] for s in ("train", "dev")] for u in stage.data},
-            "replay_rows": {self.tasks.tasks[u].id: self.data(u).digests["train"] for u in stage.replay},
-            "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in (*stage.data, *stage.replay)},
+            **self._rows(stage),
         }
         if stage.step == "invrat":
             facts["environments"] = [self.data(u).digests.get("environments") for u in stage.data]
@@ -143,7 +142,7 @@ class Workbook:
             "seed": science.seed,
             "max_length": science.train_of(self.tasks.tasks[stage.task]).max_length,
             "new_rows": len(self.data(stage.task).train),
-            "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in stage.sources},
+            **self._rows(stage),
             "questions": {self.tasks.tasks[u].id: self.data(u).question for u in stage.sources},
         }
         return flat(facts | self._inputs(stage))
@@ -154,7 +153,7 @@ class Workbook:
             "schema_version": SCHEMA_VERSION,
             "stage": stage.changed(),
             "max_length": science.train_of(self.tasks.tasks[stage.task]).max_length,
-            "rows": {name: self.data(u).digests for name, u in zip(names, stage.sources, strict=True)},
+            **self._rows(stage),
             "questions": {name: self.data(u).question for name, u in zip(names, stage.sources, strict=True)},
         }
         return flat(facts | self._inputs(stage))
@@ -168,12 +167,48 @@ class Workbook:
             "evaluate": science.evaluate.changed(),
             # Where it is that of the stage's own task, it has come in through the model's fingerprint.
             "max_length": {self.tasks.tasks[u].id: n for u, n in lengths.items() if n != lengths[stage.task]},
-            "rows": {self.tasks.tasks[u].id: self.data(u).digests["test"] for u in stage.tasks},
+            **self._rows(stage),
         }
         if self.answers == "text":
             facts["questions"] = {self.tasks.tasks[u].id: self.data(u).question for u in stage.tasks}
             facts["metrics"] = {self.tasks.tasks[u].id: self.tasks.tasks[u].metric for u in stage.tasks}
         return flat(facts | self._inputs(stage))
+
+    def _rows(self, stage: Stage) -> dict[str, Any]:
+        """Return the facts of a stage that its rows decide."""
+        match stage:
+            case Train():
+                seen = [self.data(u) for u in (*stage.data, *stage.replay)]
+                return {
+                    "rows": {self._id(u): [self.data(u).digests[s] for s in ("train", "dev")] for u in stage.data},
+                    "replay_rows": {self._id(u): self.data(u).digests["train"] for u in stage.replay},
+                    "labels": {data.id: list(data.labels) for data in seen},
+                }
+            case Generate():
+                return {"labels": {self._id(u): list(self.data(u).labels) for u in stage.sources}}
+            case Evaluate():
+                return {"rows": {self._id(u): self.data(u).digests["test"] for u in stage.tasks}}
+            case _:
+                return {"rows": {self._id(u): self.data(u).digests for u in stage.sources}}
+
+    def _id(self, task: int) -> str:
+        return self.tasks.tasks[task].id
+
+    def check_rows(self, *stages: Stage) -> None:
+        """Compare the rows that finished stages have learned and scored with those that are there now.
+
+        stages: those to look at; all of the run if there are none.
+
+        Raises:
+            StageConflictError: If they are others.
+        """
+        for stage in stages or [stage for t in range(len(self.tasks)) for stage in self.plan(t)]:
+            manifest = self.ledger.manifest(ref(stage))
+            if manifest is None:
+                continue
+            old, now = manifest["facts"], flat(self._rows(stage))
+            if changed := {key: (old.get(key), now[key]) for key in now if old.get(key) != now[key]}:
+                raise StageConflictError(self.ledger.key(ref(stage)), changed)
 
     def _inputs(self, stage: Stage) -> dict[str, Any]:
         return {"inputs": {self.ledger.key(ref): digest_of(self.facts(self.stage(ref))) for ref in stage.inputs}}
@@ -252,10 +287,13 @@ def model_digest(source: str, revision: str | None, drawn: bool = False) -> str:
     if not source.startswith(("package:", ".", "/", "~")) and not Path(source).is_dir():
         return f"{source}@{revision}"
     folder = resolve(source)
-    if folder.suffix == ".gguf":
-        return sha256(folder)
-    patterns = ("tokenizer*", "vocab*", *(() if drawn else ("config.json", "*.safetensors")))
-    files = [p for pattern in patterns for p in folder.glob(pattern)]
-    if not drawn and not any(p.suffix == ".safetensors" for p in files):
-        raise ConfigError(f"science.model.source={source!r}: expected a folder with config.json and *.safetensors")
-    return digest_of({p.name: sha256(p) for p in sorted(files)})
+    try:
+        if folder.suffix == ".gguf":
+            return sha256(folder)
+        patterns = ("tokenizer*", "vocab*", *(() if drawn else ("config.json", "*.safetensors")))
+        files = [p for p in folder.iterdir() if any(p.match(pattern) for pattern in patterns)]
+        if not drawn and not any(p.suffix == ".safetensors" for p in files):
+            raise ConfigError(f"science.model.source={source!r}: expected a folder with config.json and *.safetensors")
+        return digest_of({p.name: sha256(p) for p in sorted(files)})
+    except PermissionError as error:
+        raise ConfigError(f"science.model.source={source!r}: {error}; let this user read it") from error

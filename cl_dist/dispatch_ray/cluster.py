@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 
 from cl_dist.errors import ClusterError
 from cl_dist.run_config import ClusterConfig
+from cl_dist.stopping import kept_from_children
 
 log = logging.getLogger(__name__)
 ACTOR_TIMEOUT_S = 60.0
@@ -75,7 +76,8 @@ def connect(cluster: ClusterConfig) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         # "local", since None would join whatever a crashed driver left noted in Ray's temporary folder.
-        ray.init(address=cluster.address or "local", **settings)
+        with kept_from_children():
+            ray.init(address=cluster.address or "local", **settings)
     except (ConnectionError, RuntimeError, ValueError, RayError, TimeoutError) as error:
         where = cluster.address or "a local Ray"
         raise ClusterError(f"cluster.address={cluster.address!r}: cannot reach {where}: {error}") from error
