@@ -119,7 +119,10 @@ def _is(error: Exception, *numbers: int) -> bool:
 
 def refused(error: BaseException) -> StorageError | None:
     """Return what to do about a refusal of the file system that nothing else has told of; None for other errors."""
-    if not isinstance(error, OSError) or error.errno not in (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM):
+    if not isinstance(error, OSError):
+        return None
+    is_without_tmp = "No usable temporary directory" in str(error)  # Python's words where none can be written
+    if not is_without_tmp and error.errno not in (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM):
         return None
     remedy = _ROOM if error.errno in _FULL else "Let this user read and write it, or name another place"
     return StorageError(f"{error.filename or 'a file that could not be named'}: {error.strerror}. {remedy}.")

@@ -92,14 +92,15 @@ class Jobs:
             return job_id, False
         package = folder / PACKAGE
         there, run = shlex.quote(str(package)), f"exec cl-dist train {RUN_FILE}"
-        with TemporaryDirectory(prefix="cl-dist-") as made, self._told():
+        with TemporaryDirectory(prefix="cl-dist-") as made:
             _pack(tree, Path(made))
-            self._send(
-                entrypoint=f"mkdir -p {there} && cp -R . {there} && cd {there} && {run}",
-                submission_id=job_id,
-                runtime_env={"working_dir": made, **_environment(config)},
-                metadata={FOLDER: str(folder), RUN: config.run.name, VERSION: cl_dist.__version__},
-            )
+            with self._told():
+                self._send(
+                    entrypoint=f"mkdir -p {there} && cp -R . {there} && cd {there} && {run}",
+                    submission_id=job_id,
+                    runtime_env={"working_dir": made, **_environment(config)},
+                    metadata={FOLDER: str(folder), RUN: config.run.name, VERSION: cl_dist.__version__},
+                )
         return job_id, True
 
     def resume(self, job_id: str, overrides: list[str]) -> None:

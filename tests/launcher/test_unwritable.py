@@ -190,6 +190,9 @@ def test_any_refusal_of_the_file_system_is_told_whatever_the_verb(
     monkeypatch.setattr(runs, "recipes", refuse)
     told(cli("list", "recipes"), 6, "/tmp/somewhere", os.strerror(number))
     assert refused(FileNotFoundError(errno.ENOENT, "x")) is None
+    assert "['/tmp']" in str(
+        refused(FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"))
+    )
 
 
 def test_what_fails_while_a_folder_is_written_is_told_with_the_folder(tmp_path: Path) -> None:
