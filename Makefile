@@ -84,8 +84,9 @@ scaling: $(STAMP)  ## training with 1, 2 and 4 workers of this machine, and many
 	$(BIN)/python -m tests.scaling tests/results/scaling.json
 	$(BIN)/python -m launcher.tables write
 
-fuzz: $(STAMP)  ## hostile run files, rows, manifests and checkpoints, some 40,000 of them
-	FUZZ_TIMES=20 $(BIN)/python -m pytest tests/cl_dist/test_hostile.py
+fuzz: $(STAMP)  ## hostile run files, rows, manifests and checkpoints, some 40,000 of them; spellings and texts
+	FUZZ_TIMES=20 $(BIN)/python -m pytest tests/cl_dist/test_hostile.py tests/cl_dist/test_spelling.py \
+		tests/launcher/test_terminal.py::test_nothing_that_is_shown_acts_upon_a_terminal
 
 tables: $(STAMP)  ## write the tables of README.md from tests/results/*.json
 	$(BIN)/python -m launcher.tables write

@@ -4,7 +4,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from unicodedata import normalize
@@ -16,6 +18,11 @@ from yaml.composer import ComposerError
 from cl_dist.errors import ConfigError
 
 Tree = dict[str, Any]
+RUN_FILE = "a mapping with the keys run, science and cluster"
+NUMBER = "expected a number, written as 10 or 1.5 or 1e-5"
+INTEGER = r"[-+]?(?:0|[1-9][0-9]*)"
+DECIMAL = r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)|\.[0-9]+(?:[eE][-+]?[0-9]+)?)"
+"""How whole numbers and others are written: as in JSON, and with a bare or a leading point."""
 MAX_NODES, MAX_DEPTH = 100_000, 50
 """Bounds of a tree: values, those behind aliases counted wherever they stand, and how deep they are nested."""
 
@@ -58,7 +65,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     near = get_close_matches(word, known, n=1, cutoff=0.6)
     if near and normalize("NFKC", near[0]) == normalize("NFKC", word):
         return f"; did you mean {near[0]!a}?"  # as it is not told from the word when it is printed
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known)) or 'none'}"
 
 
 S = TypeVar("S", bound=BaseModel)
@@ -73,16 +80,77 @@ def parse(kind: type[S], tree: Mapping[str, Any], where: str = "") -> S:
     if unusable := list(_unusable(tree)):
         raise ConfigError("\n".join(f"{where}{line}" for line in unusable))
     try:
-        return kind.model_validate(tree)
+        made = kind.model_validate(tree)
     except ValidationError as error:
-        lines = []
-        for fault in error.errors():
-            path = ".".join(str(part) for part in fault["loc"]) or kind.__name__
-            message = fault["msg"].removeprefix("Value error, ")
-            given = fault["input"]
-            shown = f"={given!r:.200}" if isinstance(given, str | int | float | bool | None) else ""
-            lines.append(f"{where}{path}{shown}: {message}")
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError("\n".join(f"{where}{line}" for line in _told(kind, error.errors()))) from None
+    if misread := list(_misread(tree, made)):
+        raise ConfigError("\n".join(f"{where}{line}" for line in misread))
+    return made
+
+
+def _told(kind: type[BaseModel], faults: Sequence[Any]) -> Iterator[str]:
+    """Yield a line for each fault: the field, its value, what was expected, and quotes where YAML misread a text."""
+    # Of a field that takes a list or a text pydantic tells what is wrong with it as either, and which it means.
+    either = {fault["loc"][:n] for fault in faults for n, part in enumerate(fault["loc"]) if _is_list(part)}
+    for fault in faults:
+        given, message, loc = fault["input"], fault["msg"].removeprefix("Value error, "), fault["loc"]
+        if loc[:-1] in either:
+            if _is_list(loc[-1]) != isinstance(given, list):
+                continue
+            loc = loc[:-1]
+        parts = [str(part) for part in loc if not _is_list(part)]
+        is_shown = given is None or isinstance(given, str | int | float | date) or fault["type"] == "string_type"
+        shown = f"={str(given) if isinstance(given, date) else repr(given):.200}" if is_shown else ""
+        if parts[-1:] == ["[key]"]:
+            parts, shown, message = parts[:-2], "", f"key {given!s}: {message}"
+        if fault["type"].startswith(("greater_than", "less_than")) and not _is_number(given):
+            message = NUMBER
+        elif fault["type"] == "string_type":
+            message += _quoted(given)
+        elif fault["type"] == "list_type" and isinstance(given, str):
+            items = ", ".join(re.split(r"[,\s]+", given.strip()))
+            message += f"; a list is written in brackets: [{items}]"
+        yield f"{'.'.join(parts) or kind.__name__}{shown}: {message}"
+
+
+def _is_list(part: Any) -> bool:
+    return isinstance(part, str) and part.startswith("list[")
+
+
+def _quoted(value: Any) -> str:
+    """Return '; quote it: ...' for a value that YAML has made of a text without quotes."""
+    match value:
+        case bool():
+            first, others = ("yes", "'on', 'true'") if value else ("no", "'off', 'false'")
+            return f"; quote it: '{first}' (or {others}, as it is written)"
+        case None:
+            return "; quote it if it is a text: 'null'"
+        case int() | float() | date():
+            return f"; quote it: '{value}' (as it is written)"
+        case Mapping():
+            return "; quote it: YAML takes a text with ': ' for a mapping"
+        case _:
+            return ""
+
+
+def _misread(given: Any, made: Any, path: str = "") -> Iterator[str]:
+    """Yield a line for each truth value, and each text that is no plain decimal, of which a number was made."""
+    if isinstance(made, BaseModel | Mapping) and isinstance(given, Mapping):
+        for key, value in given.items():
+            inner = getattr(made, str(key), None) if isinstance(made, BaseModel) else made.get(key)
+            yield from _misread(value, inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(made, list | tuple) and isinstance(given, list | tuple):
+        for number, (value, inner) in enumerate(zip(given, made, strict=False)):
+            yield from _misread(value, inner, f"{path}.{number}")
+    elif isinstance(made, int | float) and not isinstance(made, bool) and not _is_number(given):
+        yield f"{path}={given!r}: {NUMBER}"
+
+
+def _is_number(given: Any) -> bool:
+    """Return whether a number may be made of a value: of a number, or of a text that is one in plain decimals."""
+    if isinstance(given, str):
+        return re.fullmatch(f"{INTEGER}|{DECIMAL}", given.strip()) is not None
+    return isinstance(given, int | float) and not isinstance(given, bool)
 
 
 def _unusable(node: Any, path: str = "", depth: int = 0) -> Iterator[str]:
@@ -116,28 +184,29 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     return result
 
 
-def read_yaml(path: Path) -> Tree:
+def read_yaml(path: Path, expected: str = RUN_FILE) -> Tree:
     """Read a YAML mapping; `extends: other.yaml` (relative to this file) is laid underneath, `${env:NAME}` filled in.
 
     Raises:
-        ConfigError: If the file is missing, is not a YAML mapping, extends itself, or names an unset variable.
+        ConfigError: If the file is missing, is not a YAML mapping (the message says what was expected), extends itself,
+            or names an unset variable.
     """
-    return _read_yaml(path, ())
+    return _read_yaml(path, (), expected)
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> Tree:
+def _read_yaml(path: Path, seen: tuple[Path, ...], expected: str) -> Tree:
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path.name}: extends itself through {' -> '.join(p.name for p in (*seen, path))}")
-    tree = plain_yaml(path)
+    tree = plain_yaml(path, expected)
     base = tree.pop("extends", None)
     if base is not None and not isinstance(base, str):
         raise ConfigError(f"{path}: extends={base!r}: expected the path of another run file")
     filled: Tree = _with_texts(tree, lambda text: _fill_env(text, path))
-    return merged(_read_yaml(path.parent / base, (*seen, path)), filled) if base else filled
+    return merged(_read_yaml(path.parent / base, (*seen, path), expected), filled) if base else filled
 
 
-def plain_yaml(path: Path) -> Tree:
+def plain_yaml(path: Path, expected: str = RUN_FILE) -> Tree:
     """Read a YAML mapping as it stands.
 
     Raises:
@@ -151,14 +220,18 @@ def plain_yaml(path: Path) -> Tree:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     tree = _plain(text, f"{path}: ")
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping with the keys run, science and cluster")
+        raise ConfigError(f"{path}: expected {expected}")
     if not isinstance(tree.get("run", {}), dict):
         raise ConfigError(f"{path}: run: expected a mapping with the keys name and dir, got {tree['run']!r:.50}")
     return tree
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data alone, no key that comes twice, and no aliases that name what is around them, or far too much."""
+    """Plain data alone, no key that comes twice, and no aliases that name what is around them, or far too much.
+
+    Numbers are those of JSON and YAML 1.2. What YAML 1.1 reads as octal (010), base 60 (1:30), hexadecimal or with
+    underscores stays a text, which no number field takes.
+    """
 
     yaml_constructors = {  # neither is JSON, and a set has another order in each process
         tag: make
@@ -175,6 +248,11 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         mark, before = event.start_mark, self._count
+        if isinstance(event, yaml.ScalarEvent) and event.value == "" and event.implicit[0]:
+            rest = mark.buffer[mark.pointer :].partition("\n")[0].strip(" \t\0")
+            if re.match(r"#\S", rest):
+                text = f"nothing stands before the comment {rest!r:.60}; quote it if it is a text, or write null"
+                raise ComposerError(None, None, text, mark)
         node = super().compose_node(parent, index)
         assert node is not None  # that of an empty text is asked for elsewhere
         if isinstance(event, yaml.AliasEvent):
@@ -197,6 +275,35 @@ class _Loader(yaml.SafeLoader):
                     raise ComposerError(None, None, f"key {key.value!r} comes twice", key.start_mark)
                 seen.add((key.tag, key.value))
         return node
+
+
+def _resolvers(kind: Any, *, without: tuple[str, ...] = ()) -> None:
+    """Let a loader or dumper take for numbers what is one in JSON and YAML 1.2, and not what is one in `without`."""
+    kind.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in without]
+        for first, known in kind.yaml_implicit_resolvers.items()
+    }
+    signs, digits = "+-", "0123456789"
+    special = r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+    kind.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(rf"(?:{INTEGER})$"), [*signs, *digits])
+    kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(rf"(?:{DECIMAL}|{special})$"), [*signs, ".", *digits]
+    )
+
+
+_resolvers(_Loader, without=("int", "float", "value"))
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes YAML that `read_yaml` reads back as it was: a text like 1e-5 gets quotes, here and for YAML 1.1."""
+
+
+_resolvers(Dumper)
+
+
+def yaml_text(tree: Mapping[str, Any], width: int = 80) -> str:
+    """Return a tree as YAML that reads back equal."""
+    return yaml.dump(dict(tree), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=width)
 
 
 def _plain(text: str, where: str) -> Any:
@@ -243,9 +350,9 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"{override!r}: expected dotted.key=value, such as science.train.epochs=3")
-        value = _plain(text, f"{override!r}: the value is ")
-        *parents, last = key.split(".")
+        value = _value(text, override)
         node: Any = result
+        *parents, last = _places(result, key.split("."))
         for part in parents:
             if isinstance(node, dict):
                 if not isinstance(node.get(part), dict | list):
@@ -262,11 +369,56 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
     return result
 
 
+def _value(text: str, override: str) -> Any:
+    """Return what an override sets.
+
+    Raises:
+        ConfigError: If it is no YAML, or nothing, or if YAML would drop some of it as a comment.
+    """
+    if not text.strip():
+        raise ConfigError(
+            f"{override!r}: nothing stands behind the '='; write null for no value, or '\"\"' for an empty text"
+        )
+    value = _plain(text, f"{override!r}: the value is ")
+    tokens: list[Any] = list(yaml.scan(text, Loader=_Loader))
+    if any("#" in text[one.end_mark.index : other.start_mark.index] for one, other in pairwise(tokens)):
+        key, said = override.partition("=")[0], text.strip()
+        raise ConfigError(
+            f"{override!r}: YAML takes what stands behind '#' for a comment: leave it out, or quote the text: "
+            f"{key}='\"{said}\"'"
+        )
+    return value
+
+
+def _places(tree: Any, parts: list[str]) -> list[str]:
+    """Return the parts of a dotted key, with those joined that are one key, or one item's id, with points in it."""
+    found, node = [], tree
+    while parts:
+        names = _names(node)
+        taken = next((n for n in range(len(parts), 1, -1) if ".".join(parts[:n]) in names), 1)
+        part, parts = ".".join(parts[:taken]), parts[taken:]
+        found.append(part)
+        if part in names:
+            node = names[part]
+        else:
+            node = node[int(part)] if isinstance(node, list) and part.isdigit() and int(part) < len(node) else None
+    return found
+
+
+def _names(node: Any) -> dict[str, Any]:
+    """Return what can be named below a node: the values of a mapping, the items of a list that have an id."""
+    if isinstance(node, dict):
+        return {key: value for key, value in node.items() if isinstance(key, str)}
+    if isinstance(node, list):
+        return {str(item["id"]): item for item in node if isinstance(item, dict) and "id" in item}
+    return {}
+
+
 def _index(items: Any, part: str, override: str) -> int:
     if not isinstance(items, list):
         raise ConfigError(f"{override!r}: no field {part!r} below a single value")
     for index, item in enumerate(items):
-        if isinstance(item, dict) and item.get("id") == part:
+        if isinstance(item, dict) and str(item.get("id")) == part:
             return index
     if part.isdigit() and int(part) < len(items):
         return int(part)

@@ -1,15 +1,13 @@
 """Runs stages in this process, on one worker: for debugging and for most tests."""
 
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from cl_dist.errors import StoppedError
 from cl_dist.stages import train
 from cl_dist.stages.job import Job
 from cl_dist.stages.shards import SHARDED, Finished
+from cl_dist.stopping import signals_noted
 from cl_dist.tracking import Tracker
 
 
@@ -25,14 +23,16 @@ class LocalDispatcher:
             stop, self._stop = self._stop, None
             signal.raise_signal(stop)
         if job.stage.kind == "train":
-            with _signals_noted() as noted:
+            with signals_noted() as noted:
                 try:
                     train.run(job, Path(out), tracker.event, lambda: "stop" if noted else "")
                     self._stop = noted[0] if noted else None
                     return
-                except StoppedError as stopped:
-                    tracker.event({"event": "saved", "message": str(stopped)})
+                except StoppedError as error:
+                    tracker.event({"event": "saved", "message": str(error)})
+                    stopped = error
             signal.raise_signal(noted[0])  # now for those who handled it before
+            raise stopped  # whoever handled it has let the run go on, which this stage cannot
         finished = Finished(job, Path(out))
         worker = SHARDED[job.stage.kind].worker(job) if finished.missing else None
         for shard in reversed(finished.missing):
@@ -42,20 +42,3 @@ class LocalDispatcher:
 
     def close(self) -> None:
         """Nothing is kept between stages."""
-
-
-@contextmanager
-def _signals_noted() -> Iterator[list[signal.Signals]]:
-    """Note Ctrl-C and SIGTERM instead of acting on them, so that a step is not cut in two."""
-    noted: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, lambda received, _: noted.append(signal.Signals(received)))
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -78,9 +78,11 @@ class StageConflictError(CheckpointError):
 
     def __init__(self, stage: str, changed: Mapping[str, tuple[object, object]]) -> None:
         diff = "\n".join(f"  {key}: finished with {old!r}, now {new!r}" for key, (old, new) in changed.items())
+        if any(key.startswith(("rows.", "replay_rows.", "labels.")) for key in changed):
+            diff += "\nThe rows of its tasks are not those that it was computed on; rows.TASK are their digests."
         super().__init__(
             f"{stage} is already done with other settings:\n{diff}\n"
-            "Restore these settings, or start a new run with run.name=... to keep both results."
+            "Restore them, or start a new run with run.name=... to keep both results."
         )
         self.stage, self.changed = stage, changed
 

@@ -9,7 +9,7 @@ from cl_dist.data.load import load_task
 from cl_dist.data.rows import TaskData
 from cl_dist.data.sources import listing
 from cl_dist.data.votes import voting_rows
-from cl_dist.errors import ConfigError, DataError
+from cl_dist.errors import ConfigError, DataError, StageConflictError
 from cl_dist.ledger import Ledger, sha256
 from cl_dist.methods import METHODS
 from cl_dist.models.config import ModelConfig, absent, is_local
@@ -222,9 +222,7 @@ class Workbook:
             "method": science.method.changed() | {"name": science.method.name},
             "train": {} if stage.settings is not None else science.train_of(task).changed(),
             "evaluate": {"batch": science.evaluate.batch},  # dev rows are scored in batches of this size
-            "rows": {self.tasks.tasks[u].id: [self.data(u).digests[s] for s in ("train", "dev")] for u in stage.data},
-            "replay_rows": {self.tasks.tasks[u].id: self.data(u).digests["train"] for u in stage.replay},
-            "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in (*stage.data, *stage.replay)},
+            **self._rows(stage),
             "max_length": {} if stage.settings is not None else self._lengths(stage, (*stage.data, *stage.replay)),
         }
         if stage.step == "invrat":
@@ -257,7 +255,7 @@ class Workbook:
             "seed": science.seed,
             "max_length": {self.tasks.tasks[u].id: self._length(u) for u in stage.sources},
             "new_rows": len(self.data(stage.task).train),
-            "labels": {self.tasks.tasks[u].id: list(self.data(u).labels) for u in stage.sources},
+            **self._rows(stage),
             "questions": {self.tasks.tasks[u].id: self.data(u).question for u in stage.sources},
         }
         return flat(facts | self._inputs(stage))
@@ -269,7 +267,7 @@ class Workbook:
             "stage": stage.changed(),
             "max_length": self._length(stage.task),
             "max_lengths": self._lengths(stage, stage.sources),
-            "rows": {name: self.data(u).digests for name, u in zip(names, stage.sources, strict=True)},
+            **self._rows(stage),
             "questions": {name: self.data(u).question for name, u in zip(names, stage.sources, strict=True)},
         }
         return flat(facts | self._inputs(stage))
@@ -281,7 +279,7 @@ class Workbook:
             "stage": stage.changed(),
             "evaluate": science.evaluate.changed(),
             "max_length": self._lengths(stage, stage.tasks),
-            "rows": {self.tasks.tasks[u].id: self.data(u).digests["test"] for u in stage.tasks},
+            **self._rows(stage),
         }
         if self.answers == "text":
             facts["questions"] = {self.tasks.tasks[u].id: self.data(u).question for u in stage.tasks}
@@ -295,6 +293,42 @@ class Workbook:
         """Return where rows are cut, by task id; the length of the stage's own task has come in with its settings."""
         own = self._length(stage.task)
         return {self.tasks.tasks[u].id: self._length(u) for u in tasks if self._length(u) != own}
+
+    def _rows(self, stage: Stage) -> dict[str, Any]:
+        """Return the facts of a stage that its rows decide."""
+        match stage:
+            case Train():
+                seen = [self.data(u) for u in (*stage.data, *stage.replay)]
+                return {
+                    "rows": {self._id(u): [self.data(u).digests[s] for s in ("train", "dev")] for u in stage.data},
+                    "replay_rows": {self._id(u): self.data(u).digests["train"] for u in stage.replay},
+                    "labels": {data.id: list(data.labels) for data in seen},
+                }
+            case Generate():
+                return {"labels": {self._id(u): list(self.data(u).labels) for u in stage.sources}}
+            case Evaluate():
+                return {"rows": {self._id(u): self.data(u).digests["test"] for u in stage.tasks}}
+            case _:
+                return {"rows": {self._id(u): self.data(u).digests for u in stage.sources}}
+
+    def _id(self, task: int) -> str:
+        return self.tasks.tasks[task].id
+
+    def check_rows(self, *stages: Stage) -> None:
+        """Compare the rows that finished stages have learned and scored with those that are there now.
+
+        stages: those to look at; all of the run if there are none.
+
+        Raises:
+            StageConflictError: If they are others.
+        """
+        for stage in stages or [stage for t in range(len(self.tasks)) for stage in self.plan(t)]:
+            manifest = self.ledger.manifest(ref(stage))
+            if manifest is None:
+                continue
+            old, now = manifest["facts"], flat(self._rows(stage))
+            if changed := {key: (old.get(key), now[key]) for key in now if old.get(key) != now[key]}:
+                raise StageConflictError(self.ledger.key(ref(stage)), changed)
 
     def _inputs(self, stage: Stage) -> dict[str, Any]:
         return {"inputs": {self.ledger.key(ref): digest_of(self.facts(self.stage(ref))) for ref in stage.inputs}}
@@ -386,12 +420,15 @@ def model_digest(source: str, revision: str | None, drawn: bool = False) -> str:
     if not is_local(source):
         return f"{source}{ON_HUB}{revision}"
     folder = resolve(source)
-    if folder.suffix == ".gguf" and folder.is_file():
-        return sha256(folder)
-    if not folder.is_dir():
-        raise absent(source)
-    patterns = ("tokenizer*", "vocab*", *(() if drawn else ("config.json", "*.safetensors")))
-    files = [p for pattern in patterns for p in folder.glob(pattern)]
-    if not drawn and not any(p.suffix == ".safetensors" for p in files):
-        raise ConfigError(f"science.model.source={source!r}: expected a folder with config.json and *.safetensors")
-    return digest_of({p.name: sha256(p) for p in sorted(files)})
+    try:
+        if folder.suffix == ".gguf" and folder.is_file():
+            return sha256(folder)
+        if not folder.is_dir():
+            raise absent(source)
+        patterns = ("tokenizer*", "vocab*", *(() if drawn else ("config.json", "*.safetensors")))
+        files = [p for p in folder.iterdir() if any(p.match(pattern) for pattern in patterns)]
+        if not drawn and not any(p.suffix == ".safetensors" for p in files):
+            raise ConfigError(f"science.model.source={source!r}: expected a folder with config.json and *.safetensors")
+        return digest_of({p.name: sha256(p) for p in sorted(files)})
+    except PermissionError as error:
+        raise ConfigError(f"science.model.source={source!r}: {error}; let this user read it") from error

@@ -60,8 +60,8 @@ class Ledger:
             return None
         except OSError as error:
             raise CheckpointError(
-                f"{path}: cannot be read: {error}; mend or remove the folder {path.parent}, or choose another "
-                "place with run.dir=..."
+                f"{path}: cannot be read: {error}; mend or remove the folder {path.parent}, or move the run "
+                "folder to another place and resume it there"
             ) from error
         except ValueError as error:
             raise CheckpointError(

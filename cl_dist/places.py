@@ -17,6 +17,12 @@ MAX_NAME, MAX_PATH = 255, 3000
 def _checked(path: str) -> str:
     if "\0" in path:
         raise ValueError("holds a zero byte, which no path has")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"this locale's encoding of file names, {error.encoding}, has no {path[error.start]!a}; set LC_ALL=C.UTF-8"
+        ) from None
     if len(os.fsencode(path)) > MAX_PATH or any(len(os.fsencode(name)) > MAX_NAME for name in path.split("/")):
         raise ValueError(f"is longer than a path can be: {MAX_PATH} bytes, {MAX_NAME} between two slashes")
     return path

@@ -1,6 +1,7 @@
 """The run file as a whole: run, science (decides results) and cluster (must not), and its baselines."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,7 @@ from cl_dist.stage import EvaluateConfig, GenerateConfig, TrainConfig
 from cl_dist.trackers import Name
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
+NAME_TEXT = "up to 100 letters, digits, '_', '.' and '-', the first a letter or digit"
 
 
 class RunSection(Section):
@@ -127,7 +129,10 @@ class Science(Section):
         if isinstance(self.order, list):
             return self.order
         if self.order not in orders:
-            raise ConfigError(f"science.order={self.order!r}: no such order{did_you_mean(self.order, list(orders))}")
+            raise ConfigError(
+                f"science.order={self.order!r}: no such order{did_you_mean(self.order, list(orders))}. "
+                "A list of task ids is written in brackets: [a, b]"
+            )
         return orders[self.order]
 
 
@@ -264,8 +269,13 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """
     tree = apply_overrides(read_yaml(path), overrides or [])
     tree.setdefault("run", {})
-    if isinstance(tree["run"], dict):
-        tree["run"].setdefault("name", path.stem)
+    if isinstance(tree["run"], dict) and "name" not in tree["run"]:
+        if not re.fullmatch(NAME, path.stem):
+            raise ConfigError(
+                f"{path}: names its run {path.stem!r}, as it sets no run.name: expected {NAME_TEXT}; set run.name=..., "
+                "or rename the file"
+            )
+        tree["run"]["name"] = path.stem
     run = parse(RunConfig, tree)
     for each in (run, *(run.baseline(name) for name in run.baselines)):
         each.check_lengths(known_sizes(each.science.model))

@@ -15,6 +15,7 @@ from cl_dist.errors import RunInUseError, StorageError
 
 LOCK = "driver.lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ROOM = "Make room, or remove runs that are not needed"
 _SHM = Path("/dev/shm")
 
 
@@ -67,7 +68,8 @@ def only_driver(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise StorageError(
                 f"{folder}: cannot be locked: {error}. A run needs a file system with locks, which keep a second "
-                "driver out: choose another place with run.dir=..., or mount this one with locks"
+                "driver out: mount this one with locks, or move the run folder to another place and resume it there; "
+                "a new run takes another place with run.dir=..."
             ) from error
         try:
             os.ftruncate(handle, 0)
@@ -77,6 +79,19 @@ def only_driver(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """Turn any error of the file system, while a folder is written, into what to do.
+
+    Raises:
+        StorageError: Instead of such an error.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(error.filename or folder, error) from error
 
 
 @contextmanager
@@ -102,11 +117,22 @@ def _is(error: Exception, *numbers: int) -> bool:
     return getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers)
 
 
+def refused(error: BaseException) -> StorageError | None:
+    """Return what to do about a refusal of the file system that nothing else has told of; None for other errors."""
+    if not isinstance(error, OSError):
+        return None
+    is_without_tmp = "No usable temporary directory" in str(error)  # Python's words where none can be written
+    if not is_without_tmp and error.errno not in (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM):
+        return None
+    remedy = _ROOM if error.errno in _FULL else "Let this user read and write it, or name another place"
+    return StorageError(f"{error.filename or 'a file that could not be named'}: {error.strerror}. {remedy}.")
+
+
 def _unwritable(where: Path | str, error: Exception) -> StorageError:
-    remedy = "Make it writable, or choose another place with run.dir=..."
-    if _is(error, *_FULL):
-        remedy = "Make room, or remove runs that are not needed"
-    return StorageError(
-        f"{where}: cannot be written: {error}. {remedy}; finished stages are kept, and `cl-dist resume` goes on from "
-        "here."
+    remedy = (
+        "Make it writable, or move the run folder to a place that is and resume it there; a new run takes another "
+        "place with run.dir=..."
     )
+    if _is(error, *_FULL):
+        remedy = _ROOM
+    return StorageError(f"{where}: cannot be written: {error}. {remedy}. Finished stages are kept.")

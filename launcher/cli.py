@@ -1,30 +1,47 @@
 """The command line: `cl-dist VERB [CONFIG] [dotted.key=value ...] [--json] [-v]`, one function per verb.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 ok, 1 internal, 2 usage or settings, 3 data, 4 cluster,
-5 training failed, 6 stored results, 7 job or cluster not reachable, 8 quality gate, 75 stopped early but resumable,
-130 interrupted. What is done with a finished run's model is in `verbs`, with jobs in `job_verbs`.
+Results go to stdout, everything else to stderr. With --json, stdout is one JSON document, also for an error. A reader
+that closes its end of stdout ends the output and not the command, whose exit code stays what it is.
+What is done with a finished run's model is in `verbs`, with jobs in `job_verbs`.
 """
 
-import json
 import os
 import platform
 import shlex
-import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from cl_dist.errors import ConfigError, QualityError, StoppedError
+from cl_dist.errors import ClDistError, ConfigError, QualityError, StorageError
+from cl_dist.stopping import stop_on_signals
 from launcher import console, job_verbs, planning, preflight, render, runs, verbs
 from launcher.options import Address, AddTasks, AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
 from launcher.quality import FailIf as Gate
 from launcher.quality import parse_gates
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Continual learning of transformers, distributed.")
+EXIT_CODES = {
+    0: "ok",
+    1: "internal",
+    2: "usage or settings",
+    3: "data",
+    4: "cluster",
+    5: "training failed after retries",
+    6: "stored results missing, damaged, made with other settings or not writable",
+    7: "job or job server not reachable",
+    8: "a quality gate is broken",
+    75: "stopped early but resumable",
+    console.INTERRUPTED: "interrupted",
+}
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Continual learning of transformers, distributed.",
+    epilog="Exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + ".",
+)
 data_app = typer.Typer(no_args_is_help=True, help="Look at the data of a run file.")
 app.add_typer(data_app, name="data")
 app.add_typer(render.app, name="render")
@@ -33,10 +50,6 @@ app.command("eval")(verbs.eval_)
 JOBS = (job_verbs.submit, job_verbs.jobs, job_verbs.logs, job_verbs.stop)
 for verb in (planning.plan, preflight.check, verbs.predict, verbs.inspect, verbs.export, *JOBS):
     app.command()(verb)
-
-
-def _stop(signum: int, frame: object) -> NoReturn:
-    raise StoppedError("stopped by SIGTERM; `cl-dist resume` goes on from here")
 
 
 @app.command()
@@ -84,24 +97,39 @@ def resume(
 
 
 def _compute(run: Any, baselines: bool, gates: list[Gate], as_json: bool, source: Path | None = None) -> None:
-    signal.signal(signal.SIGTERM, _stop)
+    stop_on_signals()
     summaries = runs.execute(run, shlex.join(["cl-dist", *sys.argv[1:]]), baselines, source)
     _conclude(run, summaries, gates, as_json)
 
 
-def _conclude(run: Any, summaries: list[dict[str, Any]], gates: list[Gate], as_json: bool) -> None:
-    """Write the report, show the numbers, then hold the main run's against the gates."""
-    page = runs.report(run, summaries)
+def _conclude(run: Any, found: dict[Path, dict[str, Any]], gates: list[Gate], as_json: bool) -> None:
+    """Write the report, show the numbers, then hold the main run's against the gates.
+
+    The numbers are shown also where the report cannot be written.
+    """
+    summaries = list(found.values())
+    errors: list[ClDistError] = []
+    page: Path | None = None
+    try:
+        page = runs.report(run, found)
+    except StorageError as error:
+        errors.append(error)
     broken = [reason for gate in gates if (reason := gate.reason(summaries[0]["metrics"])) is not None]
+    if broken:
+        errors.append(QualityError("\n".join(broken)))
     if as_json:
-        console.out.print_json(json.dumps({"report": str(page), "runs": summaries, "broken": broken}))
+        document = {"report": page and str(page), "runs": summaries, "broken": broken}
+        console.document(document | ({"unwritten": str(errors[0])} if page is None else {}))
     else:
         console.out.print(console.comparison(summaries))
-        console.out.print(f"report: {page}", soft_wrap=True)
-    if broken and as_json:
-        raise typer.Exit(QualityError.exit_code)  # the document names them
-    if broken:
-        raise QualityError("\n".join(broken))
+        if page is not None:
+            console.out.print(f"report: {page}", soft_wrap=True)
+    if errors and as_json:
+        raise typer.Exit(errors[0].exit_code)  # the document names them
+    for other in errors[1:]:
+        console.show_error(other, verbose=False, as_json=False)
+    if errors:
+        raise errors[0]
 
 
 @app.command()
@@ -138,7 +166,7 @@ def status(
             }
         )
     if as_json:
-        console.out.print_json(json.dumps(lines))
+        console.document(lines)
         return
     table = Table("run", "status", "stages done", "next", "attempts", "seconds in stages")
     for line in lines:
@@ -187,7 +215,7 @@ def report(
     config = runs.reopen(run[0], [])
     summaries = runs.conclude(config, references)
     for other in run[1:]:
-        summaries += runs.conclude(runs.reopen(other, []))
+        summaries |= runs.conclude(runs.reopen(other, []))
     _conclude(config, summaries, gates, as_json)
 
 
@@ -209,10 +237,10 @@ def list_(
         raise ConfigError(f"list {what}: expected one of {', '.join(known)}")
     entries = known[what]()
     if as_json:
-        console.out.print_json(json.dumps(entries))
+        console.document(entries)
         return
     for name, about in entries.items():
-        console.out.print(f"{name:24} {about}", markup=False, soft_wrap=True)
+        console.out.print(f"{name:24} {about}", soft_wrap=True)
 
 
 def _first_comment(path: Path) -> str:
@@ -241,7 +269,7 @@ def data_check(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
             }
             for name, task in checked.items()
         }
-        console.out.print_json(json.dumps(tasks))
+        console.document(tasks)
     else:
         table = Table("task", *SPLITS, "labels", "faults", "warnings")
         for name, task in checked.items():
@@ -279,17 +307,15 @@ def data_show(config: Config, overrides: Overrides = None) -> None:
             context, asked, answer = spell(speller, row, data.question, length)
             prefix = [*context, *asked]
             console.out.rule(f"{task.id}: row {row.id}")
-            console.out.print(f"decoder reads  {speller.decode(prefix)}", markup=False, soft_wrap=True)
-            console.out.print(f"and answers    {speller.decode(answer)}", markup=False, soft_wrap=True)
-            console.out.print(f"tokens         {len(prefix)} + {len(answer)} of at most {length - 2}", markup=False)
+            console.out.print(f"decoder reads  {speller.decode(prefix)}", soft_wrap=True)
+            console.out.print(f"and answers    {speller.decode(answer)}", soft_wrap=True)
+            console.out.print(f"tokens         {len(prefix)} + {len(answer)} of at most {length - 2}")
             continue
         ids = tokenizer(row.text, row.text_pair, truncation=True, max_length=length)["input_ids"]
         console.out.rule(f"{task.id}: row {row.id}")
-        console.out.print(f"encoder reads  {tokenizer.decode(ids)}", markup=False, soft_wrap=True)
-        console.out.print(f"tokens         {len(ids)} of at most {length}: {ids}", markup=False, soft_wrap=True)
-        console.out.print(
-            f"class          {data.labels.index(row.label)} = {row.label} of {list(data.labels)}", markup=False
-        )
+        console.out.print(f"encoder reads  {tokenizer.decode(ids)}", soft_wrap=True)
+        console.out.print(f"tokens         {len(ids)} of at most {length}: {ids}", soft_wrap=True)
+        console.out.print(f"class          {data.labels.index(row.label)} = {row.label} of {list(data.labels)}")
 
 
 @app.command()
@@ -297,7 +323,7 @@ def schema() -> None:
     """Print the JSON Schema of a run file."""
     from cl_dist.run_config import json_schema
 
-    console.out.print_json(json.dumps(json_schema()))
+    console.document(json_schema())
 
 
 @app.command()
@@ -311,22 +337,21 @@ def env(as_json: AsJson = False) -> None:
         except PackageNotFoundError:
             facts[name] = "not installed"
     if as_json:
-        console.out.print_json(json.dumps(facts))
+        console.document(facts)
         return
     for name, value in facts.items():
-        console.out.print(f"{name:14} {value}", markup=False)
+        console.out.print(f"{name:14} {value}")
 
 
 def main() -> None:
     """Run the command line and turn errors into messages and exit codes."""
     as_json, verbose = "--json" in sys.argv, "-v" in sys.argv or "--verbose" in sys.argv
+    console.prepare_streams()
     try:
         sys.exit(app(standalone_mode=False))  # it returns the code of a typer.Exit, else what the verb returns: None
-    except (KeyboardInterrupt, typer.Abort):
-        console.err.print("interrupted; `cl-dist resume` goes on with the first unfinished stage")
-        sys.exit(130)
-    except Exception as error:
-        if hasattr(error, "show"):  # a usage error; typer brings its own copy of click's classes
-            error.show()
-            sys.exit(2)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # whoever read --help has seen enough
+            sys.exit(0)
+        raise
+    except (Exception, KeyboardInterrupt) as error:
         sys.exit(console.show_error(error, verbose, as_json))

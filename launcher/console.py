@@ -1,31 +1,156 @@
 """What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere; and how errors look."""
 
+import io
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO
+from unicodedata import category
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from cl_dist.errors import ClDistError
+from cl_dist.errors import ClDistError, ConfigError, StorageError
+from cl_dist.storage import refused
 
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-"""Results: stdout."""
-err = Console(stderr=True, highlight=False)
-"""Everything else: stderr."""
+INTERRUPTED = 130
 LINE = "%(asctime)s %(levelname)-5s %(name)s  %(message)s"
+HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode categories of what a terminal acts upon or does not show."""
+JOINERS = "\n\t\u200c\u200d"
+"""Of these the ones that belong to texts: line ends, tabs, and what joins letters and emoji."""
+
+
+def shown(text: str) -> str:
+    r"""Return a text as it is shown: control characters, invisible ones and halves of pairs are escaped (\x1b)."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char.encode("unicode_escape").decode() if category(char) in HIDDEN and char not in JOINERS else char
+        for char in text
+    )
+
+
+class Screen(Console):
+    """A stream for people: texts of users are shown as they are, without markup, emoji codes or control characters.
+
+    A stream that has gone takes what is written and nothing happens: a reader of stdout has seen enough, and the
+    terminal of a run that goes on was closed. A full disk under stdout is an error.
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        is_terminal = stream is not None and stream.isatty()
+        super().__init__(
+            stderr=stderr, markup=False, emoji=False, highlight=False, width=None if stderr or is_terminal else 140
+        )
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make a text ready to be shown."""
+        return super().render_str(shown(text), **options)
+
+    def _check_buffer(self) -> None:
+        try:
+            self._write_buffer()
+        except OSError as error:
+            del self._buffer[:]
+            lost(self.file, error)
+
+
+out = Screen()
+"""Results: stdout."""
+err = Screen(stderr=True)
+"""Everything else: stderr."""
+
+
+def prepare_streams() -> None:
+    """Let stdout and stderr escape what the locale's encoding lacks, and stderr outlive its reader or terminal.
+
+    Libraries write progress to stderr, and take a closed one for a fault of theirs: a run of days must not end by it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr is sys.__stderr__:
+        raw = io.BufferedWriter(_Lossy(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, sys.stderr.encoding, "backslashreplace", line_buffering=True)
+
+
+class _Lossy(io.FileIO):
+    """A file that takes what it cannot write, from then on into nothing."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            _send_nowhere(self.fileno())
+            return len(data)
+
+
+def _send_nowhere(number: int) -> None:
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, number)
+    os.close(devnull)
+
+
+def lost(stream: Any, error: OSError) -> None:
+    """Have a stream that cannot be written take the rest unseen.
+
+    Raises:
+        StorageError: If it is stdout, and not because its reader has gone.
+    """
+    with suppress(OSError, AttributeError):  # what is buffered must go somewhere too, or Python fails as it ends
+        _send_nowhere(stream.fileno())
+        stream.flush()
+    if stream is not sys.stderr and not isinstance(error, BrokenPipeError):
+        raise StorageError(f"stdout cannot be written: {error}; make room, or write it to another place") from error
+
+
+def write(text: str, stream: TextIO | None = None, *, utf8: bool = False) -> bool:
+    """Write a text to stdout as it is, for programs; return whether its reader is still there.
+
+    utf8: as UTF-8 whatever the locale, as the same text would be in a file.
+    """
+    stream = stream or sys.stdout
+    if stream is None:  # closed from the start
+        return False
+    try:
+        if utf8 and hasattr(stream, "buffer"):
+            stream.flush()
+            stream.buffer.write(text.encode())
+        else:
+            stream.write(text)
+        stream.flush()
+    except OSError as error:
+        lost(stream, error)
+        return False
+    return True
+
+
+def document(data: Any) -> None:
+    """Write one JSON document to stdout, in ASCII, so that it is the same in every locale."""
+    write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+class _Shown(logging.Formatter):
+    """Log lines without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 def start_logging(verbose: bool) -> None:
     """Send our warnings (everything with -v) to stderr, and keep other libraries quiet."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(LINE, "%H:%M:%S"))
+    handler.setFormatter(_Shown(LINE, "%H:%M:%S"))
     handler.setLevel(logging.DEBUG if verbose else logging.WARNING)
     root = logging.getLogger("cl_dist")
     root.handlers[:] = [handler]
@@ -52,8 +177,8 @@ def results_only() -> Iterator[TextIO]:
 def log_to(path: Path) -> logging.Handler:
     """Also write the log to a file of the run folder; return the handler, to be removed when the run ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf8")
-    handler.setFormatter(logging.Formatter(LINE))
+    handler = logging.FileHandler(path, encoding="utf8", errors="backslashreplace")
+    handler.setFormatter(_Shown(LINE))
     logging.getLogger("cl_dist").addHandler(handler)
     return handler
 
@@ -65,11 +190,11 @@ class Watch:
         self._log = logging.getLogger("cl_dist.run")
         self._bar: TaskID | None = None
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=err,
             disable=not err.is_terminal,
         )
@@ -90,7 +215,7 @@ class Watch:
             return
         if kind == "stage_start":
             note = "starting workers" if event["kind"] == "train" else ""
-            self._bar = self._progress.add_task(stage, total=None, note=note)
+            self._bar = self._progress.add_task(shown(stage), total=None, note=note)
         elif kind == "round" and self._bar is not None:
             note = f"loss {event['train/loss']:.3f}"
             if "dev/accuracy" in event:
@@ -101,7 +226,7 @@ class Watch:
                 f"{task} {value:.3f}" for task, value in event.get("accuracy", {}).items() if value is not None
             )
             if scores:
-                self._progress.update(self._bar, note=scores)
+                self._progress.update(self._bar, note=shown(scores))
             self._progress.stop_task(self._bar)
             self._bar = None
         self._plain(event)
@@ -113,7 +238,7 @@ class Watch:
         line = " ".join([event["event"], *([f"stage={event['stage']}"] if "stage" in event else []), *words])
         self._log.info(line)
         if not err.is_terminal:
-            err.print(f"{event['ts'][11:19]} {line}", soft_wrap=True, markup=False)
+            err.print(f"{event['ts'][11:19]} {line}", soft_wrap=True)
 
 
 def _short(value: Any) -> str:
@@ -148,14 +273,26 @@ def comparison(summaries: list[dict[str, Any]]) -> Table:
 
 def show_error(error: BaseException, verbose: bool, as_json: bool) -> int:
     """Tell a person (or a program) what went wrong; return the exit code."""
-    code = error.exit_code if isinstance(error, ClDistError) else 1
-    if verbose or code == 1:
-        err.print("".join(traceback.format_exception(error)), markup=False, soft_wrap=True)
+    error = refused(error) or error
+    code, kind, message = 1, type(error).__name__, str(error)
+    if isinstance(error, ClDistError):
+        code = error.exit_code
+    elif isinstance(error, KeyboardInterrupt | typer.Abort):
+        code, message = INTERRUPTED, "interrupted; `cl-dist resume` goes on with the first unfinished stage"
+    elif hasattr(error, "format_message"):  # a usage error; typer brings its own copy of click's classes
+        if kind == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]  # the help
+            return ConfigError.exit_code
+        code, message, context = ConfigError.exit_code, error.format_message(), getattr(error, "ctx", None)
+        if context is not None and not as_json:
+            err.print(f"{context.get_usage()}\nTry '{context.command_path} --help'.", soft_wrap=True)
+    if code == 1 or (verbose and code != INTERRUPTED):
+        err.print("".join(traceback.format_exception(error)), soft_wrap=True)
     if as_json:
-        out.print_json(json.dumps({"code": code, "kind": type(error).__name__, "message": str(error)}))
-    elif code != 1:
-        err.print(f"[bold red]{type(error).__name__}[/]", end=": ")
-        err.print(str(error), markup=False, soft_wrap=True)
-    else:
+        document({"code": code, "kind": kind, "message": message})
+    elif code == 1:
         err.print("This is a fault of cl-dist; please report it with the lines above and `cl-dist env`.")
+    else:
+        err.print(kind, style="bold red", end=": ")
+        err.print(message, soft_wrap=True)
     return code

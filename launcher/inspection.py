@@ -73,7 +73,8 @@ def _stage(folder: Path) -> Tree:
 def _run(folder: Path) -> Tree:
     """Describe a run's folder: its stages, and the model after the last finished Train stage."""
     config: RunConfig = runs.reopen(folder, [])
-    finished = sorted(path.parent for path in (folder / "stages").glob(f"*/*/{MANIFEST}"))
+    begun = _begun(folder / "stages")
+    finished = [path for path in begun if (path / MANIFEST).is_file()]
     stages = {f"{path.parent.name}/{path.name}": _manifested(path) for path in finished}
     faults = [fault for stage in stages.values() for fault in stage["faults"]]
     for key, stage in stages.items():
@@ -82,7 +83,7 @@ def _run(folder: Path) -> Tree:
                 faults.append(f"{folder / 'stages' / key}: was made from {name}, which is not here")
             elif stages[name]["fingerprint"] != fingerprint:
                 faults.append(f"{folder / 'stages' / key}: was made from another {name} than is here")
-    others = [path for path in (folder / "stages").glob("*/*") if path.is_dir() and path not in finished]
+    others = [path for path in begun if path not in finished]
     document: Tree = {
         "what": "run",
         "path": str(folder),
@@ -94,7 +95,7 @@ def _run(folder: Path) -> Tree:
         "faults": faults,
         "bytes": sum(file["bytes"] or 0 for stage in stages.values() for file in stage["files"]),
         "stages": list(stages.values()),
-        "unfinished": [str(path.relative_to(folder / "stages")) for path in sorted(others)],
+        "unfinished": [str(path.relative_to(folder / "stages")) for path in others],
         "baselines": sorted(path.parent.name for path in (folder / "baselines").glob("*/config.yaml")),
         "model": None,
         "groups": [],
@@ -115,6 +116,12 @@ def _run(folder: Path) -> Tree:
         "plugins": plugins(tensors, config.science.model, config.cluster),
         "masks": masks(read_header(learner), _facts(learner.parent)) if learner.exists() else None,
     }
+
+
+def _begun(stages: Path) -> list[Path]:
+    """Return the folders of stages; one that may not be read is an error here, where a glob would see nothing."""
+    tasks = [path for path in stages.iterdir() if path.is_dir()] if stages.is_dir() else []
+    return sorted(path for task in tasks for path in task.iterdir() if path.is_dir())
 
 
 def _chain(stages: Path, key: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from cl_dist.config import Tree
@@ -68,12 +67,12 @@ def _run_tables(document: Tree) -> Iterator[Table | str]:
 
 
 def _groups_table(title: str, found: Sequence[Tree]) -> Table:
-    table = Table(title=escape(title))
+    table = Table(title=title)
     for heading in ("tensors", "shape", "type", "count", "bytes"):
         table.add_column(heading, justify="right" if heading in ("count", "bytes") else "left")
     for line in found:
         shape = " x ".join(map(str, line["shape"])) or "-"
-        table.add_row(escape(line["name"]), shape, line["dtype"], str(line["count"]), f"{line['bytes']:,}")
+        table.add_row(line["name"], shape, line["dtype"], str(line["count"]), f"{line['bytes']:,}")
     table.add_section()
     total = (str(sum(line["count"] for line in found)), f"{sum(line['bytes'] for line in found):,}")
     table.add_row("all", "", "", *total)

@@ -1,7 +1,6 @@
 """The verbs of jobs: `submit`, `jobs`, `logs`, `stop`, and what `status` and `resume` do when they are given an id."""
 
 import dataclasses
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -28,15 +27,15 @@ def submit(
 
     found, is_new = Jobs(address).submit(load_run(runs.run_file(config), overrides or []), job_id)
     if not is_new:
-        console.err.print(f"job {found} is there already", markup=False)
-    console.out.print(found, markup=False)
+        console.err.print(f"job {found} is there already")
+    console.out.print(found)
 
 
 def jobs(address: Address = None, as_json: AsJson = False) -> None:
     """List the jobs of a cluster that are runs of cl-dist, the latest first."""
     found = Jobs(address).list()
     if as_json:
-        console.out.print_json(json.dumps([dataclasses.asdict(job) for job in found]))
+        console.document([dataclasses.asdict(job) for job in found])
         return
     table = Table("job", "status", "run folder", "started", "ended")
     for job in found:
@@ -54,10 +53,11 @@ def logs(
     """Print what a job's driver has written: a line for each stage, round and score."""
     known = Jobs(address)
     if not follow:
-        typer.echo(known.logs(job_id), nl=False)
+        console.write(console.shown(known.logs(job_id)))
         return
     for part in known.follow(job_id):
-        typer.echo(part, nl=False)
+        if not console.write(console.shown(part)):
+            return  # nobody reads any more
     job = known.wait(job_id, timeout_s=60.0)
     raise typer.Exit(_exit_code(job))
 
@@ -73,8 +73,10 @@ def resume(run: Path | None, overrides: list[str], address: str, *, has_more: bo
     job_id = _id(run)
     if has_more:
         raise ConfigError("--address: a job takes overrides and nothing else; resume its run folder on the cluster")
+    if moved := [text for text in overrides if text.partition("=")[0] in ("run", "run.dir", "run.name")]:
+        raise ConfigError(f"{moved[0]!r}: a job is resumed in its own run folder")
     Jobs(address).resume(job_id, overrides)
-    console.out.print(job_id, markup=False)
+    console.out.print(job_id)
 
 
 def status(run: Path | None, address: str, as_json: bool) -> None:
@@ -86,12 +88,12 @@ def status(run: Path | None, address: str, as_json: bool) -> None:
 def _show(known: Jobs, job: Info, as_json: bool) -> None:
     lines = known.logs(job.id).splitlines()[-LAST_LINES:]
     if as_json:
-        console.out.print_json(json.dumps({**dataclasses.asdict(job), "log": lines}))
+        console.document({**dataclasses.asdict(job), "log": lines})
         return
     began, ended = _time(job.started), f", ended {_time(job.ended)}" if job.status in ENDED else ""
-    console.out.print(f"{job.id} {job.status}, began {began}{ended}, run folder {job.folder}", markup=False)
+    console.out.print(f"{job.id} {job.status}, began {began}{ended}, run folder {job.folder}")
     for line in lines:
-        console.out.print(f"  {line}", markup=False, soft_wrap=True)
+        console.out.print(f"  {line}", soft_wrap=True)
 
 
 def _id(run: Path | None) -> str:

@@ -17,10 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
-
 import cl_dist
-from cl_dist.config import parse
+from cl_dist.config import parse, yaml_text
 from cl_dist.errors import ClusterError, ConfigError, JobError
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import digest_of
@@ -99,14 +97,15 @@ class Jobs:
             return job_id, False
         package = folder / PACKAGE
         there, run = shlex.quote(str(package)), f"exec cl-dist train {RUN_FILE}"
-        with TemporaryDirectory(prefix="cl-dist-") as made, self._told():
+        with TemporaryDirectory(prefix="cl-dist-") as made:
             _pack(tree, Path(made))
-            self._send(
-                entrypoint=f"mkdir -p {there} && cp -R . {there} && cd {there} && {run}",
-                submission_id=job_id,
-                runtime_env={"working_dir": made, **_environment(config)},
-                metadata={FOLDER: str(folder), RUN: config.run.name, VERSION: cl_dist.__version__},
-            )
+            with self._told():
+                self._send(
+                    entrypoint=f"mkdir -p {there} && cp -R . {there} && cd {there} && {run}",
+                    submission_id=job_id,
+                    runtime_env={"working_dir": made, **_environment(config)},
+                    metadata={FOLDER: str(folder), RUN: config.run.name, VERSION: cl_dist.__version__},
+                )
         return job_id, True
 
     def resume(self, job_id: str, overrides: list[str]) -> None:
@@ -290,7 +289,7 @@ def _pack(tree: Mapping[str, Any], into: Path) -> None:
         ConfigError: If a path leaves the working directory, or all is too large to travel.
     """
     parse(RunConfig, tree)
-    (into / RUN_FILE).write_text(yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True), encoding="utf8")
+    (into / RUN_FILE).write_text(yaml_text(tree), encoding="utf8")
     for path in sorted(set(_paths(_science(tree)))):
         if not Path(path).resolve().is_relative_to(Path.cwd()):
             raise ConfigError(f"{path}: leaves the working directory; make it absolute, in a folder every node sees")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -56,7 +55,7 @@ def plan(
         document["scaling"] = list(scaling.on_paper(scaling.work_of(run, document), scaling.Machine()))
         document["stage_seconds"] = list(scaling.stages_on_paper(run, document, scaling.Machine()))
     if as_json:
-        console.out.print_json(json.dumps(document))
+        console.document(document)
         return
     _show(document)
     if "scaling" in document:
@@ -301,9 +300,9 @@ def _show(document: Plan) -> None:
     if document["memory"] is not None:
         _show_memory(document)
     for name, method in document["baselines"].items():
-        console.out.print(f"then baseline {name}: {method} on the same tasks")
+        console.out.print(f"then baseline {name}: {method} on the same tasks", soft_wrap=True)
     for reason in document["untold"]:
-        console.out.print(f"not told: {reason}", markup=False, soft_wrap=True)
+        console.out.print(f"not told: {reason}", soft_wrap=True)
 
 
 def _show_memory(document: Plan) -> None:

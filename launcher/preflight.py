@@ -7,12 +7,11 @@ without `cluster.address` starts its own Ray, and only this machine is looked at
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -29,7 +28,6 @@ from launcher.planning import planned
 if TYPE_CHECKING:
     from cl_dist.dispatch_ray.nodes import NodeFacts
 
-PLAIN: Any = {"markup": False, "soft_wrap": True}
 State = Literal["ok", "warn", "fail"]
 SHM_GB, OPEN_FILES = 1.0, 4096
 """Below this a node gets a warning: Ray's object store lies in /dev/shm, and every worker is many sockets."""
@@ -61,12 +59,12 @@ def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
     failed = [finding for finding in findings if finding.state == "fail"]
     if as_json:
         document = {"passed": not failed, "findings": [dataclasses.asdict(finding) for finding in findings]}
-        console.out.print_json(json.dumps(document))
+        console.document(document)
     else:
         for finding in findings:
-            console.out.print(f"{finding.state:4}  {finding.check:9}  {finding.where}: {finding.found}", **PLAIN)
+            console.out.print(f"{finding.state:4}  {finding.check:9}  {finding.where}: {finding.found}", soft_wrap=True)
             if finding.remedy:
-                console.out.print(f"      -> {finding.remedy}", **PLAIN)
+                console.out.print(f"      -> {finding.remedy}", soft_wrap=True)
     if failed:
         raise typer.Exit(min(finding.code for finding in failed))
 

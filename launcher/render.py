@@ -16,10 +16,10 @@ import typer
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cl_dist.config import Tree
+from cl_dist.config import Dumper, Tree, yaml_text
 from cl_dist.errors import ConfigError, require
 from cl_dist.run_config import ClusterConfig, RunConfig, load_run
-from launcher import runs
+from launcher import console, runs
 from launcher.options import Config, Overrides
 
 app = typer.Typer(no_args_is_help=True, help="Write manifests for KubeRay or Slurm from a run file.")
@@ -82,7 +82,7 @@ def notice_s(cluster: ClusterConfig) -> int:
 
 def run_text(config: RunConfig) -> str:
     """Return the run file that goes into a manifest."""
-    return yaml.safe_dump(config.tree(), sort_keys=False, allow_unicode=True, width=120)
+    return yaml_text(config.tree(), width=120)
 
 
 def name_of(config: RunConfig) -> str:
@@ -216,7 +216,7 @@ def _pod(config: RunConfig, name: str, size: Mapping[str, str], options: PodOpti
     return {"metadata": {"labels": {"app.kubernetes.io/name": "cl-dist"}}, "spec": spec}
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(Dumper):
     """YAML as people write it: texts of several lines as blocks, no references."""
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -262,11 +262,11 @@ def slurm_text(config: RunConfig, workers_per_node: int) -> str:
 
 def _give(text: str, out: Path | None, name: str) -> None:
     if out is None:
-        typer.echo(text, nl=False)
+        console.write(text, utf8=True)
         return
     out.mkdir(parents=True, exist_ok=True)
     (out / name).write_text(text, encoding="utf8")
-    typer.echo(out / name)
+    console.out.print(str(out / name), soft_wrap=True)
 
 
 @app.command()

@@ -1,23 +1,23 @@
 """A run with its baselines: finding run files and folders, running, and bringing the results together."""
 
 import logging
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cl_dist import sequence
-from cl_dist.config import Tree, apply_overrides, did_you_mean, parse, plain_yaml, read_yaml
+from cl_dist.config import Tree, apply_overrides, did_you_mean, parse, plain_yaml, read_yaml, yaml_text
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import ClDistError, ConfigError, DataError, StoppedError
 from cl_dist.jobs import Workbook
 from cl_dist.ledger import write_json, write_text
-from cl_dist.run_config import RunConfig
+from cl_dist.run_config import NAME, NAME_TEXT, RunConfig
 from cl_dist.stage import flat
-from cl_dist.storage import only_driver, told_when_full
+from cl_dist.storage import only_driver, written
 from cl_dist.trackers import Trackers
 from cl_dist.tracking import Tracker, Watcher, read_state, summary
 from launcher import console
@@ -25,6 +25,7 @@ from launcher.report import write_report
 
 log = logging.getLogger(__name__)
 RECIPES = files("launcher") / "recipes"
+NEW_TASKS = "a mapping `tasks: [...]` with tasks as in a run file, and nothing else"
 
 
 def recipes() -> dict[str, Path]:
@@ -58,7 +59,7 @@ def reopen(folder: Path, overrides: list[str], added: Path | None = None) -> Run
     The run is looked for where the folder is now, so that a folder may be moved. added is a file of tasks to append.
 
     Raises:
-        ConfigError: If it is no run folder.
+        ConfigError: If it is no run folder, or its name is none for a run, or if overrides set another folder.
     """
     if folder.name in ("", "..") or folder.is_symlink():
         folder = folder.resolve()  # its own name, not that of `.` or of a link
@@ -67,11 +68,23 @@ def reopen(folder: Path, overrides: list[str], added: Path | None = None) -> Run
         raise ConfigError(
             f"RUN={str(folder)!r}: expected a run folder, with config.yaml in it; `cl-dist train` makes one"
         )
+    if not re.fullmatch(NAME, folder.name):
+        raise ConfigError(
+            f"RUN={str(folder)!r}: a run has the name of its folder, and {folder.name!r} is none: "
+            f"expected {NAME_TEXT}; rename the folder"
+        )
     tree = plain_yaml(path)
     tree["run"] = {**tree.get("run", {}), "name": folder.name, "dir": str(folder.parent)}
     if added is not None:
         tree = _with_tasks(tree, added)
-    return parse(RunConfig, apply_overrides(tree, overrides))
+    config = parse(RunConfig, apply_overrides(tree, overrides))
+    if config.folder.resolve() != folder.resolve():
+        raise ConfigError(
+            f"run.dir={config.run.dir!r}, run.name={config.run.name!r}: a run is resumed in its own folder, {folder}, "
+            f"with what it holds. To work in another place, move that folder and resume it there: "
+            f"{shlex.join(['mv', str(folder), str(config.folder)])}"
+        )
+    return config
 
 
 def _with_tasks(tree: Tree, path: Path) -> Tree:
@@ -82,10 +95,10 @@ def _with_tasks(tree: Tree, path: Path) -> Tree:
     """
     if not path.is_file():
         raise ConfigError(f"--add-tasks {str(path)!r}: no such file")
-    found = read_yaml(path)
+    found = read_yaml(path, NEW_TASKS)
     new = found.get("tasks")
     if not isinstance(new, list) or not new or set(found) != {"tasks"}:
-        raise ConfigError(f"{path}: expected `tasks:` with a list of tasks as in a run file, and nothing else")
+        raise ConfigError(f"{path}: expected {NEW_TASKS}")
     config = parse(RunConfig, tree).science
     order = [task.id for task in config.sequence().tasks]
     ids = [parse(TaskConfig, task, f"{path}: ").id for task in new]
@@ -119,10 +132,10 @@ def latest(root: Path) -> Path:
 def save(config: RunConfig, source: Path | None = None) -> None:
     """Write the resolved run file, and its source, to its folder, once its settings have been accepted."""
     copy = config.folder / "config.source.yaml"
-    texts = {config.folder / "config.yaml": yaml.safe_dump(config.tree(), sort_keys=False, allow_unicode=True)}
+    texts = {config.folder / "config.yaml": yaml_text(config.tree())}
     if source is not None and source.resolve() != copy.resolve():
         texts[copy] = source.read_text(encoding="utf8")
-    with told_when_full(config.folder):
+    with written(config.folder):
         config.folder.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
             if not path.exists() or path.read_text(encoding="utf8") != text:
@@ -131,8 +144,8 @@ def save(config: RunConfig, source: Path | None = None) -> None:
 
 def execute(
     config: RunConfig, command: str, baselines: bool = True, source: Path | None = None
-) -> list[dict[str, Any]]:
-    """Compute what is missing of a run and its baselines; return their summaries, the run's own first.
+) -> dict[Path, dict[str, Any]]:
+    """Compute what is missing of a run and its baselines; return their summaries by folder, the run's own first.
 
     Nothing is started before every setting and every row has been checked, nor where nothing is missing.
     """
@@ -245,14 +258,15 @@ def _dispatcher(config: RunConfig) -> Any:
     return RayDispatcher(config.cluster, config.folder)
 
 
-def conclude(config: RunConfig, references: Mapping[str, Path] | None = None) -> list[dict[str, Any]]:
-    """Return the summaries of a run and of its baselines, and write them with their references filled in.
+def conclude(config: RunConfig, references: Mapping[str, Path] | None = None) -> dict[Path, dict[str, Any]]:
+    """Return the summaries of a run and of its baselines, by folder, with their references filled in.
 
     A baseline of the method `individual` or `joint` serves as reference to the others; `references` names other runs.
 
     Raises:
         ConfigError: If a reference is of another method.
         DataError: If a reference was computed on other rows.
+        StageConflictError: If rows have changed since they were learned or scored.
     """
     book = Workbook(config)
     others = [Workbook(each) for each in _begun_baselines(config)]
@@ -261,11 +275,13 @@ def conclude(config: RunConfig, references: Mapping[str, Path] | None = None) ->
     for kind, folder in (references or {}).items():
         if (method := sources[kind].config.science.method.name) != kind:
             raise ConfigError(f"{kind}={folder}: its method is {method!r}; expected a run of the method {kind!r}")
-    return [_referred(each, sources) for each in (book, *others)]
+    for each in dict.fromkeys((book, *others, *sources.values())):
+        each.check_rows()
+    return {each.config.folder: _referred(each, sources) for each in (book, *others)}
 
 
 def _referred(book: Workbook, sources: Mapping[str, Workbook]) -> dict[str, Any]:
-    """Return a run's summary with its references filled in, and write it; a run is no reference to itself."""
+    """Return a run's summary with its references filled in; a run is no reference to itself."""
     found = {
         kind: _reference(book, sources[kind], kind)
         for kind in ("individual", "joint")
@@ -274,8 +290,6 @@ def _referred(book: Workbook, sources: Mapping[str, Workbook]) -> dict[str, Any]
     result = summary(book, **found)
     names = {kind: sources[kind].config.run.name if kind in found else None for kind in ("individual", "joint")}
     result["references"] = names
-    if (book.config.folder / "metrics").is_dir():
-        write_json(book.config.folder / "metrics" / "summary.json", result)
     return result
 
 
@@ -301,6 +315,15 @@ def _reference(book: Workbook, other: Workbook, kind: str) -> list[float | None]
     return scores
 
 
-def report(config: RunConfig, summaries: list[dict[str, Any]]) -> Path:
-    """Write the page of a run and return its path."""
-    return write_report(summaries, config.folder / "report")
+def report(config: RunConfig, summaries: Mapping[Path, dict[str, Any]]) -> Path:
+    """Write the summaries of runs, and the page of the first of them; return the page's path.
+
+    Raises:
+        StorageError: If they cannot be written.
+    """
+    for folder, found in summaries.items():
+        with written(folder):
+            if (folder / "metrics").is_dir():
+                write_json(folder / "metrics" / "summary.json", found)
+    with written(config.folder):
+        return write_report(list(summaries.values()), config.folder / "report")

@@ -1,7 +1,6 @@
 """Verbs on what a run has stored: score a model again, ask it, look into its files, take it elsewhere."""
 
 import json
-import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -44,6 +43,8 @@ def eval_(
     from cl_dist.stages.predict import Predictor
 
     lines = {}
+    if split == "test":
+        book.check_rows(*(stage for stage, _ in models))
     for stage, own in models:
         with console.results_only():
             predictor = Predictor(book.job(stage))
@@ -61,7 +62,7 @@ def eval_(
     after = book.tasks.tasks[last].id
     if as_json:
         document = {"run": book.config.run.name, "after": after, "split": split, "tasks": scored}
-        console.out.print_json(json.dumps(document))
+        console.document(document)
         return
     table = Table(title=f"{book.config.run.name}: {split} rows, after task {after}")
     for heading in ("task", "model", "rows", "score", "accuracy", "macro F1", "majority"):
@@ -88,24 +89,21 @@ def predict(run: Run, task: Task, verbose: Verbose = False) -> None:
     rows = read_unlabelled(sys.stdin.buffer, book.tasks.tasks[number])
     from cl_dist.stages.predict import Predictor
 
-    try:
-        with console.results_only() as stdout:
-            predictor = Predictor(book.job(stage))
-            # As many rows at a time as a shard has: a task's own rows meet in the batches of its Evaluate stage.
-            while shard := list(islice(rows, book.config.science.evaluate.shard_rows)):
-                chosen = [row for _, row in shard]
-                predictor.refuse_unreadable(number, chosen)
-                found: list[dict[str, object]]
-                if predictor.writes:
-                    found = [{"prediction": text} for text in predictor.answers(number, chosen)]
-                else:
-                    shares = predictor.probabilities(number, chosen)
-                    found = [{"prediction": max(own, key=own.__getitem__), "scores": own} for own in shares]
-                for (given, _), answer in zip(shard, found, strict=True):
-                    stdout.write(json.dumps({"id": given} | answer, ensure_ascii=False) + "\n")
-                stdout.flush()
-    except BrokenPipeError:  # whoever read the answers has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with console.results_only() as stdout:
+        predictor = Predictor(book.job(stage))
+        # As many rows at a time as a shard has: a task's own rows meet in the batches of its Evaluate stage.
+        while shard := list(islice(rows, book.config.science.evaluate.shard_rows)):
+            chosen = [row for _, row in shard]
+            predictor.refuse_unreadable(number, chosen)
+            found: list[dict[str, object]]
+            if predictor.writes:
+                found = [{"prediction": text} for text in predictor.answers(number, chosen)]
+            else:
+                shares = predictor.probabilities(number, chosen)
+                found = [{"prediction": max(own, key=own.__getitem__), "scores": own} for own in shares]
+            lines = [{"id": given} | answer for (given, _), answer in zip(shard, found, strict=True)]
+            if not console.write("".join(f"{json.dumps(line)}\n" for line in lines), stdout):
+                return  # nobody reads any more
 
 
 def export(
@@ -134,10 +132,10 @@ def export(
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
     if as_json:
         model = book.ledger.key(stage.model)
-        console.out.print_json(json.dumps({"folder": str(folder), "task": task, "model": model, "files": files}))
+        console.document({"folder": str(folder), "task": task, "model": model, "files": files})
         return
     for name, size in files.items():
-        console.out.print(f"{size:>15,} bytes  {folder / name}", markup=False, soft_wrap=True)
+        console.out.print(f"{size:>15,} bytes  {folder / name}", soft_wrap=True)
 
 
 def inspect(
@@ -147,10 +145,10 @@ def inspect(
     """Show what is stored and whether it is whole; exit 6 if something is damaged."""
     document = inspect_path(path)
     if as_json:
-        console.out.print_json(json.dumps(document))
+        console.document(document)
     else:
         for part in tables(document):
-            console.out.print(part, markup=False, soft_wrap=isinstance(part, str))
+            console.out.print(part, soft_wrap=isinstance(part, str))
     if document["faults"] and as_json:
         raise typer.Exit(CheckpointError.exit_code)  # the document names them
     if document["faults"]:

@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 from cl_dist.dispatch_ray.private import is_loopback, private, temp_dir
 from cl_dist.errors import ClusterError
 from cl_dist.run_config import ClusterConfig
+from cl_dist.stopping import kept_from_children
 
 log = logging.getLogger(__name__)
 ACTOR_TIMEOUT_S = 60.0
@@ -101,7 +102,8 @@ def _cpus(cluster: ClusterConfig) -> int:
 def _init(address: str | None, settings: dict[str, Any]) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**settings)
+        with kept_from_children():
+            ray.init(**settings)
     except (OSError, RuntimeError, ValueError, RayError, TimeoutError) as error:
         where = address or "a local Ray"
         raise ClusterError(f"cluster.address={address!r}: cannot reach {where}: {error}") from error

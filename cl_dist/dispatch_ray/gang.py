@@ -2,8 +2,6 @@
 
 import logging
 import os
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from cl_dist.dispatch_ray.ranks import gang_worker
 from cl_dist.errors import ClusterError, StoppedError, TrainingError
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stages.job import Job
+from cl_dist.stopping import ignore_stops
 from cl_dist.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -102,8 +101,7 @@ class Gang:
             "stopping: the stage is saved first, for up to cluster.stop_timeout_s=%g", self._cluster.stop_timeout_s
         )
         deadline = time.monotonic() + self._cluster.stop_timeout_s
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it again; Ctrl-C still ends the wait
+        ignore_stops()  # schedulers send them again; Ctrl-C still ends the wait
         ray.get(self._mailbox.ask.remote("stop"), timeout=ACTOR_TIMEOUT_S)
         while time.monotonic() < deadline and not self._ended():
             news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)

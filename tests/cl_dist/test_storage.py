@@ -9,7 +9,7 @@ import pytest
 from cl_dist.errors import RunInUseError, StorageError
 from cl_dist.storage import LOCK, only_driver, told_when_full
 
-ROOM, PLACE = "Make room, or remove runs", r"Make it writable, or choose another place with run\.dir="
+ROOM, PLACE = "Make room, or remove runs", "Make it writable, or move the run folder"
 
 
 def hold(folder: Path) -> None:

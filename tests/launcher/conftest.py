@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cl_dist.stopping import STOPS
 from tests import tiny
 from tests.launcher.commands import BASELINES, TASKS, Cli, fresh, save_run
 
@@ -14,11 +15,12 @@ from tests.launcher.commands import BASELINES, TASKS, Cli, fresh, save_run
 @pytest.fixture
 def _as_it_was() -> Iterator[None]:
     """Undo what the command line does to its process."""
-    log, on_sigterm = logging.getLogger("cl_dist"), signal.getsignal(signal.SIGTERM)
+    log, handlers = logging.getLogger("cl_dist"), {number: signal.getsignal(number) for number in STOPS}
     before = log.handlers[:], log.level, log.propagate
     yield
     log.handlers[:], log.level, log.propagate = before
-    signal.signal(signal.SIGTERM, on_sigterm)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

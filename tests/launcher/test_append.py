@@ -73,8 +73,9 @@ def test_what_cannot_be_appended_is_refused_before_anything_is_written(cli: Cli,
     config = (run / "config.yaml").read_bytes()
     tasks = yaml.safe_load(more.read_text())["tasks"]
     for text, message in (
-        (yaml.safe_dump(tasks), "expected a mapping"),
-        (yaml.safe_dump({"tasks": []}), "expected `tasks:` with a list of tasks"),
+        (yaml.safe_dump(tasks), "expected a mapping `tasks: [...]` with tasks"),
+        ("", "expected a mapping `tasks: [...]` with tasks"),
+        (yaml.safe_dump({"tasks": []}), "expected a mapping `tasks: [...]` with tasks"),
         (yaml.safe_dump({"tasks": tasks, "seed": 1}), "and nothing else"),
         (yaml.safe_dump({"tasks": [{**tasks[0], "id": "food"}]}), "the run has food already"),
         (yaml.safe_dump({"tasks": [{**tasks[0], "txt": "x"}]}), "unknown key 'txt'; did you mean 'text'?"),

@@ -45,7 +45,7 @@ def test_a_run_whose_folder_is_lost_comes_back_whole(tmp_path: Path, url: str) -
     shutil.rmtree(run.folder)
     summaries = runs.execute(run, "cl-dist train")
     assert bytes_of(run.folder) == before  # manifests hold times: nothing was computed again
-    assert [summary["status"] for summary in summaries] == ["finished", "finished"]
+    assert [summary["status"] for summary in summaries.values()] == ["finished", "finished"]
 
 
 def test_what_is_missing_in_the_copy_is_computed(tmp_path: Path, url: str) -> None:
