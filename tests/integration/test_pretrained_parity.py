@@ -15,8 +15,8 @@ MISSING = [name for name in parity.PACKAGES if find_spec(name) is None]
 def test_workers_and_engines_part_no_further_than_another_order_of_sums(tmp_path: Path) -> None:
     """Adam makes whole steps of gradients that are rounding alone, so single weights may part by steps; few do.
 
-    Measured after 7 steps: a mean difference of 2e-6 to 6e-6. Were a gradient scaled or clipped otherwise, a learning
-    rate or a decay missed, all weights would part: by 1e-4 and more.
+    Mean differences measured after 7 steps: 9e-6 for the other order, 1e-6 for two workers; 6e-5 for a learning rate
+    1 % higher and 1e-4 for half the bound of the gradient norm.
     """
     ways = [way for way in parity.WAYS if way[:2] in (("plain torch, half the rows at once", 1), ("ZeRO-2", 2))]
     order, gang = parity.measure_pretrained(tmp_path, epochs=1, ways=ways)
