@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cl_dist.config import did_you_mean
+from cl_dist.config import DECIMAL, INTEGER, did_you_mean
 from cl_dist.errors import ConfigError
 from cl_dist.metrics import FORMULAS
 
@@ -43,10 +43,8 @@ def parse_gates(expressions: Sequence[str]) -> list[FailIf]:
     gates = []
     for text in expressions:
         match = _EXPRESSION.fullmatch(text)
-        try:
-            bound = float(match[3]) if match else math.nan
-        except ValueError:
-            bound = math.nan
+        is_number = match is not None and re.fullmatch(f"{INTEGER}|{DECIMAL}", match[3]) is not None
+        bound = float(match[3]) if match is not None and is_number else math.nan
         if match is None or not math.isfinite(bound):
             raise ConfigError(f"--fail-if {text!r}: expected METRIC>NUMBER, with one of {' '.join(SIGNS)}")
         if match[1] not in FORMULAS:

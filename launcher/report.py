@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cl_dist.errors import DataError
+from cl_dist.ledger import write_text
 from launcher.figures import (
     STEPS,
     Line,
@@ -90,7 +91,7 @@ def write_report(summaries: Sequence[Summary], out_dir: Path) -> Path:
     env.lstrip_blocks = True
     env.filters |= {"number": number, "duration": duration, "clean": clean, "shorten": shorten}
     page = out_dir / "index.html"
-    page.write_text(env.get_template("report.html.j2").render(view(summaries)), encoding="utf8")
+    write_text(page, env.get_template("report.html.j2").render(view(summaries)))
     _write_png(summaries[0], out_dir / "matrix.png")
     return page
 

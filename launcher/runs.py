@@ -101,7 +101,11 @@ def _with_tasks(tree: Tree, path: Path) -> Tree:
         raise ConfigError(f"{path}: expected {NEW_TASKS}")
     config = parse(RunConfig, tree).science
     order = [task.id for task in config.sequence().tasks]
-    ids = [parse(TaskConfig, task, f"{path}: ").id for task in new]
+    if strange := [number for number, task in enumerate(new) if not isinstance(task, dict)]:
+        raise ConfigError(
+            f"{path}: tasks.{strange[0]}={new[strange[0]]!r:.100}: expected a task, {{id: ..., source: ...}}"
+        )
+    ids = [parse(TaskConfig, task, f"{path}: tasks.{number}.").id for number, task in enumerate(new)]
     if known := sorted(set(order) & set(ids)):
         raise ConfigError(
             f"{path}: the run has {', '.join(known)} already; `cl-dist resume` without --add-tasks goes on with it"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from cl_dist.errors import CheckpointError, ConfigError
+from cl_dist.errors import CheckpointError, ConfigError, DataError
 from launcher import console, runs
 from launcher.answers import answering, last_learned, number_of
 from launcher.inspection import inspect_path
@@ -86,6 +86,8 @@ def predict(run: Run, task: Task, verbose: Verbose = False) -> None:
     book = _open(run)
     number = number_of(book, task)
     ((stage, _),) = answering(book, [number], last_learned(book))
+    if sys.stdin is None:
+        raise DataError("stdin is closed: expected JSON lines on it")
     rows = read_unlabelled(sys.stdin.buffer, book.tasks.tasks[number])
     from cl_dist.stages.predict import Predictor
 

@@ -74,6 +74,11 @@ def test_what_cannot_be_appended_is_refused_before_anything_is_written(cli: Cli,
     tasks = yaml.safe_load(more.read_text())["tasks"]
     for text, message in (
         (yaml.safe_dump(tasks), "expected a mapping `tasks: [...]` with tasks"),
+        ("tasks: [5]", "tasks.0=5: expected a task"),
+        (
+            yaml.safe_dump({"tasks": [{**tasks[0], "id": 7}]}),
+            "tasks.0.id=7: Input should be a valid string; quote it: '7'",
+        ),
         ("", "expected a mapping `tasks: [...]` with tasks"),
         (yaml.safe_dump({"tasks": []}), "expected a mapping `tasks: [...]` with tasks"),
         (yaml.safe_dump({"tasks": tasks, "seed": 1}), "and nothing else"),

@@ -36,7 +36,20 @@ def test_a_gate_is_broken_where_its_condition_holds_or_cannot_be_told(text: str,
 
 
 @pytest.mark.parametrize(
-    "text", ["", "cl/bwt", "cl/bwt>", ">0.1", "cl/bwt=0.1", "cl/bwt>>1", "cl/bwt>x", "cl/bwt>nan", "cl/bwt>inf"]
+    "text",
+    [
+        "",
+        "cl/bwt",
+        "cl/bwt>",
+        ">0.1",
+        "cl/bwt=0.1",
+        "cl/bwt>>1",
+        "cl/bwt>x",
+        "cl/bwt>nan",
+        "cl/bwt>inf",
+        "cl/bwt>1_0",
+        "cl/bwt>010",
+    ],
 )
 def test_what_is_no_condition_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="expected METRIC>NUMBER, with one of > >= < <="):
