@@ -6,9 +6,9 @@ DEMO := .venv/.demo
 ALL := .venv/.all
 PACKAGES := $(addprefix launcher/recipes/, ctr-demo.requirements.txt smollm2.requirements.txt)
 FAULTS := $(addprefix tests/cl_dist/test_, hostile.py ledger.py life.py storage.py tracking.py) \
-	tests/launcher/test_append.py tests/launcher/test_run_folder.py $(addprefix \
+	$(addprefix tests/launcher/test_, append.py run_folder.py signals.py) $(addprefix \
 	tests/integration/, test_chaos.py test_step_checkpoints.py test_cli_ray.py test_ray.py test_ray_jobs.py \
-	test_ray_recovery.py test_hosts.py)
+	test_ray_recovery.py test_hosts.py test_signals_ray.py)
 
 .PHONY: help setup setup-all demo test test-long test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables clean
 

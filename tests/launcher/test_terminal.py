@@ -249,4 +249,5 @@ def test_nothing_that_is_shown_acts_upon_a_terminal(text: str) -> None:
     assert not any(is_acted_upon(char) for char in shown if char not in console.JOINERS)
     with console.out.capture() as captured:
         console.out.print(text, soft_wrap=True)
-    assert captured.get() == f"{shown}\n"
+    if "\t" not in text:  # rich fills up to the next tab stop
+        assert captured.get() == f"{shown}\n"
