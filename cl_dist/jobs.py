@@ -177,9 +177,7 @@ class Workbook:
         if self.answers != "text":
             return None
         from cl_dist.data.answers import check_library
-        from cl_dist.data.load import check_task
-        from cl_dist.data.sources import listing
-        from cl_dist.data.spelling import label_faults, length_faults, located
+        from cl_dist.data.spelling import label_faults, length_faults
 
         config, data = self.tasks.tasks[task], self.data(task)
         try:
@@ -190,7 +188,7 @@ class Workbook:
         is_tried = any(isinstance(stage, Choose) for t in range(len(self.tasks)) for stage in self.plan(t))
         blind = ("test", "dev" if data.dev else "train") if is_tried else ("test",)  # candidates answer rows that vote
         if too_long := list(length_faults(config, data, self._speller, self._length(task), blind)):
-            lines.append(listing(located(check_task(config, self.config.science.data), too_long)).lstrip())
+            lines.append(listing(too_long).lstrip())
         return f"task {config.id}: " + "\n  ".join(lines) if lines else None
 
     def facts(self, stage: Stage) -> dict[str, Any]:

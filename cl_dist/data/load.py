@@ -38,8 +38,6 @@ class Checked:
     counts: dict[str, int]
     """Rows `read`, then rows taken away by `where`, `label` (map or thresholds), `dedupe`, `split` (a name that
     stands for null), `rows` and `overlap`."""
-    records: dict[str, tuple[Record, ...]]
-    """Of each split, the records that its rows come from, in their order."""
 
     def label_counts(self, split: str) -> dict[str, int]:
         """Return the rows of each label in a split, in the order of the task's labels."""
@@ -125,8 +123,7 @@ def check_task(task: TaskConfig, data: DataConfig) -> Checked:
         digests["environments"] = digest_of([[row.id, row.environment] for row in (*train, *dev)])
     warnings = tuple(map(printable, notes.warnings))
     loaded = TaskData(task.id, labels, task.question or "", train, dev, test, digests, overlap, warnings)
-    records = {split: tuple(item.record for item in splits[split]) for split in SPLITS}
-    return Checked(loaded, tuple(notes.faults), warnings, notes.counts, records)
+    return Checked(loaded, tuple(notes.faults), warnings, notes.counts)
 
 
 def _read(task: TaskConfig, notes: _Notes) -> list[Record]:

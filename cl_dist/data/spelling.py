@@ -6,14 +6,11 @@ Found before anything is computed, instead of in the stage that first meets such
 from collections.abc import Iterable, Iterator, Sequence
 
 from cl_dist.data.language import BETWEEN, Speller, asked_of
-from cl_dist.data.load import Checked
-from cl_dist.data.rows import SPLITS, Row, TaskData
+from cl_dist.data.rows import SPLITS, Row, TaskData, Where
 from cl_dist.data.sources import Fault
 from cl_dist.data.tasks import TaskConfig
 
 _CHUNK = 4096
-Misfit = tuple[str, int, str | None, str]
-"""(split, number of a row in it, column, message)."""
 
 
 def label_faults(labels: Sequence[str], speller: Speller) -> list[str]:
@@ -42,8 +39,8 @@ def label_faults(labels: Sequence[str], speller: Speller) -> list[str]:
 
 def length_faults(
     task: TaskConfig, data: TaskData, speller: Speller, max_length: int, blind: Iterable[str] = ("test",)
-) -> Iterator[Misfit]:
-    """Yield each row whose question and answer exceed max_length.
+) -> Iterator[Fault]:
+    """Yield a fault for each row whose question and answer exceed max_length.
 
     Rows are laid out as questions with answers (see data.language): those of `blind` splits are answered, so they leave
     room for the longest answer of the train rows, others for their own.
@@ -57,11 +54,13 @@ def length_faults(
             part = rows[start : start + _CHUNK]
             questions = _lengths(speller, (asked_of(row, data.question) for row in part))
             own = {} if is_blind and split != "dev" else _lengths(speller, (row.label for row in part))
-            for number, row in enumerate(part, start):
+            for row in part:
                 asked, answer = questions[asked_of(row, data.question)], own.get(row.label, 0)
                 needed = asked + max(answer, longest if is_blind else 0) + BETWEEN
                 if needed > max_length:
-                    yield split, number, _column(task, row, asked, answer), _message(asked, needed, max_length)
+                    where = row.where or Where(f"row {row.id}", None)
+                    message, column = _message(asked, needed, max_length), _column(task, row, asked, answer)
+                    yield Fault(where.file, where.line, column, message, where.unit)
 
 
 def _lengths(speller: Speller, texts: Iterable[str]) -> dict[str, int]:
@@ -79,8 +78,3 @@ def _message(asked: int, needed: int, max_length: int) -> str:
         f"question and answer have {asked} + {needed - asked - BETWEEN} tokens, with {BETWEEN} special ones {needed}, "
         f"more than train.max_length={max_length}; raise it, or shorten question, text_pair or answer"
     )
-
-
-def located(checked: Checked, found: Iterable[Misfit]) -> list[Fault]:
-    """Return faults with file and line of rows that `length_faults` has found."""
-    return [checked.records[split][number].fault(column, message) for split, number, column, message in found]

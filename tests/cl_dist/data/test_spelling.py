@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from cl_dist.config import parse
 from cl_dist.data.language import Speller, spell
-from cl_dist.data.rows import Row, TaskData
+from cl_dist.data.rows import Row, TaskData, Where
 from cl_dist.data.spelling import label_faults, length_faults
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import DataError
@@ -52,14 +52,19 @@ def test_a_row_is_told_exactly_where_it_cannot_be_laid_out(speller: Speller, len
         {"id": "t", "text_pair": "pair", "answer": "text", "metric": "f1", "source": {"kind": "jsonl", "path": "x"}},
     )
     rows = [row(n, "soup " * pair, "good " * label) for n, (pair, label) in enumerate([(1, 1), (1, 3), (3, 2), (5, 1)])]
-    data = TaskData("t", (), "?", tuple(rows), tuple(rows[:3]), tuple(rows), {}, 0)
-    found = {(split, number) for split, number, _, _ in length_faults(task, data, speller, length)}
-    expected = set()
+    splits = {"train": rows, "dev": rows[:3], "test": rows}
+    train, dev, test = (
+        tuple(replace(each, where=Where(split, number)) for number, each in enumerate(part))
+        for split, part in splits.items()
+    )
+    data = TaskData("t", (), "?", train, dev, test, {}, 0)
+    found = [(fault.file, fault.line) for fault in length_faults(task, data, speller, length)]
+    expected = []
     for split, reserved in (("train", 0), ("dev", 0), ("test", 3)):
         for number, each in enumerate(data.rows(split)):
             answer = reserved or len(each.label.split())
             if len((each.text_pair or "").split()) + 1 + answer + 2 > length:
-                expected.add((split, number))
+                expected.append((split, number))
                 with pytest.raises(DataError, match=rf"max_length={length} leaves room for .{length - 2}."):
                     spell(speller, replace(each, label="") if reserved else each, "?", length, reserved)
     assert found == expected
