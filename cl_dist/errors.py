@@ -2,11 +2,19 @@
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
+from unicodedata import category
+
+HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode categories of what a terminal acts upon or does not show."""
+JOINERS = "\u200c\u200d"
+"""Of these the ones that belong to words: they join letters, and emoji."""
 
 
-def printable(text: str, keep: str = "\n\t") -> str:
-    """Return a text with what is not seen, or what a terminal would obey, spelled as in a Python string."""
-    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+def printable(text: str, keep: str = f"\n\t{JOINERS}") -> str:
+    r"""Return a text with control characters, invisible ones and halves of pairs escaped as in Python (\x1b)."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(ascii(c)[1:-1] if category(c) in HIDDEN and c not in keep else c for c in text)
 
 
 class ClDistError(Exception):

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO
-from unicodedata import category
 
 import typer
 from rich.console import Console
@@ -18,25 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from cl_dist.errors import ClDistError, ConfigError, StorageError
+from cl_dist.errors import ClDistError, ConfigError, StorageError, printable
 from cl_dist.storage import refused
 
 INTERRUPTED = 130
 LINE = "%(asctime)s %(levelname)-5s %(name)s  %(message)s"
-HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Unicode categories of what a terminal acts upon or does not show."""
-JOINERS = "\n\t\u200c\u200d"
-"""Of these the ones that belong to texts: line ends, tabs, and what joins letters and emoji."""
-
-
-def shown(text: str) -> str:
-    r"""Return a text as it is shown: control characters, invisible ones and halves of pairs are escaped (\x1b)."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        char.encode("unicode_escape").decode() if category(char) in HIDDEN and char not in JOINERS else char
-        for char in text
-    )
 
 
 class Screen(Console):
@@ -55,7 +40,7 @@ class Screen(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Make a text ready to be shown."""
-        return super().render_str(shown(text), **options)
+        return super().render_str(printable(text), **options)
 
     def _check_buffer(self) -> None:
         try:
@@ -144,7 +129,7 @@ class _Shown(logging.Formatter):
     """Log lines without control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record))
+        return printable(super().format(record))
 
 
 def start_logging(verbose: bool) -> None:
@@ -215,7 +200,7 @@ class Watch:
             return
         if kind == "stage_start":
             note = "starting workers" if event["kind"] == "train" else ""
-            self._bar = self._progress.add_task(shown(stage), total=None, note=note)
+            self._bar = self._progress.add_task(printable(stage), total=None, note=note)
         elif kind == "round" and self._bar is not None:
             note = f"loss {event['train/loss']:.3f}"
             if "dev/accuracy" in event:
@@ -226,7 +211,7 @@ class Watch:
                 f"{task} {value:.3f}" for task, value in event.get("accuracy", {}).items() if value is not None
             )
             if scores:
-                self._progress.update(self._bar, note=shown(scores))
+                self._progress.update(self._bar, note=printable(scores))
             self._progress.stop_task(self._bar)
             self._bar = None
         self._plain(event)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from cl_dist.errors import ConfigError, TrainingError
+from cl_dist.errors import ConfigError, TrainingError, printable
 from launcher import console, runs
 from launcher.jobs import ENDED, Info, Jobs
 from launcher.options import Address, AsJson, Config, JobId, Overrides
@@ -53,10 +53,10 @@ def logs(
     """Print what a job's driver has written: a line for each stage, round and score."""
     known = Jobs(address)
     if not follow:
-        console.write(console.shown(known.logs(job_id)))
+        console.write(printable(known.logs(job_id)))
         return
     for part in known.follow(job_id):
-        if not console.write(console.shown(part)):
+        if not console.write(printable(part)):
             return  # nobody reads any more
     job = known.wait(job_id, timeout_s=60.0)
     raise typer.Exit(_exit_code(job))
