@@ -301,6 +301,14 @@ class Dumper(yaml.SafeDumper):
 _resolvers(Dumper)
 
 
+def _text(dumper: Dumper, text: str) -> yaml.Node:
+    """Represent a text; one with a next-line character (U+0085) in double quotes, since other styles fold it."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None)
+
+
+Dumper.add_representer(str, _text)
+
+
 def yaml_text(tree: Mapping[str, Any], width: int = 80) -> str:
     """Return a tree as YAML that reads back equal."""
     return yaml.dump(dict(tree), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=width)

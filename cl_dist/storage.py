@@ -103,6 +103,8 @@ def told_when_full(folder: Path | str) -> Iterator[None]:
     """
     try:
         yield
+    except StorageError:  # what to do has been said
+        raise
     except Exception as error:
         where = getattr(error, "filename", None)
         # A refusal elsewhere is that of something to be read, such as rows or a backbone.
@@ -134,5 +136,5 @@ def _unwritable(where: Path | str, error: Exception) -> StorageError:
         "place with run.dir=..."
     )
     if _is(error, *_FULL):
-        remedy = _ROOM
+        remedy = f"{_ROOM}; then `cl-dist resume` goes on"
     return StorageError(f"{where}: cannot be written: {error}. {remedy}. Finished stages are kept.")
