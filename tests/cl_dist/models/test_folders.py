@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cl_dist.config import parse
 from cl_dist.errors import ClDistError, ConfigError, DataError
@@ -75,11 +76,16 @@ def test_a_file_in_place_of_its_folder_is_named(model: Path) -> None:
 def test_whatever_a_safetensors_file_begins_with_its_weights_are_read(model: Path) -> None:
     whole = (model / "model.safetensors").read_bytes()
     size = int.from_bytes(whole[:8], "little")
+    loaded, tried = load_backbone(ModelConfig(source=str(model))).state_dict(), 0
+    expected = {name: value.clone() for name, value in loaded.items()}  # which may be a map of the file written below
     for length in (0x0280, 0x0480, 0xFEFF):  # as a pickle, and UTF-16, begin
         if length >= size:
             header = whole[8 : 8 + size].ljust(length)
             (model / "model.safetensors").write_bytes(length.to_bytes(8, "little") + header + whole[8 + size :])
-            load_backbone(ModelConfig(source=str(model)))
+            found = load_backbone(ModelConfig(source=str(model))).state_dict()
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
+            tried += 1
+    assert tried
 
 
 @pytest.fixture

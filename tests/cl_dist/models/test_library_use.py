@@ -337,6 +337,9 @@ def test_two_forward_passes_may_share_a_backward_pass() -> None:
     model.train()
     model.set_progress(0, 2)
     (model(data(1)).sum() + model(data(0)).sum()).backward()
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert grads
+    assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
 def test_a_copy_of_a_model_in_training_protects_as_well() -> None:
