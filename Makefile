@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 DEMO := .venv/.demo
 ALL := .venv/.all
 PACKAGES := $(addprefix launcher/recipes/, ctr-demo.requirements.txt smollm2.requirements.txt)
-FAULTS := $(addprefix tests/cl_dist/test_, hostile.py ledger.py life.py storage.py tracking.py) \
+FAULTS := $(addprefix tests/cl_dist/test_, hostile.py ledger.py watchdog.py storage.py run_events.py) \
 	$(addprefix tests/launcher/test_, append.py run_folder.py signals.py) $(addprefix \
 	tests/integration/, test_chaos.py test_step_checkpoints.py test_cli_ray.py test_ray.py test_ray_jobs.py \
 	test_ray_recovery.py test_hosts.py test_signals_ray.py)

@@ -4,11 +4,11 @@ import signal
 from pathlib import Path
 
 from cl_dist.errors import StoppedError
+from cl_dist.run_events import Tracker
 from cl_dist.stages import train
-from cl_dist.stages.job import Job
 from cl_dist.stages.shards import SHARDED, Finished
+from cl_dist.stages.stage_job import Job
 from cl_dist.stopping import signals_noted
-from cl_dist.tracking import Tracker
 
 
 class LocalDispatcher:

@@ -16,9 +16,9 @@ from cl_dist.methods import METHODS
 from cl_dist.methods.base import MethodConfig, TaskSequence
 from cl_dist.models.config import ModelConfig, check_length, known_sizes, max_positions
 from cl_dist.parallel.config import EngineConfig
-from cl_dist.places import Place, home
+from cl_dist.paths import Place, home
+from cl_dist.sinks import Name
 from cl_dist.stage import EvaluateConfig, GenerateConfig, TrainConfig
-from cl_dist.trackers import Name
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 NAME_TEXT = "up to 100 letters, digits, '_', '.' and '-', the first a letter or digit"

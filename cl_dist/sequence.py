@@ -3,11 +3,11 @@
 import logging
 from typing import Protocol
 
-from cl_dist.jobs import Workbook
+from cl_dist.run import Workbook
+from cl_dist.run_events import Tracker
 from cl_dist.stage import Stage, ref
-from cl_dist.stages.job import Job
+from cl_dist.stages.stage_job import Job
 from cl_dist.storage import told_when_full
-from cl_dist.tracking import Tracker
 
 log = logging.getLogger(__name__)
 

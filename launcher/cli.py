@@ -18,10 +18,14 @@ from rich.table import Table
 
 from cl_dist.errors import ClDistError, ConfigError, QualityError, StorageError
 from cl_dist.stopping import stop_on_signals
-from launcher import console, job_verbs, planning, preflight, render, runs, verbs
+from launcher import console, runs
+from launcher.cluster import preflight, render
 from launcher.options import Address, AddTasks, AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
-from launcher.quality import FailIf as Gate
-from launcher.quality import parse_gates
+from launcher.verbs import job as job_verbs
+from launcher.verbs import plan as planning
+from launcher.verbs import results as verbs
+from launcher.verbs.quality import FailIf as Gate
+from launcher.verbs.quality import parse_gates
 
 EXIT_CODES = {
     0: "ok",
@@ -142,9 +146,9 @@ def status(
     if address is not None:
         job_verbs.status(run, address, as_json)
         return
-    from cl_dist.jobs import Workbook
+    from cl_dist.run import Workbook
+    from cl_dist.run_events import read_state
     from cl_dist.stage import ref
-    from cl_dist.tracking import read_state
 
     config = runs.reopen(runs.latest(Path("runs")) if run is None else run, [])
     lines = []
@@ -287,8 +291,8 @@ def data_check(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
 @data_app.command("show")
 def data_show(config: Config, overrides: Overrides = None) -> None:
     """Print the first train row of each task as the model reads it."""
-    from cl_dist.jobs import Workbook
     from cl_dist.models.backbone import load_tokenizer
+    from cl_dist.run import Workbook
     from cl_dist.run_config import load_run
 
     run = load_run(runs.run_file(config), overrides or [])

@@ -13,15 +13,15 @@ from cl_dist import sequence
 from cl_dist.config import Tree, apply_overrides, did_you_mean, parse, plain_yaml, read_yaml, yaml_text
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import ClDistError, ConfigError, DataError, StoppedError
-from cl_dist.jobs import Workbook
 from cl_dist.ledger import write_json, write_text
+from cl_dist.run import Workbook
 from cl_dist.run_config import NAME, NAME_TEXT, RunConfig
+from cl_dist.run_events import Tracker, Watcher, read_state, summary
+from cl_dist.sinks import Trackers
 from cl_dist.stage import flat
 from cl_dist.storage import only_driver, written
-from cl_dist.trackers import Trackers
-from cl_dist.tracking import Tracker, Watcher, read_state, summary
 from launcher import console
-from launcher.report import write_report
+from launcher.report.page import write_report
 
 log = logging.getLogger(__name__)
 RECIPES = files("launcher") / "recipes"

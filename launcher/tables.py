@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from launcher.scaling import RANKS, cells
+from cl_dist.planning.scaling import RANKS, cells
 
 RESULTS, README = Path("tests/results"), Path("README.md")
 PAGES = (README, Path("cluster_configs/SCALING.md"), Path("cluster_configs/GPU.md"))

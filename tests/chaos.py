@@ -22,8 +22,8 @@ from typing import Any
 
 from cl_dist import sequence
 from cl_dist.dispatch_local import LocalDispatcher
-from cl_dist.jobs import Workbook
-from cl_dist.tracking import Tracker
+from cl_dist.run import Workbook
+from cl_dist.run_events import Tracker
 from tests import tiny
 
 RUNS: Mapping[str, Mapping[str, Any]] = {

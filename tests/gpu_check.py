@@ -40,13 +40,13 @@ import yaml
 from torch import Tensor, nn
 
 from cl_dist.config import Tree, merged, parse
-from cl_dist.jobs import Workbook
 from cl_dist.parallel.config import EngineConfig
+from cl_dist.planning.scaling import work_of
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref
 from cl_dist.stages import train
-from launcher.planning import planned
-from launcher.scaling import work_of
+from launcher.verbs.plan import planned
 from tests import tiny
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from cl_dist.config import Tree, parse
-from cl_dist.jobs import Workbook
 from cl_dist.parallel.config import EngineConfig
+from cl_dist.planning.live import Live
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref, Stage, ref
 from cl_dist.stages import train
-from cl_dist.stages.job import Job
-from cl_dist.stages.live import Live
 from cl_dist.stages.shards import SHARDED
-from launcher.planning import planned
+from cl_dist.stages.stage_job import Job
+from launcher.verbs.plan import planned
 from tests import tiny
 from tests.pool import Ranks
 

@@ -25,14 +25,14 @@ from torch import Tensor
 
 from cl_dist.config import parse, read_yaml
 from cl_dist.errors import ConfigError
-from cl_dist.jobs import Workbook
 from cl_dist.parallel.config import EngineConfig
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref, ref
 from cl_dist.stages import train
 from cl_dist.stages.evaluate import Scorer, shards
-from cl_dist.stages.job import Job, task_data
 from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.stage_job import Job, task_data
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny
 from tests.pool import Ranks

@@ -16,10 +16,10 @@ import torch
 import yaml
 
 from cl_dist.config import merged, parse
+from cl_dist.planning.scaling import Machine, on_paper, stages_on_paper, work_of
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import EvaluateConfig, GenerateConfig
-from launcher.planning import planned
-from launcher.scaling import Machine, on_paper, stages_on_paper, work_of
+from launcher.verbs.plan import planned
 from tests import tiny
 from tests.integration import ray_runs
 from tests.integration.ray_runs import Command

@@ -9,8 +9,8 @@ import pytest
 
 from cl_dist.config import parse
 from cl_dist.data.language import Speller
-from cl_dist.jobs import Workbook
 from cl_dist.models.backbone import load_tokenizer
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from tests import gpu_check, tiny
 

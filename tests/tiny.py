@@ -10,11 +10,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from cl_dist.config import Tree, merged, parse
-from cl_dist.jobs import Workbook
 from cl_dist.methods import METHODS as METHOD_TABLE
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
+from cl_dist.run_events import Tracker
 from cl_dist.sequence import Dispatcher, run
-from cl_dist.tracking import Tracker
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 THINGS = (

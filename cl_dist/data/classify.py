@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cl_dist.data.numbered import NumberedRows, padded, real, weights
+from cl_dist.data.encoded import NumberedRows, padded, real, weights
 from cl_dist.data.rows import Row, TaskData
 
 

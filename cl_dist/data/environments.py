@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cl_dist.data.bayes import NaiveBayes
+from cl_dist.data.encoded import NumberedRows, padded, real, weights
 from cl_dist.data.language import Speller
-from cl_dist.data.numbered import NumberedRows, padded, real, weights
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.errors import DataError
 

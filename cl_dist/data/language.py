@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cl_dist.data.numbered import NumberedRows, real, weights
+from cl_dist.data.encoded import NumberedRows, real, weights
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.errors import DataError
 from cl_dist.tokens import num_ids

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from cl_dist.config import did_you_mean
-from cl_dist.data.answers import turn_of
 from cl_dist.data.labels import label_warnings, likeness, told_apart
 from cl_dist.data.rationales import read_spans
 from cl_dist.data.rows import SPLITS, Row, TaskData, Where
 from cl_dist.data.sources import SHOWN, Fault, Record, listing, read
 from cl_dist.data.tasks import DataConfig, Source, Split, SplitName, TaskConfig
+from cl_dist.data.text_metrics import turn_of
 from cl_dist.data.values import id_fault, label_fault, text_fault, word, word_fault
 from cl_dist.errors import DataError, printable
 from cl_dist.stage import digest_of

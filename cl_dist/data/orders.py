@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cl_dist.config import did_you_mean
 from cl_dist.errors import ConfigError
-from cl_dist.places import resolve
+from cl_dist.paths import resolve
 
 
 def read_orders(path: str) -> list[list[str]]:

@@ -20,7 +20,7 @@ from cl_dist.data.tasks import Source
 from cl_dist.data.values import json_fields
 from cl_dist.errors import DataError, printable
 from cl_dist.formats import GZIP, head_of, not_text
-from cl_dist.places import resolve
+from cl_dist.paths import resolve
 
 Values = dict[str, Any]
 Report = Callable[[int | None, str], None]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cl_dist.config import Section
-from cl_dist.places import Place
+from cl_dist.paths import Place
 
 SplitName = Literal["train", "dev", "test"]
 
@@ -162,7 +162,7 @@ class TaskConfig(Section):
     """Column with the circumstance under which a row was gathered: its source or its author, say. InvRat looks for
     rationales that hold in all of them."""
     metric: Literal["accuracy", "exact_match", "f1", "turn_state", "joint_state", "rouge_l", "bleu"] = "accuracy"
-    """What the cells of R hold. accuracy: of labels; the others compare free text (see cl_dist/data/answers.py);
+    """What the cells of R hold. accuracy: of labels; the others compare free text (see cl_dist/data/text_metrics.py);
     joint_state needs `row_id`, with ids <dialogue>-<number of the turn>, such as woz-7-0, and turns in order."""
     train: dict[str, Any] = {}
     """Settings of `science.train` that differ for this task: {epochs: 30}."""

@@ -19,7 +19,7 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray._private.utils import read_ray_address
 from ray.exceptions import RayError
 
-from cl_dist.dispatch_ray.private import is_loopback, private, temp_dir
+from cl_dist.dispatch_ray.private_ray import is_loopback, private, temp_dir
 from cl_dist.errors import ClusterError
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stopping import kept_from_children

@@ -17,8 +17,8 @@ from cl_dist.dispatch_ray.nodes import check_storage
 from cl_dist.dispatch_ray.pool import Pool
 from cl_dist.errors import ClusterError
 from cl_dist.run_config import ClusterConfig
-from cl_dist.stages.job import Job
-from cl_dist.tracking import Tracker
+from cl_dist.run_events import Tracker
+from cl_dist.stages.stage_job import Job
 
 log = logging.getLogger(__name__)
 

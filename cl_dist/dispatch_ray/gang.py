@@ -14,14 +14,14 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Fits, Place, free, head_listens, last_lines, secrets
-from cl_dist.dispatch_ray.life import last_words, remedy
 from cl_dist.dispatch_ray.mailbox import POLL_S, Mailbox, Parcel
 from cl_dist.dispatch_ray.ranks import gang_worker
+from cl_dist.dispatch_ray.watchdog import last_words, remedy
 from cl_dist.errors import ClusterError, StoppedError, TrainingError
 from cl_dist.run_config import ClusterConfig
-from cl_dist.stages.job import Job
+from cl_dist.run_events import Tracker
+from cl_dist.stages.stage_job import Job
 from cl_dist.stopping import ignore_stops
-from cl_dist.tracking import Tracker
 
 log = logging.getLogger(__name__)
 CLOSE_S, QUIET_S = 20.0, 2.0
@@ -32,7 +32,7 @@ def _fit(cluster: ClusterConfig, storage: str, mailbox: Any, cwd: str, meeting: 
     import ray.train  # here, since the driver imports this module before it starts Ray
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from cl_dist.dispatch_ray.meeting import FileConfig
+    from cl_dist.dispatch_ray.rendezvous import FileConfig
 
     use_gpu = cluster.gpus_per_worker > 0
     backend = "nccl" if use_gpu else "gloo"

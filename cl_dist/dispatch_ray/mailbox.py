@@ -9,7 +9,7 @@ import ray
 
 from cl_dist.dispatch_ray.cluster import Place
 from cl_dist.errors import ClDistError
-from cl_dist.stages.job import Due, Job
+from cl_dist.stages.stage_job import Due, Job
 
 POLL_S = 0.1
 

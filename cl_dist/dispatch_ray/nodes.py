@@ -17,8 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cl_dist.dispatch_ray.cluster import enter
 from cl_dist.errors import ClusterError
+from cl_dist.run_events import versions
 from cl_dist.storage import Room, room
-from cl_dist.tracking import versions
 
 PROBE_S = 120.0
 """How long the nodes may take to answer: the first process of each has to import Python and Ray."""

@@ -18,11 +18,11 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Fits, Place, enter, free, last_lines, secrets
-from cl_dist.dispatch_ray.life import Alive, last_words, log_of, remedy
+from cl_dist.dispatch_ray.watchdog import Alive, last_words, log_of, remedy
 from cl_dist.errors import ClDistError, ClusterError, TrainingError
 from cl_dist.run_config import ClusterConfig
-from cl_dist.stages.job import Job
-from cl_dist.tracking import Tracker
+from cl_dist.run_events import Tracker
+from cl_dist.stages.stage_job import Job
 
 if TYPE_CHECKING:
     from cl_dist.stages.shards import Finished, Shard, Worker

@@ -11,9 +11,9 @@ from typing import Any
 import ray
 
 from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, enter
-from cl_dist.dispatch_ray.life import Alive, log_of
+from cl_dist.dispatch_ray.watchdog import Alive, log_of
 from cl_dist.errors import ClDistError, StoppedError
-from cl_dist.stages.job import Due
+from cl_dist.stages.stage_job import Due
 from cl_dist.storage import told_when_full
 
 

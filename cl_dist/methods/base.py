@@ -227,7 +227,7 @@ class Learner(ABC):
 
 def idle_scales(backbone: PreTrainedModel) -> dict[str, GradScale]:
     """Return gradient factors that keep the trained biases of a model's `backbone` which change nothing."""
-    from cl_dist.models.heads import idle_biases
+    from cl_dist.models.attention_slices import idle_biases
     from cl_dist.parallel.engine import GradScale
 
     return {

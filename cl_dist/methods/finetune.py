@@ -93,7 +93,7 @@ class Finetune(Learner):
         (see models.heads.idle_biases).
         """
         from cl_dist.models.architectures import embedding_names
-        from cl_dist.models.heads import idle_biases
+        from cl_dist.models.attention_slices import idle_biases
 
         for number, head in enumerate(self.model.heads):
             head.requires_grad_(number in tasks)

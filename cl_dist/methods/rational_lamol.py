@@ -127,7 +127,7 @@ class RationalLamol(Lamol):
         import torch
 
         from cl_dist.models.architectures import architecture, layers_of
-        from cl_dist.models.heads import kept
+        from cl_dist.models.attention_slices import kept
         from cl_dist.models.lowrank import kept_updates
 
         model, config = super().shape(backbone, known, size), self.config
@@ -158,7 +158,7 @@ class RationalLamol(Lamol):
         Raises:
             ConfigError: If the model has no such unit.
         """
-        from cl_dist.models.heads import block_parameters, shape_of, units_of
+        from cl_dist.models.attention_slices import block_parameters, shape_of, units_of
 
         layers, count = shape_of(self.model.backbone)[0], units_of(self.model.backbone, self.config.level)
         for layer, unit in units:
@@ -177,7 +177,7 @@ class RationalLamol(Lamol):
         """Return the units of a control, as many as a vote would choose."""
         import torch
 
-        from cl_dist.models.heads import shape_of, units_of
+        from cl_dist.models.attention_slices import shape_of, units_of
         from cl_dist.parallel.seeds import seed_of
 
         backbone, config = self.model.backbone, self.config
@@ -199,7 +199,7 @@ class RationalLamol(Lamol):
         """Keep what frozen heads and groups own; everything else moves and decays as it would."""
         from dataclasses import replace
 
-        from cl_dist.models.heads import kept
+        from cl_dist.models.attention_slices import kept
 
         scales = dict(super().grad_scales())
         if self.config.level == "block":
@@ -222,7 +222,7 @@ class RationalLamol(Lamol):
         import torch
 
         from cl_dist.models.classifier import count_parameters
-        from cl_dist.pieces import whole_shape
+        from cl_dist.partition import whole_shape
 
         trained, total = count_parameters(self.model)
         if self.lora is not None:

@@ -85,7 +85,7 @@ class TextLearner(Learner):
         Biases that change nothing stay as they are (see models.heads.idle_biases).
         """
         from cl_dist.models.architectures import embedding_names
-        from cl_dist.models.heads import idle_biases
+        from cl_dist.models.attention_slices import idle_biases
 
         tune, backbone = getattr(self.config, "tune", "all"), self.model.backbone
         if self.lora is not None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cl_dist.models.architectures import architecture, layers_of
 from cl_dist.models.backbone import replace
 from cl_dist.models.classifier import Classifier, freeze
-from cl_dist.pieces import whole
+from cl_dist.partition import whole
 
 
 @dataclass

@@ -21,7 +21,7 @@ from cl_dist.errors import ClDistError, ConfigError
 from cl_dist.formats import head_of, stand_in
 from cl_dist.models.architectures import ARCHITECTURES
 from cl_dist.models.config import ModelConfig, absent, is_local
-from cl_dist.places import resolve
+from cl_dist.paths import resolve
 from cl_dist.tokens import num_ids
 
 M = TypeVar("M", bound=nn.Module)

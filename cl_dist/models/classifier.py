@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from cl_dist.errors import ConfigError
 from cl_dist.models.architectures import architecture
-from cl_dist.pieces import whole_shape
+from cl_dist.partition import whole_shape
 
 Batch = dict[str, Tensor]
 """input_ids, attention_mask and, where the tokenizer gives them, token_type_ids (B, L) int64; label, row, task

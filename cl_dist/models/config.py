@@ -10,7 +10,7 @@ from pydantic import Field
 
 from cl_dist.config import Section
 from cl_dist.errors import ConfigError, DataError
-from cl_dist.places import Place, resolve
+from cl_dist.paths import Place, resolve
 
 
 class ModelConfig(Section):

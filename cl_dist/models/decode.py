@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from cl_dist.models.attention_slices import shape_of
 from cl_dist.models.backbone import device_of
-from cl_dist.models.heads import shape_of
 from cl_dist.models.noise import uniform
 from cl_dist.models.vocabulary import logits
 

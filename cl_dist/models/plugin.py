@@ -23,7 +23,7 @@ from cl_dist.models.capsules import Sharing
 from cl_dist.models.classifier import Batch, Classifier, freeze
 from cl_dist.models.config import MaskShape, PluginShape
 from cl_dist.models.gates import Gate, binary, slope, sparsity
-from cl_dist.pieces import whole_shape
+from cl_dist.partition import whole_shape
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cl_dist.pieces import is_divided, whole
+from cl_dist.partition import is_divided, whole
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from cl_dist.parallel import params
 from cl_dist.parallel.config import EngineConfig, buffer_bounds, deepspeed_settings
 from cl_dist.parallel.files import Files
 from cl_dist.parallel.world import World
-from cl_dist.pieces import is_divided, whole_shape
+from cl_dist.partition import is_divided, whole_shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cl_dist.errors import ProtectionError
 from cl_dist.parallel import params
 from cl_dist.parallel.engine import Engine, GradScale
-from cl_dist.pieces import whole_shape
+from cl_dist.partition import whole_shape
 
 
 @dataclass(frozen=True, slots=True)

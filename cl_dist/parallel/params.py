@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cl_dist.errors import CheckpointError
 from cl_dist.parallel import files
-from cl_dist.pieces import is_divided, whole_shape
+from cl_dist.partition import is_divided, whole_shape
 
 
 @torch.no_grad()

@@ -18,12 +18,12 @@ from cl_dist.models.architectures import layers_of
 from cl_dist.models.backbone import load_backbone, lower
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel import params
-from cl_dist.parallel.divided import dividing
+from cl_dist.parallel.device_map import spread
 from cl_dist.parallel.seeds import seeded
-from cl_dist.parallel.spread import spread
 from cl_dist.parallel.world import World
+from cl_dist.parallel.zero3_init import dividing
 from cl_dist.stage import Rationalise, Train
-from cl_dist.stages.job import Job, task_data
+from cl_dist.stages.stage_job import Job, task_data
 from cl_dist.stages.weights import StoredWeights
 
 M = TypeVar("M", bound=nn.Module)

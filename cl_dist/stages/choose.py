@@ -7,9 +7,9 @@ from pathlib import Path
 
 from cl_dist.data.votes import CRITICAL, voting_rows
 from cl_dist.stage import Choose
-from cl_dist.stages import voters
-from cl_dist.stages.job import Job, task_data
+from cl_dist.stages import voting_shards as voters
 from cl_dist.stages.predict import Predictor
+from cl_dist.stages.stage_job import Job, task_data
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from cl_dist.data.answers import TEXT_METRICS, joint_state, turn_of
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.data.tasks import TaskConfig
+from cl_dist.data.text_metrics import TEXT_METRICS, joint_state, turn_of
 from cl_dist.errors import DataError
 from cl_dist.metrics import accuracy, f1_macro, majority_accuracy
 from cl_dist.stage import Evaluate
-from cl_dist.stages.job import Job, task_data
 from cl_dist.stages.predict import Predictor
+from cl_dist.stages.stage_job import Job, task_data
 
 SCORES = "scores.json"
 

@@ -36,8 +36,8 @@ from cl_dist.parallel.seeds import seeded
 from cl_dist.stage import Evaluate
 from cl_dist.stages.build import build_learner, new_learner
 from cl_dist.stages.export_text import Example, generation, misspelled, text_tokenizer
-from cl_dist.stages.job import Job, task_data
 from cl_dist.stages.model_card import class_card, text_card
+from cl_dist.stages.stage_job import Job, task_data
 
 log = logging.getLogger(__name__)
 CARD, PARTS, README, BACKBONE = "cl_dist.json", "parts.safetensors", "README.md", "backbone"

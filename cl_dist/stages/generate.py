@@ -27,7 +27,7 @@ from cl_dist.models.decode import Line, draw, rows_within, write
 from cl_dist.parallel.seeds import seed_of
 from cl_dist.stage import Generate
 from cl_dist.stages.build import build_learner, placed
-from cl_dist.stages.job import Job, replayed_rows, row_length, task_data
+from cl_dist.stages.stage_job import Job, replayed_rows, row_length, task_data
 
 SHOWN = 20
 """First attempts of each task that are kept as they came, for the report."""

@@ -19,7 +19,7 @@ from cl_dist.models.causal import CausalModel
 from cl_dist.models.decode import answer_all
 from cl_dist.parallel.world import World
 from cl_dist.stages.build import build_learner, placed
-from cl_dist.stages.job import Job, task_data
+from cl_dist.stages.stage_job import Job, task_data
 
 
 class Predictor:

@@ -15,8 +15,8 @@ from cl_dist.models.invrat import Players
 from cl_dist.parallel.world import World
 from cl_dist.stage import Rationalise
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.job import Job, task_data
-from cl_dist.stages.voters import Shard
+from cl_dist.stages.stage_job import Job, task_data
+from cl_dist.stages.voting_shards import Shard
 
 FOUND = "rationalise.json"
 

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 from cl_dist.ledger import write_text
 from cl_dist.stage import digest_of
-from cl_dist.stages import choose, evaluate, generate, rationalise, vote, voters
-from cl_dist.stages.job import Job
+from cl_dist.stages import choose, evaluate, generate, rationalise, vote
+from cl_dist.stages import voting_shards as voters
+from cl_dist.stages.stage_job import Job
 
 log = logging.getLogger(__name__)
 Shard = Any

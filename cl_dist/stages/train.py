@@ -22,17 +22,17 @@ from cl_dist.errors import StoppedError, TrainingError
 from cl_dist.methods.base import Learner, Rows
 from cl_dist.models.backbone import load_tokenizer, recompute_activations
 from cl_dist.models.classifier import count_parameters
-from cl_dist.parallel.divided import divides
 from cl_dist.parallel.engine import Engine, GradScale, Optimizing, Pull, build_engine
 from cl_dist.parallel.guard import Guard
 from cl_dist.parallel.seeds import seeded
 from cl_dist.parallel.world import World
+from cl_dist.parallel.zero3_init import divides
 from cl_dist.stage import Train
 from cl_dist.stages import checkpoint
 from cl_dist.stages.build import LEARNER, build_learner
-from cl_dist.stages.job import Due, Job, replayed_rows, row_length, task_data
-from cl_dist.stages.pace import Pace
+from cl_dist.stages.save_policy import Pace
 from cl_dist.stages.schedule import Schedule
+from cl_dist.stages.stage_job import Due, Job, replayed_rows, row_length, task_data
 from cl_dist.stages.weights import Pieces, StoredWeights
 
 log = logging.getLogger(__name__)

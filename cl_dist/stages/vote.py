@@ -19,15 +19,15 @@ from cl_dist.data.rationales import Span, token_mask
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.data.votes import CRITICAL, RECORDED, read_rationales, read_recorded, voting_rows
 from cl_dist.errors import CheckpointError, DataError
+from cl_dist.models.attention_slices import units_of
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.cci import Bits, Comparer, Floats, Recorder, watch, watched
-from cl_dist.models.heads import units_of
 from cl_dist.models.saliency import agreement, salient
 from cl_dist.stage import Record, Vote, VoteConfig, digest_of
 from cl_dist.stages.build import build_learner, placed
-from cl_dist.stages.job import Job, row_length, task_data
-from cl_dist.stages.voters import Shard
+from cl_dist.stages.stage_job import Job, row_length, task_data
+from cl_dist.stages.voting_shards import Shard
 
 log = logging.getLogger(__name__)
 BINS = 20

@@ -19,7 +19,7 @@ from torch import Tensor
 from cl_dist.errors import CheckpointError
 from cl_dist.parallel import moments, params
 from cl_dist.parallel.engine import Engine
-from cl_dist.pieces import whole_shape
+from cl_dist.partition import whole_shape
 
 TRAINABLE = "trainable"
 

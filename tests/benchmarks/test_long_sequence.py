@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cl_dist.dispatch_local import LocalDispatcher
+from cl_dist.run_events import Tracker
 from cl_dist.sequence import run
-from cl_dist.tracking import Tracker
 from tests import tiny
 from tests.benchmarks.conftest import Measured
 
@@ -46,7 +46,7 @@ def test_a_hundred_tasks_cost_hardly_more_each_than_ten(
             began = now
 
     from cl_dist.config import parse
-    from cl_dist.jobs import Workbook
+    from cl_dist.run import Workbook
     from cl_dist.run_config import RunConfig
 
     book = Workbook(parse(RunConfig, tree))

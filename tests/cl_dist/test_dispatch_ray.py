@@ -25,10 +25,10 @@ from ray.exceptions import RayActorError
 from cl_dist.dispatch_ray import cluster, mailbox
 from cl_dist.dispatch_ray.dispatcher import RayDispatcher
 from cl_dist.dispatch_ray.mailbox import Mailbox, Parcel
-from cl_dist.dispatch_ray.private import loopback, private
+from cl_dist.dispatch_ray.private_ray import loopback, private
 from cl_dist.errors import ClusterError, DataError, JobError
 from cl_dist.run_config import ClusterConfig
-from launcher.jobs import Jobs
+from launcher.cluster.jobs import Jobs
 
 
 @pytest.fixture(autouse=True)

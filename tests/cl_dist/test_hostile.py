@@ -14,16 +14,16 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cl_dist import jobs
+from cl_dist import run as jobs
 from cl_dist.config import parse
 from cl_dist.data.labels import likeness
 from cl_dist.data.load import check_task, load_task
 from cl_dist.data.tasks import DataConfig, TaskConfig
 from cl_dist.data.unlabelled import read_unlabelled
 from cl_dist.errors import CheckpointError, ClDistError, StageConflictError
-from cl_dist.jobs import Workbook
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.parallel.world import World
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref, ref
 from cl_dist.stages import checkpoint

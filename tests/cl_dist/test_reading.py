@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from cl_dist.errors import ConfigError, DataError
-from cl_dist.jobs import Workbook
 from cl_dist.models.backbone import check_vocabulary, load_tokenizer, num_embeddings
 from cl_dist.models.config import ModelConfig
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from launcher import runs
 from tests import tiny

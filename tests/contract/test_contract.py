@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cl_dist.dispatch_local import LocalDispatcher
-from cl_dist.jobs import Workbook
 from cl_dist.methods import METHODS
 from cl_dist.methods.base import Learner
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.parallel.engine import TorchEngine
+from cl_dist.run import Workbook
+from cl_dist.run_events import Tracker
 from cl_dist.stage import Evaluate, Ref, Train, ref
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.job import Job, task_data
+from cl_dist.stages.stage_job import Job, task_data
 from cl_dist.stages.weights import StoredWeights
-from cl_dist.tracking import Tracker
 from tests import parity, tiny
 from tests.pool import Ranks
 

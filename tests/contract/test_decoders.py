@@ -17,14 +17,14 @@ from transformers import PreTrainedTokenizerFast
 from cl_dist.config import parse
 from cl_dist.data.classify import ClassifyRows
 from cl_dist.data.rows import Row, TaskData
-from cl_dist.jobs import Workbook
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.config import ModelConfig
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import ref
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.job import task_data
+from cl_dist.stages.stage_job import task_data
 from tests import parity, tiny
 from tests.architectures import TINY
 from tests.parity import Cell, Trained

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cl_dist.jobs import Workbook
+from cl_dist.run import Workbook
 from cl_dist.run_config import load_run
 from cl_dist.stage import Ref, Stage, digest_of, ref
 from launcher.runs import recipes

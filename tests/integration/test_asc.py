@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_dist.jobs import Workbook
+from cl_dist.run import Workbook
 from cl_dist.run_config import load_run
 from launcher.runs import recipes
 

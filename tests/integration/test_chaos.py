@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from cl_dist import ledger, sequence, tracking
+from cl_dist import ledger, sequence
+from cl_dist import run_events as tracking
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.errors import CheckpointError, ClDistError, OrderError, RunInUseError, StoppedError, StorageError
-from cl_dist.jobs import Workbook
+from cl_dist.run import Workbook
+from cl_dist.run_events import Tracker
 from cl_dist.stage import Ref
 from cl_dist.stages import checkpoint
 from cl_dist.storage import only_driver
-from cl_dist.tracking import Tracker
 from tests import chaos, tiny
 
 pytestmark = pytest.mark.timeout(600)
@@ -205,7 +206,7 @@ def test_told_to_stop_a_stage_is_saved_first(
     def handler(received: int, frame: Any) -> None:
         raise StoppedError("told to")
 
-    monkeypatch.setattr("cl_dist.stages.pace.ASK_S", 0.0)
+    monkeypatch.setattr("cl_dist.stages.save_policy.ASK_S", 0.0)
     seen: list[str] = []
 
     def watch(event: Mapping[str, Any]) -> None:

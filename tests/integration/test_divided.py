@@ -18,16 +18,16 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from cl_dist.config import parse
-from cl_dist.jobs import Workbook
 from cl_dist.models.architectures import layers_of
 from cl_dist.models.lowrank import own_parameters
 from cl_dist.models.plugin import CtrClassifier
 from cl_dist.parallel.config import EngineConfig
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.job import Job
+from cl_dist.stages.stage_job import Job
 from cl_dist.stages.weights import StoredWeights
 from tests import parity, tiny
 from tests.architectures import TINY

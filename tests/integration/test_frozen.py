@@ -13,7 +13,7 @@ from cl_dist.parallel import engine
 from cl_dist.stage import Ref, Train
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.job import Job
+from cl_dist.stages.stage_job import Job
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny
 from tests.parity import Cell, train_here

@@ -18,14 +18,14 @@ from transformers import AutoConfig, AutoModel
 
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError
-from cl_dist.jobs import Workbook
 from cl_dist.parallel import files, params
 from cl_dist.parallel.config import EngineConfig
-from cl_dist.pieces import whole_shape
+from cl_dist.partition import whole_shape
+from cl_dist.run import Workbook
 from cl_dist.run_config import ClusterConfig, RunConfig
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.job import Job
+from cl_dist.stages.stage_job import Job
 from cl_dist.stages.weights import StoredWeights
 from tests import parity
 from tests.architectures import TINY

@@ -23,11 +23,11 @@ from cl_dist.dispatch_ray.dispatcher import RayDispatcher
 from cl_dist.dispatch_ray.gang import Gang
 from cl_dist.dispatch_ray.nodes import alive, check_storage, probe
 from cl_dist.errors import ClDistError, ClusterError, DataError, TrainingError
-from cl_dist.jobs import Workbook
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
+from cl_dist.run_events import Tracker
 from cl_dist.sequence import run
 from cl_dist.stage import Ref, ref
-from cl_dist.tracking import Tracker
 from tests import tiny
 from tests.integration import ray_runs
 

@@ -16,12 +16,12 @@ from ray.cluster_utils import Cluster
 from cl_dist.config import merged, parse
 from cl_dist.dispatch_ray.dispatcher import RayDispatcher
 from cl_dist.errors import ClusterError
-from cl_dist.jobs import Workbook
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
+from cl_dist.run_events import Tracker
 from cl_dist.sequence import run
 from cl_dist.stage import Ref
 from cl_dist.stages.weights import StoredWeights
-from cl_dist.tracking import Tracker
 from tests import tiny
 from tests.integration import ray_runs
 from tests.integration.ray_runs import Command, events

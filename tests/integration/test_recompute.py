@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_dist.jobs import Workbook
+from cl_dist.run import Workbook
 from cl_dist.stage import Ref, Train
-from cl_dist.stages.job import Job
+from cl_dist.stages.stage_job import Job
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny
 from tests.parity import train_here

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from cl_dist.config import Tree
-from launcher.render import RUN_FILE, SHARED
+from launcher.cluster.render import RUN_FILE, SHARED
 from tests.integration import ray_runs
 from tests.integration.ray_nodes import free_port
 from tests.integration.ray_runs import ROOT, START_S, Process, events, wait_for

@@ -9,10 +9,10 @@ import pytest
 
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.errors import StageConflictError
-from cl_dist.jobs import Workbook
+from cl_dist.run import Workbook
+from cl_dist.run_events import Tracker
 from cl_dist.stage import Evaluate, Ref, ref
-from cl_dist.stages.job import Job
-from cl_dist.tracking import Tracker
+from cl_dist.stages.stage_job import Job
 from tests import tiny
 
 STAGES = [f"{number:02d}-{task}/{stage}" for number, task in enumerate(tiny.TASKS) for stage in ("train", "evaluate")]

@@ -11,16 +11,16 @@ from torch import nn
 
 from cl_dist.data.classify import ClassifyRows
 from cl_dist.errors import ProtectionError
-from cl_dist.jobs import Workbook
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.parallel import engine as engines
 from cl_dist.parallel import params
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.world import World
+from cl_dist.run import Workbook
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.job import Job, task_data
 from cl_dist.stages.schedule import Schedule
+from cl_dist.stages.stage_job import Job, task_data
 from tests import parity
 from tests.pool import Ranks
 

@@ -13,13 +13,14 @@ import torch
 
 from cl_dist.config import parse
 from cl_dist.errors import StoppedError, TrainingError
-from cl_dist.jobs import Workbook
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.world import World
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref, Train
-from cl_dist.stages import checkpoint, pace, train
-from cl_dist.stages.job import Due, Job
+from cl_dist.stages import checkpoint, train
+from cl_dist.stages import save_policy as pace
+from cl_dist.stages.stage_job import Due, Job
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny
 from tests.parity import train_here

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cl_dist.jobs import Workbook
 from cl_dist.models import capsules
 from cl_dist.models.plugin import unpack
 from cl_dist.parallel.config import EngineConfig
+from cl_dist.run import Workbook
 from cl_dist.stage import Ref
 from cl_dist.stages import train
-from cl_dist.stages.job import Job
+from cl_dist.stages.stage_job import Job
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny
 from tests.pool import Ranks

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from cl_dist.errors import CheckpointError
 from cl_dist.models.plugin import unpack
 from cl_dist.stages.weights import StoredWeights
-from launcher.tensors import groups, read_header, read_weights
+from launcher.inspect.tensors import groups, read_header, read_weights
 from tests.launcher.commands import Cli, fresh
 
 STAGES = ["00-food/evaluate", "00-food/train", "01-film/evaluate", "01-film/train"]

@@ -9,7 +9,7 @@ import pytest
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError
 from cl_dist.run_config import RunConfig
-from launcher.jobs import RUN_FILE, Jobs
+from launcher.cluster.jobs import RUN_FILE, Jobs
 from tests import tiny
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from cl_dist.parallel.config import BUCKET
-from launcher import memory
-from launcher.memory import Decoder, Gang, Model, Quantity, Step
+from cl_dist.planning import memory
+from cl_dist.planning.memory import Decoder, Gang, Model, Quantity, Step
 
 MODEL = Model(elements=1000, trained=600, largest=300, item=4, task_elements=100, buffers=7)
 ONE = Step({"activations": 900, "logits": 50}, [({"activations": 1000}, 0), ({"activations": 200}, 500)], False)

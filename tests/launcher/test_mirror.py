@@ -11,7 +11,7 @@ import pytest
 
 from cl_dist.config import merged, parse
 from cl_dist.errors import CheckpointError, ConfigError, StorageError
-from cl_dist.jobs import Workbook
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from launcher import runs
 from launcher.mirror import Mirror, Mirroring

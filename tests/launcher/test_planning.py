@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from cl_dist.config import parse
-from cl_dist.jobs import Workbook
+from cl_dist.planning.inputs import _longest_rows
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
-from launcher.facts import _longest_rows
 from tests import tiny
 from tests.launcher.commands import TASKS, Cli, fresh, save_run
 

@@ -13,9 +13,9 @@ import pytest
 from cl_dist.config import parse, read_yaml
 from cl_dist.dispatch_ray.nodes import NodeFacts
 from cl_dist.run_config import RunConfig
+from cl_dist.run_events import versions
 from cl_dist.storage import Room
-from cl_dist.tracking import versions
-from launcher import preflight
+from launcher.cluster import preflight
 from tests import tiny
 from tests.launcher.commands import Cli, save_run
 

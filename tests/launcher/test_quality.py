@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from cl_dist.errors import ConfigError
-from launcher.quality import parse_gates
+from launcher.verbs.quality import parse_gates
 from tests.launcher.commands import Cli
 
 METRICS: dict[str, dict[str, Any]] = {

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.image import imread
 
 from cl_dist.errors import DataError
-from launcher.figures import STEPS, contrast, ink, score_range, shade, shorten, spread
-from launcher.report import DASH, duration, number, write_report
+from launcher.report.figures import STEPS, contrast, ink, score_range, shade, shorten, spread
+from launcher.report.page import DASH, duration, number, write_report
 from tests.launcher.summaries import NINETEEN, SIX, summaries, unfinished
 
 HOSTILE = "</title><script>alert('x')</script>\"'$\\frac{\u202e&amp;" + "long" * 60

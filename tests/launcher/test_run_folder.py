@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_dist import jobs
+from cl_dist import run as jobs
 from cl_dist.storage import only_driver
 from tests import tiny
 from tests.launcher.commands import Cli, save_run

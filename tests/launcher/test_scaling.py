@@ -9,12 +9,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cl_dist.jobs import Workbook
 from cl_dist.methods.base import Progress
 from cl_dist.models.backbone import load_backbone, load_tokenizer, recompute_activations
+from cl_dist.planning.scaling import Machine, Work, on_paper, stages_on_paper, work_of
+from cl_dist.run import Workbook
 from cl_dist.stages.build import new_learner
-from launcher.planning import planned
-from launcher.scaling import Machine, Work, on_paper, stages_on_paper, work_of
+from launcher.verbs.plan import planned
 from tests import tiny
 from tests.launcher.commands import Cli, save_run
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from tokenizers import normalizers
 
-from cl_dist.jobs import Workbook
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.config import ModelConfig
+from cl_dist.run import Workbook
 from cl_dist.stages.export import load_exported
 from launcher import runs
 from tests import tiny

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from cl_dist.data.answers import TEXT_METRICS, exact_match, joint_state, token_f1, turn_state
 from cl_dist.data.language import LM, QA, LanguageRows, Speller, spell
 from cl_dist.data.rows import Row, TaskData
+from cl_dist.data.text_metrics import TEXT_METRICS, exact_match, joint_state, token_f1, turn_state
 from cl_dist.errors import ConfigError, DataError
 from tests import tiny
 
@@ -131,7 +131,7 @@ def test_a_turn_is_right_where_all_slots_and_requests_are(truth: str, answer: st
 
 
 def test_a_metric_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cl_dist.data.answers.import_module", _absent)
+    monkeypatch.setattr("cl_dist.data.text_metrics.import_module", _absent)
     for name in ("rouge_l", "bleu"):
         with pytest.raises(ConfigError, match=r"pip install 'cl-dist\[text\]'"):
             TEXT_METRICS[name](["a"], ["a"])

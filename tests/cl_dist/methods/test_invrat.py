@@ -11,14 +11,14 @@ import torch
 from cl_dist.data.environments import ReasonedRows, environments
 from cl_dist.data.rows import Row
 from cl_dist.errors import DataError
-from cl_dist.jobs import Workbook
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.parallel.config import EngineConfig
+from cl_dist.run import Workbook
 from cl_dist.stage import Ref
 from cl_dist.stages import rationalise, train
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.job import Job
 from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.stage_job import Job
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny
 from tests.parity import train_here

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from cl_dist.data.rows import Row
 from cl_dist.errors import CheckpointError, ConfigError, DataError
-from cl_dist.jobs import Workbook
+from cl_dist.planning.trace import Dry
+from cl_dist.run import Workbook
+from cl_dist.run_events import _vote_facts
 from cl_dist.stage import Record, Ref, Train, Vote, ref
 from cl_dist.stages import train, vote
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.dry import Dry
-from cl_dist.stages.job import Job
 from cl_dist.stages.predict import Predictor
 from cl_dist.stages.shards import SHARDED
-from cl_dist.stages.voters import Shard
-from cl_dist.tracking import _vote_facts
+from cl_dist.stages.stage_job import Job
+from cl_dist.stages.voting_shards import Shard
 from tests import tiny
 from tests.parity import train_here
 

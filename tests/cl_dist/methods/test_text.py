@@ -10,11 +10,11 @@ from cl_dist.config import parse
 from cl_dist.data.rows import Row
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import ConfigError, DataError
-from cl_dist.jobs import Workbook
+from cl_dist.planning.trace import Dry
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref, ref
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.dry import Dry
 from cl_dist.stages.evaluate import compared
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny

@@ -16,10 +16,10 @@ from cl_dist.methods.lora import Lora, LoraSettings
 from cl_dist.models import cci
 from cl_dist.models.adapters import TaskNorms
 from cl_dist.models.architectures import ARCHITECTURES, architecture, embedding_names, layers_of
+from cl_dist.models.attention_slices import block_parameters, idle_biases, shape_of
 from cl_dist.models.backbone import load_backbone
 from cl_dist.models.config import ModelConfig, PluginShape, max_positions
 from cl_dist.models.decode import answer_all
-from cl_dist.models.heads import block_parameters, idle_biases, shape_of
 from cl_dist.models.plugin import CtrClassifier
 from tests.architectures import DECODERS, IDS, KINDS, MAX_LENGTH, PAD, TINY, WIDTH, hidden, tiny
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cl_dist.models import cci
+from cl_dist.models.attention_slices import kept, shape_of, units_of
 from cl_dist.models.cci import Comparer, Recorder, Watcher, highest, watch, watched
-from cl_dist.models.heads import kept, shape_of, units_of
+from cl_dist.planning.live import Live
 from cl_dist.stage import VoteConfig
-from cl_dist.stages.live import Live
 from cl_dist.stages.vote import tally
 from tests.cl_dist.models.test_decode import decoder
 

@@ -15,9 +15,9 @@ from cl_dist.methods.finetune import Finetune, FinetuneConfig
 from cl_dist.methods.hat import Hat, HatConfig
 from cl_dist.methods.lora import Lora, LoraSettings
 from cl_dist.models.architectures import embedding_names
+from cl_dist.models.attention_slices import idle_biases
 from cl_dist.models.classifier import Batch, Classifier
 from cl_dist.models.config import ModelConfig
-from cl_dist.models.heads import idle_biases
 from tests.architectures import DECODERS, KINDS, PAD, WORDS, tiny
 from tests.encoders import SHAPE, batch_of, select, train
 

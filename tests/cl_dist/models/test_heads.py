@@ -13,7 +13,7 @@ from transformers.masking_utils import eager_mask
 
 from cl_dist.methods.rational_lamol import held
 from cl_dist.models.architectures import architecture, layers_of
-from cl_dist.models.heads import Level, block_parameters, kept, shape_of
+from cl_dist.models.attention_slices import Level, block_parameters, kept, shape_of
 from cl_dist.parallel.engine import Optimizing, TorchEngine, _Held, attach
 from cl_dist.parallel.world import World
 from tests.architectures import IDS, KINDS, hidden, tiny

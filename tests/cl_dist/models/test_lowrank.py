@@ -9,8 +9,8 @@ from torch import Tensor
 from cl_dist.errors import ConfigError
 from cl_dist.methods.rational_lamol import held
 from cl_dist.models.architectures import ARCHITECTURES
+from cl_dist.models.attention_slices import Level, kept
 from cl_dist.models.config import LoraShape
-from cl_dist.models.heads import Level, kept
 from cl_dist.models.lowrank import add_update, kept_updates, layers_with_updates, merge_updates, own_parameters
 from cl_dist.models.vocabulary import extend, logits, own_rows
 from tests.architectures import DECODERS, IDS, WORDS, tiny

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cl_dist.models.attention_slices import units_of
 from cl_dist.models.backbone import lower
 from cl_dist.models.cci import Comparer, Recorder, watch, watched
 from cl_dist.models.gates import Gate
-from cl_dist.models.heads import units_of
 from tests.architectures import DECODERS, IDS, hidden, tiny
 from tests.cl_dist.models.test_architectures import Maps
 from tests.cl_dist.models.test_cci import BETA, TEXTS, drifted, mask

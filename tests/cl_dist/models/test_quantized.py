@@ -12,19 +12,19 @@ from transformers.pytorch_utils import Conv1D
 
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError
-from cl_dist.jobs import Workbook
 from cl_dist.methods.adapter import AdapterConfig
 from cl_dist.models.backbone import load_backbone
 from cl_dist.models.config import ModelConfig
 from cl_dist.models.quantized import QuantizedLinear
 from cl_dist.parallel.config import EngineConfig
+from cl_dist.planning.trace import Dry
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.dry import Dry
 from cl_dist.stages.export import export, load_exported
-from cl_dist.stages.job import Job
 from cl_dist.stages.predict import Predictor
+from cl_dist.stages.stage_job import Job
 from tests import parity, tiny
 from tests.parity import Trained
 from tests.pool import Ranks

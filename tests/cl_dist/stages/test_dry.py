@@ -16,9 +16,9 @@ from cl_dist.methods.rational_lamol import RationalLamolConfig
 from cl_dist.models.backbone import load_backbone
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.config import ModelConfig
+from cl_dist.planning.live import Live, held
+from cl_dist.planning.trace import Dry
 from cl_dist.stages.build import new_learner
-from cl_dist.stages.dry import Dry
-from cl_dist.stages.live import Live, held
 from tests import tiny
 
 Sizes = dict[str, Any]

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from cl_dist.config import parse
-from cl_dist.jobs import Workbook
 from cl_dist.parallel.config import EngineConfig
+from cl_dist.run import Workbook
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stage import Ref
 from cl_dist.stages.evaluate import Scorer, Shard, merge, shards
-from cl_dist.stages.job import Job
+from cl_dist.stages.stage_job import Job
 from tests import tiny
 
 LAST = Ref(task=1, stage="evaluate")

@@ -27,16 +27,16 @@ from transformers import (
 from cl_dist.config import parse
 from cl_dist.data.classify import ClassifyRows
 from cl_dist.errors import CheckpointError, ConfigError
-from cl_dist.jobs import Workbook
 from cl_dist.methods import METHODS
 from cl_dist.models.backbone import load_backbone, load_tokenizer
 from cl_dist.models.classifier import Batch
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Evaluate
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.export import BACKBONE, CARD, PARTS, README, export, load_exported
-from cl_dist.stages.job import Job
 from cl_dist.stages.predict import Predictor
+from cl_dist.stages.stage_job import Job
 from tests import tiny
 from tests.architectures import TINY
 

@@ -16,8 +16,8 @@ from transformers import (
 
 from cl_dist.data.language import QA, LanguageRows, Speller
 from cl_dist.data.rows import Row, TaskData
-from cl_dist.jobs import Workbook
 from cl_dist.models.backbone import load_tokenizer
+from cl_dist.run import Workbook
 from cl_dist.stage import Evaluate
 from cl_dist.stages.export import README, export
 from cl_dist.stages.export_text import Example, misspelled, text_tokenizer

@@ -12,13 +12,13 @@ from cl_dist.config import parse
 from cl_dist.data.language import Special, Speller
 from cl_dist.data.samples import read_samples
 from cl_dist.errors import CheckpointError, TrainingError
-from cl_dist.jobs import Workbook
 from cl_dist.models.backbone import load_tokenizer
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Budget, Record, Ref, Train
 from cl_dist.stages import generate, train
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.job import Job
+from cl_dist.stages.stage_job import Job
 from cl_dist.stages.vote import Recording
 from cl_dist.stages.weights import StoredWeights
 from tests import tiny

@@ -3,7 +3,7 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cl_dist.stages.live import Live
+from cl_dist.planning.live import Live
 
 
 def test_a_storage_counts_once_however_many_tensors_look_at_it_and_until_the_last_is_gone() -> None:

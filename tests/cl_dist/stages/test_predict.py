@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from cl_dist.data.rows import Row
-from cl_dist.jobs import Workbook
+from cl_dist.run import Workbook
 from cl_dist.stage import Ref
 from cl_dist.stages.predict import Predictor
 from cl_dist.stages.weights import StoredWeights

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cl_dist.config import parse
-from cl_dist.jobs import Workbook
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Ref
 from cl_dist.stages import build

@@ -15,8 +15,8 @@ from cl_dist.config import parse
 from cl_dist.dispatch_ray.cluster import Place
 from cl_dist.dispatch_ray.pool import together
 from cl_dist.errors import ClusterError, ConfigError
-from cl_dist.jobs import Workbook
-from cl_dist.parallel.spread import by_layers, placing
+from cl_dist.parallel.device_map import by_layers, placing
+from cl_dist.run import Workbook
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stage import Ref
 from cl_dist.stages import build

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cl_dist.errors import ConfigError, TrainingError, printable
 from launcher import console, runs
-from launcher.jobs import ENDED, Info, Jobs
+from launcher.cluster.jobs import ENDED, Info, Jobs
 from launcher.options import Address, AsJson, Config, JobId, Overrides
 
 LAST_LINES = 10

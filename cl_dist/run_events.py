@@ -17,9 +17,9 @@ from typing import Any
 
 from cl_dist.data.rows import SPLITS
 from cl_dist.errors import CheckpointError
-from cl_dist.jobs import Workbook
 from cl_dist.ledger import write_json, write_text
 from cl_dist.metrics import summarize
+from cl_dist.run import Workbook
 from cl_dist.stage import Choose, Evaluate, Generate, Ref, Stage, Train, Vote, ref
 
 log = logging.getLogger(__name__)

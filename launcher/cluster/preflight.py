@@ -17,13 +17,13 @@ import typer
 
 from cl_dist.data.sources import listing
 from cl_dist.errors import ClDistError, ClusterError, ConfigError, printable
-from cl_dist.jobs import Workbook
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
+from cl_dist.run_events import versions
 from cl_dist.storage import Room, existing, room
-from cl_dist.tracking import versions
 from launcher import console, runs
 from launcher.options import AsJson, Config, Overrides
-from launcher.planning import planned
+from launcher.verbs.plan import planned
 
 if TYPE_CHECKING:
     from cl_dist.dispatch_ray.nodes import NodeFacts

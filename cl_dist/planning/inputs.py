@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cl_dist.errors import ConfigError, DataError
-from cl_dist.jobs import Workbook
 from cl_dist.models.config import ModelConfig
-from cl_dist.places import resolve
+from cl_dist.paths import resolve
+from cl_dist.planning.memory import Model, Step
+from cl_dist.run import Workbook
 from cl_dist.stage import Train, TrainConfig
 from cl_dist.tokens import num_ids
-from launcher.memory import Model, Step
 
 if TYPE_CHECKING:
-    from cl_dist.stages.dry import Dry
+    from cl_dist.planning.trace import Dry
 
 LABELS, ANSWER = 2, 8
 """Taken where data or tokenizer are absent: labels of a task; tokens of an answer, with its end."""
@@ -155,8 +155,8 @@ class Shape:
     def of(cls, known: Known) -> Shape | None:
         """Shape the model, or return None where its sizes are not at hand."""
         from cl_dist.parallel.files import MEGABYTE, num_buffers
+        from cl_dist.planning.trace import Dry
         from cl_dist.stages.build import loads_in_pieces
-        from cl_dist.stages.dry import Dry
 
         model = known.model()
         if model is None:

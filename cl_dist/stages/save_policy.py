@@ -6,7 +6,7 @@ from collections.abc import Callable
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.world import World
 from cl_dist.stages.checkpoint import Writer
-from cl_dist.stages.job import Due
+from cl_dist.stages.stage_job import Due
 
 ASK_S, WRITING_S = 1.0, 0.1
 """How often ranks agree, and how often while a checkpoint is being written."""

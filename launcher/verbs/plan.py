@@ -8,12 +8,13 @@ import typer
 from rich.table import Table
 
 from cl_dist.errors import ConfigError
-from cl_dist.jobs import Workbook
+from cl_dist.planning import memory, scaling
+from cl_dist.planning.inputs import Known, Shape
+from cl_dist.planning.memory import GIB, Estimate, Gang, Quantity
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig, load_run
 from cl_dist.stage import Choose, Evaluate, Generate, Rationalise, Record, Stage, Train, Vote, ref
-from launcher import console, memory, runs, scaling
-from launcher.facts import Known, Shape
-from launcher.memory import GIB, Estimate, Gang, Quantity
+from launcher import console, runs
 from launcher.options import AsJson, Config, Overrides
 
 DEVICES = (8, 12, 16, 24, 40, 48, 80, 96, 141, 192)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from cl_dist import trackers
+from cl_dist import sinks as trackers
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError
 from cl_dist.run_config import RunConfig
-from cl_dist.trackers import Trackers
+from cl_dist.sinks import Trackers
 from launcher import runs
 from tests import tiny
 

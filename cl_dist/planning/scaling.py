@@ -25,10 +25,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cl_dist.jobs import Workbook
+from cl_dist.planning.memory import share
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Evaluate, Generate, Record, Stage, Train, Vote
-from launcher.memory import share
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 

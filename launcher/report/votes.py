@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from launcher.figures import layer_map
+from launcher.report.figures import layer_map
 
 
 def vote_view(vote: Mapping[str, Any]) -> dict[str, Any]:

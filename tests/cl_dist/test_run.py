@@ -12,10 +12,10 @@ from pydantic import BaseModel
 
 from cl_dist.config import Section, Tree, merged, parse
 from cl_dist.data.tasks import DataConfig
-from cl_dist.jobs import Workbook, _model_facts, model_digest
 from cl_dist.methods.ctr import CtrConfig
 from cl_dist.methods.finetune import FinetuneConfig
 from cl_dist.models.config import ModelConfig
+from cl_dist.run import Workbook, _model_facts, model_digest
 from cl_dist.run_config import ClusterConfig, RunConfig, RunSection, Science
 from cl_dist.stage import EvaluateConfig, GenerateConfig, Stage, Train, TrainConfig, VoteConfig, digest_of, ref
 from tests import tiny
@@ -222,7 +222,7 @@ def test_other_weights_under_the_same_name_change_everything(base: Tree, folder:
     before = fingerprints(merged(base, {"science": {"model": {"source": str(source)}}}))
     weights = source / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    from cl_dist.jobs import model_digest
+    from cl_dist.run import model_digest
 
     model_digest.cache_clear()  # a process reads a model once
     after = fingerprints(merged(base, {"science": {"model": {"source": str(source)}}}))

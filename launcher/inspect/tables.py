@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 
 from cl_dist.config import Tree
-from launcher.inspection import OK
+from launcher.inspect.contents import OK
 
 
 def tables(document: Tree) -> Iterator[Table | str]:

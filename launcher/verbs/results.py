@@ -11,13 +11,13 @@ from rich.table import Table
 
 from cl_dist.errors import CheckpointError, ConfigError, DataError
 from launcher import console, runs
-from launcher.answers import answering, last_learned, number_of
-from launcher.inspection import inspect_path
-from launcher.inspection_tables import tables
+from launcher.inspect.contents import inspect_path
+from launcher.inspect.tables import tables
+from launcher.model_lookup import answering, last_learned, number_of
 from launcher.options import AsJson, Run, Task, Verbose
 
 if TYPE_CHECKING:
-    from cl_dist.jobs import Workbook
+    from cl_dist.run import Workbook
 
 
 def eval_(
@@ -158,6 +158,6 @@ def inspect(
 
 
 def _open(run: Path) -> "Workbook":
-    from cl_dist.jobs import Workbook
+    from cl_dist.run import Workbook
 
     return Workbook(runs.reopen(run, []))

@@ -28,16 +28,16 @@ from cl_dist.data.language import Special
 from cl_dist.methods.base import MethodConfig, Progress
 from cl_dist.methods.text import TextLearner
 from cl_dist.models.adapters import Adapters
+from cl_dist.models.attention_slices import block_parameters, shape_of
 from cl_dist.models.backbone import load_backbone, recompute_activations
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.config import ModelConfig
-from cl_dist.models.heads import block_parameters, shape_of
 from cl_dist.models.plugin import Plugin
 from cl_dist.models.quantized import QuantizedLinear
 from cl_dist.models.saliency import sensitivity
 from cl_dist.parallel.engine import attach
+from cl_dist.planning.live import Live, held
 from cl_dist.stages.build import new_learner
-from cl_dist.stages.live import Live, held
 
 
 @dataclass(frozen=True, slots=True)

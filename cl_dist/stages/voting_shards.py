@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from cl_dist.data.votes import voting_rows
 from cl_dist.stage import Choose, Rationalise, Record, Vote
-from cl_dist.stages.job import Job, task_data
+from cl_dist.stages.stage_job import Job, task_data
 
 
 @dataclass(frozen=True, slots=True, order=True)

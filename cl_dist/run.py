@@ -13,7 +13,7 @@ from cl_dist.errors import ConfigError, DataError, StageConflictError
 from cl_dist.ledger import Ledger, sha256
 from cl_dist.methods import METHODS
 from cl_dist.models.config import ModelConfig, absent, is_local
-from cl_dist.places import resolve
+from cl_dist.paths import resolve
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import (
     SCHEMA_VERSION,
@@ -30,7 +30,7 @@ from cl_dist.stage import (
     flat,
     ref,
 )
-from cl_dist.stages.job import Job
+from cl_dist.stages.stage_job import Job
 
 if TYPE_CHECKING:
     from cl_dist.data.language import Speller
@@ -176,8 +176,8 @@ class Workbook:
         """
         if self.answers != "text":
             return None
-        from cl_dist.data.answers import check_library
         from cl_dist.data.spelling import label_faults, length_faults
+        from cl_dist.data.text_metrics import check_library
 
         config, data = self.tasks.tasks[task], self.data(task)
         try:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from cl_dist.errors import DataError
 from cl_dist.ledger import write_text
-from launcher.figures import (
+from launcher.report.figures import (
     STEPS,
     Line,
     clean,
@@ -28,8 +28,8 @@ from launcher.figures import (
     shorten,
     spark,
 )
-from launcher.report_plugins import plugin_view
-from launcher.report_votes import vote_view
+from launcher.report.plugins import plugin_view
+from launcher.report.votes import vote_view
 
 SCHEMA_VERSION = 1
 DASH = "\N{EN DASH}"

@@ -9,10 +9,10 @@ from cl_dist.config import Tree
 from cl_dist.errors import CheckpointError, ConfigError, DataError
 from cl_dist.ledger import MANIFEST, parse_manifest, sha256
 from cl_dist.models.config import ModelConfig
-from cl_dist.places import resolve
+from cl_dist.paths import resolve
 from cl_dist.run_config import ClusterConfig, RunConfig
 from launcher import runs
-from launcher.tensors import BITS, Stored, groups, masks, read_header, read_weights
+from launcher.inspect.tensors import BITS, Stored, groups, masks, read_header, read_weights
 
 LEARNER, FACTS = "learner.safetensors", "train.json"
 OK = "OK"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cl_dist.config import did_you_mean
 from cl_dist.errors import CheckpointError, ConfigError
-from cl_dist.jobs import Workbook
+from cl_dist.run import Workbook
 from cl_dist.stage import Evaluate, Ref, Train, model_after
 
 

@@ -8,13 +8,13 @@ import pytest
 
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.errors import CheckpointError, StoppedError
-from cl_dist.jobs import Workbook
 from cl_dist.metrics import summarize
+from cl_dist.run import Workbook
 from cl_dist.run_config import RunConfig
+from cl_dist.run_events import Tracker, Watcher, matrix, read_state, summary
 from cl_dist.sequence import run
 from cl_dist.stage import Ref
-from cl_dist.stages.job import Job
-from cl_dist.tracking import Tracker, Watcher, matrix, read_state, summary
+from cl_dist.stages.stage_job import Job
 from launcher import runs
 from tests import tiny
 
@@ -193,7 +193,7 @@ def test_a_run_that_is_stopped_before_it_begins_says_so(tmp_path: Path, monkeypa
         raise StoppedError("told to")
 
     book = tiny.book(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
-    monkeypatch.setattr("cl_dist.tracking._git", stopped)
+    monkeypatch.setattr("cl_dist.run_events._git", stopped)
     with pytest.raises(StoppedError, match="told to"):
         runs.execute(book.config, "cl-dist train")
     assert read_state(book.config.folder) == {}

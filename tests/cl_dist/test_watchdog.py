@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from cl_dist.dispatch_ray.life import Alive, last_words, remedy
 from cl_dist.dispatch_ray.pool import ACTOR, ShardWorker
 from cl_dist.dispatch_ray.ranks import _log_to
-from cl_dist.stages.job import Job
+from cl_dist.dispatch_ray.watchdog import Alive, last_words, remedy
 from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.stage_job import Job
 from tests import tiny
 
 

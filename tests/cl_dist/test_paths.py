@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from cl_dist.errors import DataError
-from cl_dist.places import resolve
+from cl_dist.paths import resolve
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from cl_dist.parallel.config import buffer_bounds
 
 GIB = 2**30
 TRACED = {
-    "activations": "traced: what the loss keeps and makes, over rows * max_length tokens (cl_dist/stages/dry.py)",
+    "activations": "traced: what the loss keeps and makes, over rows * max_length tokens (cl_dist/planning/trace.py)",
     "plugins": "traced, inside of plugins: their units, and the capsules of all tasks so far",
     "logits": "traced: 4 V bytes a label for its log-softmax, its gradient, and theirs; 2048 labels at a time",
 }

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cl_dist.models.architectures import Attention, architecture, layers_of
-from cl_dist.pieces import whole_shape
+from cl_dist.partition import whole_shape
 
 Level = Literal["block", "group", "head"]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from launcher.figures import arcs, clean, heat_class, layer_map, score_range
+from launcher.report.figures import arcs, clean, heat_class, layer_map, score_range
 
 Summary = Mapping[str, Any]
 Value = float | None

@@ -1,0 +1,1 @@
+"""Estimates of memory, disk and time before a run starts."""

@@ -1,0 +1,1 @@
+"""Runs on clusters: manifests, jobs, preflight checks."""

@@ -1,0 +1,1 @@
+"""Stored files: their contents and integrity."""
