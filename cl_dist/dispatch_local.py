@@ -6,7 +6,7 @@ from pathlib import Path
 from cl_dist.errors import StoppedError
 from cl_dist.run_events import Tracker
 from cl_dist.stages import train
-from cl_dist.stages.shards import SHARDED, Finished
+from cl_dist.stages.shards import SHARDED, ShardStore
 from cl_dist.stages.stage_job import Job
 from cl_dist.stopping import signals_noted
 
@@ -33,7 +33,7 @@ class LocalDispatcher:
                     stopped = error
             signal.raise_signal(noted[0])  # now for those who handled it before
             raise stopped  # whoever handled it has let the run go on, which this stage cannot
-        finished = Finished(job, Path(out))
+        finished = ShardStore(job, Path(out))
         worker = SHARDED[job.stage.kind].worker(job) if finished.missing else None
         for shard in reversed(finished.missing):
             assert worker is not None

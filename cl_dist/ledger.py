@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.errors import CheckpointError, OrderError, StageConflictError
-from cl_dist.stage import Ref, Stage, digest_of, ref
+from cl_dist.stage import Stage, StageRef, digest_of, ref
 
 Facts = Mapping[str, Any]
 MANIFEST = "manifest.json"
@@ -34,11 +34,11 @@ class Ledger:
         self._verified: dict[Path, tuple[Any, ...]] = {}
         self._read: dict[Path, tuple[Any, Any]] = {}
 
-    def key(self, stage: Ref) -> str:
+    def key(self, stage: StageRef) -> str:
         """Return the name of a stage as people see it, such as '02-laptop/train'."""
         return f"{stage.task:02d}-{self._task_ids[stage.task]}/{stage.stage}"
 
-    def path(self, stage: Ref) -> Path:
+    def path(self, stage: StageRef) -> Path:
         """Return the folder of a finished stage."""
         return self.folder / "stages" / self.key(stage)
 
@@ -46,7 +46,7 @@ class Ledger:
         """Return the digest of the stage's facts."""
         return digest_of(dict(self._facts_of(stage)))
 
-    def manifest(self, stage: Ref) -> dict[str, Any] | None:
+    def manifest(self, stage: StageRef) -> dict[str, Any] | None:
         """Return the manifest of a finished stage, or None.
 
         Raises:
@@ -149,7 +149,7 @@ class Ledger:
         partial.rename(final)
         sync_folder(final.parent)
 
-    def verify(self, stage: Ref, suffix: str = "") -> None:
+    def verify(self, stage: StageRef, suffix: str = "") -> None:
         """Compare the files of a finished stage, or those of some ending, with its manifest.
 
         A file that has not changed since it was last compared is not read again.
@@ -189,7 +189,7 @@ class Ledger:
                 "start a new run with run.name=..."
             )
 
-    def read(self, stage: Ref, name: str) -> Any:
+    def read(self, stage: StageRef, name: str) -> Any:
         """Return a JSON file of a finished stage, checked against the digest in its manifest.
 
         Raises:

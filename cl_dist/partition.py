@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 
-def is_divided(parameter: nn.Parameter) -> bool:
+def is_partitioned(parameter: nn.Parameter) -> bool:
     """Return whether ZeRO-3 has cut this parameter up, in an engine or while it was loaded; the same on every rank."""
     return hasattr(parameter, "ds_id")
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
+def full_shape(parameter: nn.Parameter) -> torch.Size:
     """Return the shape of the whole parameter."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
@@ -25,7 +25,7 @@ def whole(parameter: nn.Parameter) -> Iterator[Tensor]:
 
     A collective where it is cut up.
     """
-    if not is_divided(parameter):
+    if not is_partitioned(parameter):
         yield parameter.detach()
         return
     held: Any = parameter

@@ -22,8 +22,8 @@ from cl_dist.stage import (
     Generate,
     Rationalise,
     Record,
-    Ref,
     Stage,
+    StageRef,
     Train,
     Vote,
     digest_of,
@@ -33,7 +33,7 @@ from cl_dist.stage import (
 from cl_dist.stages.stage_job import Job
 
 if TYPE_CHECKING:
-    from cl_dist.data.language import Speller
+    from cl_dist.data.language import TextCodec
     from cl_dist.data.reading import Reading
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ ON_HUB = "@"
 """Between the name and the commit of a model on the hub, in the place of a digest."""
 
 
-class Workbook:
+class Run:
     """A run's tasks with their rows, its plan, its ledger, and the facts and jobs of its stages."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -63,7 +63,7 @@ class Workbook:
             self._plans[task] = METHODS[method.name].plan(method, self.tasks, task)
         return self._plans[task]
 
-    def stage(self, ref: Ref) -> Stage:
+    def stage(self, ref: StageRef) -> Stage:
         """Return the planned stage of a name."""
         return next(stage for stage in self.plan(ref.task) if stage.name == ref.stage)
 
@@ -151,11 +151,11 @@ class Workbook:
         return _reading(*parts, length, self._grows)
 
     @cached_property
-    def _speller(self) -> "Speller":
-        from cl_dist.data.language import Speller
+    def _codec(self) -> "TextCodec":
+        from cl_dist.data.language import TextCodec
         from cl_dist.models.backbone import load_tokenizer
 
-        return Speller(load_tokenizer(self.config.science.model))
+        return TextCodec(load_tokenizer(self.config.science.model))
 
     def check_writing(self) -> None:
         """Check that a model that writes can write the labels of every task and read its rows; that imports torch.
@@ -184,10 +184,10 @@ class Workbook:
             check_library(config.metric)
         except ConfigError as error:
             raise ConfigError(f"tasks.{config.id}.{error}") from None
-        lines = label_faults(data.labels, self._speller)
+        lines = label_faults(data.labels, self._codec)
         is_tried = any(isinstance(stage, Choose) for t in range(len(self.tasks)) for stage in self.plan(t))
         blind = ("test", "dev" if data.dev else "train") if is_tried else ("test",)  # candidates answer rows that vote
-        if too_long := list(length_faults(config, data, self._speller, self._length(task), blind)):
+        if too_long := list(length_faults(config, data, self._codec, self._length(task), blind)):
             lines.append(listing(too_long).lstrip())
         return f"task {config.id}: " + "\n  ".join(lines) if lines else None
 
@@ -360,16 +360,16 @@ class Workbook:
         for read in {*stage.inputs, *self._chain(stage)}:
             self.ledger.verify(read)
 
-    def _chain(self, stage: Stage) -> list[Ref]:
+    def _chain(self, stage: Stage) -> list[StageRef]:
         """Return the Train stages whose weights make up the model that a stage starts from, oldest first."""
-        chain: list[Ref] = []
+        chain: list[StageRef] = []
         while (before := _start(stage)) is not None:
             chain.insert(0, before)
             stage = self.stage(before)
         return chain
 
 
-def _start(stage: Stage) -> Ref | None:
+def _start(stage: Stage) -> StageRef | None:
     """Return the stage whose model another one starts from; None where it is the backbone, or chosen among several."""
     match stage:
         case Train():

@@ -19,8 +19,8 @@ from cl_dist.data.rows import SPLITS
 from cl_dist.errors import CheckpointError
 from cl_dist.ledger import write_json, write_text
 from cl_dist.metrics import summarize
-from cl_dist.run import Workbook
-from cl_dist.stage import Choose, Evaluate, Generate, Ref, Stage, Train, Vote, ref
+from cl_dist.run import Run
+from cl_dist.stage import Choose, Evaluate, Generate, Stage, StageRef, Train, Vote, ref
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("cl-dist", "torch", "deepspeed", "accelerate", "transformers", "datasets", "ray", "peft")
@@ -34,21 +34,21 @@ Watcher = Callable[[Mapping[str, Any]], None]
 class Tracker:
     """Writes run.json, metrics/ and events as a run goes on; a watcher sees the same events, for a terminal."""
 
-    def __init__(self, book: Workbook, command: str = "", watch: Watcher = lambda event: None) -> None:
-        self._book, self._command, self._watch = book, command, watch
-        self._folder = book.config.folder
+    def __init__(self, run: Run, command: str = "", watch: Watcher = lambda event: None) -> None:
+        self._run, self._command, self._watch = run, command, watch
+        self._folder = run.config.folder
         self._stage: Stage | None = None
         self._state: dict[str, Any] = {}
         self._began = time.monotonic()
 
-    def begin(self, stages: Sequence[Stage], done: set[Ref]) -> None:
+    def begin(self, stages: Sequence[Stage], done: set[StageRef]) -> None:
         """Note that an attempt at the run begins, and which stages it finds done."""
         (self._folder / "metrics").mkdir(parents=True, exist_ok=True)
         state = read_state(self._folder)
         attempt = {"started": _now(), "pid": os.getpid(), "host": platform.node(), "stages_done": len(done)}
         self._state = {
             "schema_version": 1,
-            "run": self._book.config.run.name,
+            "run": self._run.config.run.name,
             "status": "running",
             "command": state.get("command") or self._command,
             "versions": versions(),
@@ -72,7 +72,7 @@ class Tracker:
         line: dict[str, Any] = {"ts": _now()}
         if self._stage is not None:
             line |= {
-                "stage": self._book.ledger.key(ref(self._stage)),
+                "stage": self._run.ledger.key(ref(self._stage)),
                 "task": self._stage.task,
                 "kind": self._stage.kind,
             }
@@ -83,19 +83,19 @@ class Tracker:
 
     def stage_done(self, stage: Stage) -> None:
         """Note that a stage's result is in place; with new scores, bring the matrix and the summary up to date."""
-        event: dict[str, Any] = {"event": "stage_done", "metrics": stage_metrics(self._book, stage)}
+        event: dict[str, Any] = {"event": "stage_done", "metrics": stage_metrics(self._run, stage)}
         if isinstance(stage, Evaluate):
             found = self.write_summary()
             row = found["matrix"]["accuracy"][stage.task]
-            event |= {"accuracy": {self._book.tasks.tasks[u].id: row[u] for u in range(stage.task + 1)}}
+            event |= {"accuracy": {self._run.tasks.tasks[u].id: row[u] for u in range(stage.task + 1)}}
             event["metrics"] |= {f"acc/R/{t}": value for t, value in event["accuracy"].items() if value is not None}
         self.event(event)
         self._stage = None
 
     def write_summary(self) -> dict[str, Any]:
         """Write R.csv and summary.json, and return the summary."""
-        found = summary(self._book) | {"status": self._state["status"]}
-        write_matrix(self._folder / "metrics" / "R.csv", self._book, found["matrix"]["accuracy"])
+        found = summary(self._run) | {"status": self._state["status"]}
+        write_matrix(self._folder / "metrics" / "R.csv", self._run, found["matrix"]["accuracy"])
         write_json(self._folder / "metrics" / "summary.json", found)
         return found
 
@@ -112,7 +112,7 @@ class Tracker:
         metrics = {name: found["value"] for name, found in self.write_summary()["metrics"].items()}
         numbers = {name: value for name, value in metrics.items() if value is not None}
         write_json(self._folder / "run.json", self._state)
-        self.event({"event": status, "tasks": len(self._book.tasks), "metrics": numbers})
+        self.event({"event": status, "tasks": len(self._run.tasks), "metrics": numbers})
 
 
 def _append(path: Path, line: str) -> None:
@@ -147,24 +147,24 @@ def _has(found: Any, kinds: Mapping[str, type]) -> bool:
     return isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
 
 
-def matrix(book: Workbook, score: str) -> Matrix:
+def matrix(run: Run, score: str) -> Matrix:
     """Return R: the score after task t (row) on task u (column); None where it was not measured."""
     rows: Matrix = []
-    for t in range(len(book.tasks)):
-        row: list[float | None] = [None] * len(book.tasks)
-        for stage in book.plan(t):
-            if isinstance(stage, Evaluate) and book.ledger.manifest(ref(stage)) is not None:
+    for t in range(len(run.tasks)):
+        row: list[float | None] = [None] * len(run.tasks)
+        for stage in run.plan(t):
+            if isinstance(stage, Evaluate) and run.ledger.manifest(ref(stage)) is not None:
                 if stage.previous is not None:
                     row = list(rows[stage.previous.task])
-                for task, numbers in book.ledger.read(ref(stage), "scores.json")["tasks"].items():
+                for task, numbers in run.ledger.read(ref(stage), "scores.json")["tasks"].items():
                     row[int(task)] = numbers[score]
         rows.append(row)
     return rows
 
 
-def write_matrix(path: Path, book: Workbook, cells: Matrix) -> None:
+def write_matrix(path: Path, run: Run, cells: Matrix) -> None:
     """Write a matrix as CSV, one row per learned task, empty cells where nothing was measured."""
-    names = [task.id for task in book.tasks.tasks]
+    names = [task.id for task in run.tasks.tasks]
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["after", *names])
@@ -174,13 +174,13 @@ def write_matrix(path: Path, book: Workbook, cells: Matrix) -> None:
     write_text(path, text.getvalue())
 
 
-def summary(book: Workbook, individual: Sequence[float | None] | None = None, joint: Any = None) -> dict[str, Any]:
+def summary(run: Run, individual: Sequence[float | None] | None = None, joint: Any = None) -> dict[str, Any]:
     """Return all that a run found, as plain data.
 
     individual[t] is the score of a model of its own for task t, joint[t] that of one trained on all tasks at once.
     """
-    config, state = book.config, read_state(book.config.folder)
-    accuracy, f1 = matrix(book, "score"), matrix(book, "f1_macro")
+    config, state = run.config, read_state(run.config.folder)
+    accuracy, f1 = matrix(run, "score"), matrix(run, "f1_macro")
     result: dict[str, Any] = {
         "schema_version": 1,
         "run": config.run.name,
@@ -191,25 +191,25 @@ def summary(book: Workbook, individual: Sequence[float | None] | None = None, jo
         "seed": config.science.seed,
         "model": config.science.model.source,
         "cluster": config.cluster.model_dump(mode="json", include={"dispatcher", "engine", "workers", "zero_stage"}),
-        "tasks": [_task_facts(book, t) for t in range(len(book.tasks))],
+        "tasks": [_task_facts(run, t) for t in range(len(run.tasks))],
         "matrix": {"accuracy": accuracy, "f1_macro": f1},
         "metrics": summarize(_floats(accuracy), _floats(f1), individual=_row(individual), joint=_row(joint)),
         "references": {"individual": None, "joint": None},
-        "stages": _stage_facts(book),
+        "stages": _stage_facts(run),
     }
-    if plugins := _plugin_facts(book):
+    if plugins := _plugin_facts(run):
         result["plugins"] = plugins
-    if votes := _vote_facts(book):
+    if votes := _vote_facts(run):
         result["votes"] = votes
-    if replay := _replay_facts(book):
+    if replay := _replay_facts(run):
         result["replay"] = replay
     return result
 
 
-def _task_facts(book: Workbook, t: int) -> dict[str, Any]:
+def _task_facts(run: Run, t: int) -> dict[str, Any]:
     from cl_dist.metrics import majority_accuracy
 
-    data = book.data(t)
+    data = run.data(t)
     return {
         "id": data.id,
         "labels": list(data.labels),
@@ -219,56 +219,56 @@ def _task_facts(book: Workbook, t: int) -> dict[str, Any]:
     }
 
 
-def _stage_facts(book: Workbook) -> list[dict[str, Any]]:
+def _stage_facts(run: Run) -> list[dict[str, Any]]:
     facts = []
-    for stage in (stage for t in range(len(book.tasks)) for stage in book.plan(t)):
-        manifest = book.ledger.manifest(ref(stage))
+    for stage in (stage for t in range(len(run.tasks)) for stage in run.plan(t)):
+        manifest = run.ledger.manifest(ref(stage))
         if manifest is not None:
             facts.append(
                 {
-                    "key": book.ledger.key(ref(stage)),
+                    "key": run.ledger.key(ref(stage)),
                     "task": stage.task,
                     "kind": stage.kind,
                     "seconds": manifest["seconds"],
                     "started": manifest["started"],
-                    "workers": book.config.cluster.workers,
-                    "metrics": stage_metrics(book, stage),
+                    "workers": run.config.cluster.workers,
+                    "metrics": stage_metrics(run, stage),
                 }
             )
     return facts
 
 
-def stage_metrics(book: Workbook, stage: Stage) -> dict[str, float]:
+def stage_metrics(run: Run, stage: Stage) -> dict[str, float]:
     """Return the numbers that a finished Train, Generate or Vote stage tells."""
     match stage:
         case Train():
-            return dict(book.ledger.read(ref(stage), "train.json")["metrics"])
+            return dict(run.ledger.read(ref(stage), "train.json")["metrics"])
         case Generate():
-            written = book.ledger.read(ref(stage), "replay.json")["tasks"].values()
+            written = run.ledger.read(ref(stage), "replay.json")["tasks"].values()
             names = ("requested", "generated", "malformed", "duplicate", "kept")
             return {f"replay/{name}": sum(numbers[name] for numbers in written) for name in names}
         case Vote():
-            found = book.ledger.read(ref(stage), "critical.json")
+            found = run.ledger.read(ref(stage), "critical.json")
             skipped = sum(found["skipped"].values())
             return {"vote/samples": found["used"], "vote/skipped": skipped, "vote/margin": found["margin"]}
         case _:
             return {}
 
 
-def _plugin_facts(book: Workbook) -> dict[str, Any]:
+def _plugin_facts(run: Run) -> dict[str, Any]:
     """Return what masks and routers of the finished tasks say; nothing where the method has none."""
     facts: dict[str, Any] = {}
-    for t in range(len(book.tasks)):
-        train, score = (Ref(task=t, stage=name) for name in ("train", "evaluate"))
-        learner = {} if book.ledger.manifest(train) is None else book.ledger.read(train, "train.json")["learner"]
+    for t in range(len(run.tasks)):
+        train, score = (StageRef(task=t, stage=name) for name in ("train", "evaluate"))
+        learner = {} if run.ledger.manifest(train) is None else run.ledger.read(train, "train.json")["learner"]
         if "mask_use" not in learner:
             continue
         facts["layers"] = learner["layers"]
         facts["units"] = [{"hidden": hidden, "output": output} for hidden, output in learner["units"]]
         for name in ("mask_use", "mask_shared", "free_units"):
             facts.setdefault(name, []).append(learner[name])
-        if book.ledger.manifest(score) is not None:
-            scores = book.ledger.read(score, "scores.json")
+        if run.ledger.manifest(score) is not None:
+            scores = run.ledger.read(score, "scores.json")
             opened = scores["tasks"][str(t)]["observed"].get("gate_open", [])
             facts.setdefault("gate_open", []).append(opened or None)
             without = scores["without"].get("sharing", {}).get("accuracy")
@@ -276,36 +276,36 @@ def _plugin_facts(book: Workbook) -> dict[str, Any]:
     return facts
 
 
-def _replay_facts(book: Workbook) -> list[dict[str, Any]]:
+def _replay_facts(run: Run) -> list[dict[str, Any]]:
     """Return what the Generate stages wrote of each earlier task, beside some of its real rows."""
     facts = []
-    for stage in (stage for t in range(len(book.tasks)) for stage in book.plan(t)):
-        if not isinstance(stage, Generate) or book.ledger.manifest(ref(stage)) is None:
+    for stage in (stage for t in range(len(run.tasks)) for stage in run.plan(t)):
+        if not isinstance(stage, Generate) or run.ledger.manifest(ref(stage)) is None:
             continue
         for source in stage.sources:
-            data = book.data(source)
-            numbers = book.ledger.read(ref(stage), "replay.json")["tasks"][data.id]
+            data = run.data(source)
+            numbers = run.ledger.read(ref(stage), "replay.json")["tasks"][data.id]
             shown = [(row.text, row.text_pair, data.question, row.label) for row in data.train[:5]]
             real = [" => ".join(part for part in parts if part) for parts in shown]
-            facts.append({"before": book.tasks.tasks[stage.task].id, "task": data.id, "real": real, **numbers})
+            facts.append({"before": run.tasks.tasks[stage.task].id, "task": data.id, "real": real, **numbers})
     return facts
 
 
-def _vote_facts(book: Workbook) -> list[dict[str, Any]]:
+def _vote_facts(run: Run) -> list[dict[str, Any]]:
     """Return what the Vote and Choose stages chose, and the counts behind it.
 
     Of the histograms of c those of the chosen units are kept, and the sum of the others.
     """
     facts = []
-    for stage in (stage for t in range(len(book.tasks)) for stage in book.plan(t)):
-        if isinstance(stage, Vote | Choose) and book.ledger.manifest(ref(stage)) is not None:
-            found = book.ledger.read(ref(stage), "critical.json")
+    for stage in (stage for t in range(len(run.tasks)) for stage in run.plan(t)):
+        if isinstance(stage, Vote | Choose) and run.ledger.manifest(ref(stage)) is not None:
+            found = run.ledger.read(ref(stage), "critical.json")
             kept = {name: value for name, value in found.items() if name not in ("minima", "histogram")}
             if "histogram" in found:
                 bins = {(layer, unit): c for layer, us in enumerate(found["histogram"]) for unit, c in enumerate(us)}
                 chosen = [bins.pop((layer, unit)) for layer, unit in found["chosen"]]
                 kept["distribution"] = {"chosen": chosen, "others": [sum(c) for c in zip(*bins.values(), strict=True)]}
-            facts.append({"task": book.tasks.tasks[stage.task].id, **kept})
+            facts.append({"task": run.tasks.tasks[stage.task].id, **kept})
     return facts
 
 

@@ -3,11 +3,11 @@
 import logging
 from typing import Protocol
 
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_events import Tracker
 from cl_dist.stage import Stage, ref
 from cl_dist.stages.stage_job import Job
-from cl_dist.storage import told_when_full
+from cl_dist.storage import storage_errors
 
 log = logging.getLogger(__name__)
 
@@ -23,31 +23,31 @@ class Dispatcher(Protocol):
         """
 
 
-def run(book: Workbook, dispatcher: Dispatcher, tracker: Tracker) -> None:
+def run_stages(run: Run, dispatcher: Dispatcher, tracker: Tracker) -> None:
     """Compute what is missing of a run.
 
     A finished stage is skipped when its settings are those asked for now, and refused when they are not, before any
     other stage is begun. Killed anywhere, the same call goes on at the first stage without a result.
     """
-    with told_when_full(book.ledger.folder):
-        _run(book, dispatcher, tracker)
+    with storage_errors(run.ledger.folder):
+        _run(run, dispatcher, tracker)
 
 
-def _run(book: Workbook, dispatcher: Dispatcher, tracker: Tracker) -> None:
-    plans = [book.plan(task) for task in range(len(book.tasks))]
-    done = {ref(stage) for plan in plans for stage in plan if book.ledger.is_done(stage) or book.ledger.rescue(stage)}
+def _run(run: Run, dispatcher: Dispatcher, tracker: Tracker) -> None:
+    plans = [run.plan(task) for task in range(len(run.tasks))]
+    done = {ref(stage) for plan in plans for stage in plan if run.ledger.is_done(stage) or run.ledger.rescue(stage)}
     tracker.begin([stage for plan in plans for stage in plan], done)
     for stage in (stage for plan in plans for stage in plan):
         if ref(stage) in done:
             continue
-        book.check_inputs(stage)
-        with tracker.stage(stage), book.ledger.publish(stage) as out:
-            dispatcher.run(book.job(stage), str(out), tracker)
+        run.check_inputs(stage)
+        with tracker.stage(stage), run.ledger.publish(stage) as out:
+            dispatcher.run(run.job(stage), str(out), tracker)
         tracker.stage_done(stage)
     tracker.finish()
 
 
-def remaining(book: Workbook) -> list[Stage]:
+def remaining(run: Run) -> list[Stage]:
     """Return the stages that a run has no result of yet."""
-    plans = [stage for task in range(len(book.tasks)) for stage in book.plan(task)]
-    return [stage for stage in plans if not book.ledger.is_done(stage)]
+    plans = [stage for task in range(len(run.tasks)) for stage in run.plan(task)]
+    return [stage for stage in plans if not run.ledger.is_done(stage)]

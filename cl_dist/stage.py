@@ -14,16 +14,16 @@ SCHEMA_VERSION = 1
 """Enters every fingerprint; raised when a default or the meaning of a stored file changes."""
 
 
-class Ref(Section):
+class StageRef(Section):
     """Names a stage by task index (0-based place in the order) and stage name."""
 
     task: int
     stage: str
 
 
-def model_after(task: int) -> Ref:
+def model_after(task: int) -> StageRef:
     """Name the model that task's Train stage leaves behind."""
-    return Ref(task=task, stage="train")
+    return StageRef(task=task, stage="train")
 
 
 class TrainConfig(Section):
@@ -118,7 +118,7 @@ class Train(StageBase):
     task: int
     data: tuple[int, ...]
     """Tasks whose train rows are used."""
-    init: Ref | None = None
+    init: StageRef | None = None
     """Stage whose model this one starts from; None starts from the backbone."""
     learner: str | None = None
     """Which of the method's learners; None takes the one that the run answers with."""
@@ -128,7 +128,7 @@ class Train(StageBase):
     """How many of each, chosen by the run's seed."""
     budget: Budget | None = None
     """Says how many of each instead, from the rows of the stage's own task."""
-    samples: Ref | None = None
+    samples: StageRef | None = None
     """Generate stage whose pseudo-samples are trained on too."""
     step: Literal["train", "free", "try", "invrat"] = "train"
     """Folder name below the task: train is what the task leaves behind, free a model that is only voted on, try one of
@@ -137,7 +137,7 @@ class Train(StageBase):
     """Which of several of the same step."""
     settings: TrainConfig | None = None
     """Training settings of its own, in place of the task's."""
-    frozen: Ref | None = None
+    frozen: StageRef | None = None
     """Vote or Choose stage whose choice is not trained."""
     frozen_units: tuple[tuple[int, int], ...] = ()
     """(layer, unit) pairs that are not trained."""
@@ -148,7 +148,7 @@ class Train(StageBase):
         return self.step if self.number is None else f"{self.step}-{self.number}"
 
     @property
-    def inputs(self) -> tuple[Ref, ...]:
+    def inputs(self) -> tuple[StageRef, ...]:
         """Stages that must be done before this one."""
         return tuple(ref for ref in (self.init, self.samples, self.frozen) if ref is not None)
 
@@ -158,13 +158,13 @@ class Generate(StageBase):
 
     kind: Literal["generate"] = "generate"
     task: int
-    model: Ref
+    model: StageRef
     sources: tuple[int, ...]
     """The earlier tasks."""
     budget: Budget
 
     @property
-    def inputs(self) -> tuple[Ref, ...]:
+    def inputs(self) -> tuple[StageRef, ...]:
         """Stages that must be done before this one."""
         return (self.model,)
 
@@ -201,7 +201,7 @@ class Rationalise(StageBase):
 
     kind: Literal["rationalise"] = "rationalise"
     task: int
-    models: tuple[Ref, ...]
+    models: tuple[StageRef, ...]
     """Train stages that differ in their seed; the one with the highest dev accuracy is used."""
     learner: str = "invrat"
     """Which of the method's learners they were trained by."""
@@ -209,7 +209,7 @@ class Rationalise(StageBase):
     vote: VoteConfig
 
     @property
-    def inputs(self) -> tuple[Ref, ...]:
+    def inputs(self) -> tuple[StageRef, ...]:
         """Stages that must be done before this one."""
         return self.models
 
@@ -219,15 +219,15 @@ class Record(StageBase):
 
     kind: Literal["record"] = "record"
     task: int
-    model: Ref
+    model: StageRef
     sources: tuple[int, ...]
     """The tasks whose rows vote."""
-    rationales: tuple[Ref, ...] = ()
+    rationales: tuple[StageRef, ...] = ()
     """Rationalise stages of the sources, where rationales come from there."""
     vote: VoteConfig
 
     @property
-    def inputs(self) -> tuple[Ref, ...]:
+    def inputs(self) -> tuple[StageRef, ...]:
         """Stages that must be done before this one."""
         return (self.model, *self.rationales)
 
@@ -237,13 +237,13 @@ class Vote(StageBase):
 
     kind: Literal["vote"] = "vote"
     task: int
-    model: Ref
-    recorded: Ref
+    model: StageRef
+    recorded: StageRef
     sources: tuple[int, ...]
     vote: VoteConfig
 
     @property
-    def inputs(self) -> tuple[Ref, ...]:
+    def inputs(self) -> tuple[StageRef, ...]:
         """Stages that must be done before this one."""
         return (self.model, self.recorded)
 
@@ -253,9 +253,9 @@ class Choose(StageBase):
 
     kind: Literal["choose"] = "choose"
     task: int
-    model: Ref
+    model: StageRef
     """What the candidates started from."""
-    candidates: tuple[Ref, ...]
+    candidates: tuple[StageRef, ...]
     units: tuple[tuple[int, int], ...]
     """The (layer, unit) that was frozen in each candidate."""
     sources: tuple[int, ...]
@@ -263,7 +263,7 @@ class Choose(StageBase):
     vote: VoteConfig
 
     @property
-    def inputs(self) -> tuple[Ref, ...]:
+    def inputs(self) -> tuple[StageRef, ...]:
         """Stages that must be done before this one."""
         return (self.model, *self.candidates)
 
@@ -273,15 +273,15 @@ class Evaluate(StageBase):
 
     kind: Literal["evaluate"] = "evaluate"
     task: int
-    model: Ref
+    model: StageRef
     tasks: tuple[int, ...]
-    previous: Ref | None = None
+    previous: StageRef | None = None
     """Evaluate stage whose scores stand for the other seen tasks, where their models did not change."""
     without: tuple[str, ...] = ()
     """Parts of the learner that are switched off for an extra score of `task`: an ablation without retraining."""
 
     @property
-    def inputs(self) -> tuple[Ref, ...]:
+    def inputs(self) -> tuple[StageRef, ...]:
         """Stages that must be done before this one."""
         return (self.model,) if self.previous is None else (self.model, self.previous)
 
@@ -289,9 +289,9 @@ class Evaluate(StageBase):
 Stage = Train | Generate | Rationalise | Record | Vote | Choose | Evaluate
 
 
-def ref(stage: Stage) -> Ref:
+def ref(stage: Stage) -> StageRef:
     """Return the name of a stage."""
-    return Ref(task=stage.task, stage=stage.name)
+    return StageRef(task=stage.task, stage=stage.name)
 
 
 def digest_of(data: Any) -> str:

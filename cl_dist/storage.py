@@ -20,7 +20,7 @@ _SHM = Path("/dev/shm")
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class NodeResources:
     """What a machine has for a run."""
 
     free_gb: float = 0.0
@@ -36,15 +36,15 @@ def existing(folder: Path) -> Path:
     return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
-def room(folder: Path) -> Room:
+def room(folder: Path) -> NodeResources:
     """Return what this machine has for a run in an absolute folder."""
     shm = shutil.disk_usage(_SHM).total if _SHM.is_dir() else 0
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return Room(free_gb=shutil.disk_usage(existing(folder)).free / 1e9, shm_gb=shm / 1e9, open_files=files)
+    return NodeResources(free_gb=shutil.disk_usage(existing(folder)).free / 1e9, shm_gb=shm / 1e9, open_files=files)
 
 
 @contextmanager
-def only_driver(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Hold a run folder for as long as the block runs; the lock ends with the process, however it ends.
 
     Raises:
@@ -95,7 +95,7 @@ def written(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def told_when_full(folder: Path | str) -> Iterator[None]:
+def storage_errors(folder: Path | str) -> Iterator[None]:
     """Turn an error of a full or read-only disk, or of a file in the folder that is another user's, into what to do.
 
     Raises:

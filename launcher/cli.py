@@ -146,16 +146,16 @@ def status(
     if address is not None:
         job_verbs.status(run, address, as_json)
         return
-    from cl_dist.run import Workbook
+    from cl_dist.run import Run
     from cl_dist.run_events import read_state
     from cl_dist.stage import ref
 
     config = runs.reopen(runs.latest(Path("runs")) if run is None else run, [])
     lines = []
     for each in [config, *(config.baseline(name) for name in config.baselines)]:
-        book, state = Workbook(each), read_state(each.folder)
-        stages = [stage for t in range(len(book.tasks)) for stage in book.plan(t)]
-        manifests = [book.ledger.manifest(ref(stage)) for stage in stages]
+        opened, state = Run(each), read_state(each.folder)
+        stages = [stage for t in range(len(opened.tasks)) for stage in opened.plan(t)]
+        manifests = [opened.ledger.manifest(ref(stage)) for stage in stages]
         lines.append(
             {
                 "run": each.run.name,
@@ -163,7 +163,7 @@ def status(
                 "done": sum(m is not None for m in manifests),
                 "stages": len(stages),
                 "next": next(
-                    (book.ledger.key(ref(s)) for s, m in zip(stages, manifests, strict=True) if m is None), None
+                    (opened.ledger.key(ref(s)) for s, m in zip(stages, manifests, strict=True) if m is None), None
                 ),
                 "attempts": len(state.get("attempts", [])),
                 "seconds": round(sum(m["seconds"] for m in manifests if m is not None), 1),
@@ -292,27 +292,26 @@ def data_check(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
 def data_show(config: Config, overrides: Overrides = None) -> None:
     """Print the first train row of each task as the model reads it."""
     from cl_dist.models.backbone import load_tokenizer
-    from cl_dist.run import Workbook
+    from cl_dist.run import Run
     from cl_dist.run_config import load_run
 
-    run = load_run(runs.run_file(config), overrides or [])
-    book = Workbook(run)
-    book.check_data()
-    book.check_tokens()
-    tokenizer = load_tokenizer(run.science.model)
-    for number, task in enumerate(book.tasks.tasks):
-        data = book.data(number)
+    run = Run(load_run(runs.run_file(config), overrides or []))
+    run.check_data()
+    run.check_tokens()
+    tokenizer = load_tokenizer(run.config.science.model)
+    for number, task in enumerate(run.tasks.tasks):
+        data = run.data(number)
         row = data.train[0]
-        length = run.science.train_of(task).max_length
-        if book.answers == "text":
-            from cl_dist.data.language import Speller, spell
+        length = run.config.science.train_of(task).max_length
+        if run.answers == "text":
+            from cl_dist.data.language import TextCodec, encode_row
 
-            speller = Speller(tokenizer)
-            context, asked, answer = spell(speller, row, data.question, length)
+            codec = TextCodec(tokenizer)
+            context, asked, answer = encode_row(codec, row, data.question, length)
             prefix = [*context, *asked]
             console.out.rule(f"{task.id}: row {row.id}")
-            console.out.print(f"decoder reads  {speller.decode(prefix)}", soft_wrap=True)
-            console.out.print(f"and answers    {speller.decode(answer)}", soft_wrap=True)
+            console.out.print(f"decoder reads  {codec.decode(prefix)}", soft_wrap=True)
+            console.out.print(f"and answers    {codec.decode(answer)}", soft_wrap=True)
             console.out.print(f"tokens         {len(prefix)} + {len(answer)} of at most {length - 2}")
             continue
         ids = tokenizer(row.text, row.text_pair, truncation=True, max_length=length)["input_ids"]

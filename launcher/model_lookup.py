@@ -4,35 +4,35 @@ from collections.abc import Sequence
 
 from cl_dist.config import did_you_mean
 from cl_dist.errors import CheckpointError, ConfigError
-from cl_dist.run import Workbook
-from cl_dist.stage import Evaluate, Ref, Train, model_after
+from cl_dist.run import Run
+from cl_dist.stage import Evaluate, StageRef, Train, model_after
 
 
-def number_of(book: Workbook, task: str, option: str = "--task") -> int:
+def number_of(run: Run, task: str, option: str = "--task") -> int:
     """Return the place of a task in the order.
 
     Raises:
         ConfigError: If the run has no such task.
     """
-    ids = [known.id for known in book.tasks.tasks]
+    ids = [known.id for known in run.tasks.tasks]
     if task not in ids:
         raise ConfigError(f"{option} {task!r}: the run has no such task{did_you_mean(task, ids)}")
     return ids.index(task)
 
 
-def last_learned(book: Workbook) -> int:
+def last_learned(run: Run) -> int:
     """Return the last task with a finished Train stage.
 
     Raises:
         CheckpointError: If there is none.
     """
-    for task in reversed(range(len(book.tasks))):
-        if book.ledger.manifest(model_after(task)) is not None:
+    for task in reversed(range(len(run.tasks))):
+        if run.ledger.manifest(model_after(task)) is not None:
             return task
-    raise CheckpointError(f"{book.config.folder}: no task has been learned yet; `cl-dist resume` goes on with the run")
+    raise CheckpointError(f"{run.config.folder}: no task has been learned yet; `cl-dist resume` goes on with the run")
 
 
-def answering(book: Workbook, tasks: Sequence[int], after: int) -> list[tuple[Evaluate, list[int]]]:
+def answering(run: Run, tasks: Sequence[int], after: int) -> list[tuple[Evaluate, list[int]]]:
     """Return who answers for some tasks once `after` has been learned: stages, each with those of the tasks it scores.
 
     A plan says so itself: the last Evaluate stage scores the tasks whose model has changed, and leaves the others to
@@ -42,32 +42,32 @@ def answering(book: Workbook, tasks: Sequence[int], after: int) -> list[tuple[Ev
         ConfigError: If there is no model for a task.
         CheckpointError: If a model has not been computed, or is damaged.
     """
-    found: dict[Ref, tuple[Evaluate, list[int]]] = {}
+    found: dict[StageRef, tuple[Evaluate, list[int]]] = {}
     for task in tasks:
-        stage = _scoring(book, task, after)
+        stage = _scoring(run, task, after)
         if stage.model not in found:
-            _check_stored(book, stage.model)
+            _check_stored(run, stage.model)
         found.setdefault(stage.model, (stage, []))[1].append(task)
     return list(found.values())
 
 
-def _scoring(book: Workbook, task: int, after: int) -> Evaluate:
-    stage = next((stage for stage in book.plan(after) if isinstance(stage, Evaluate)), None)
+def _scoring(run: Run, task: int, after: int) -> Evaluate:
+    stage = next((stage for stage in run.plan(after) if isinstance(stage, Evaluate)), None)
     while stage is not None and task not in stage.tasks:
-        earlier = None if stage.previous is None else book.stage(stage.previous)
+        earlier = None if stage.previous is None else run.stage(stage.previous)
         stage = earlier if isinstance(earlier, Evaluate) else None
     if stage is None:
-        asked, last = (book.tasks.tasks[number].id for number in (task, after))
-        method = book.config.science.method.name
+        asked, last = (run.tasks.tasks[number].id for number in (task, after))
+        method = run.config.science.method.name
         raise ConfigError(f"task {asked}: after task {last} the method {method!r} has no model for it")
     return stage
 
 
-def _check_stored(book: Workbook, model: Ref | None) -> None:
+def _check_stored(run: Run, model: StageRef | None) -> None:
     """Raise CheckpointError unless every stage that makes up a model is there, with these settings, and whole."""
     while model is not None:
-        stage = book.stage(model)
-        book.ledger.is_done(stage)  # raises where it was made with other settings
-        book.ledger.verify(model, ".safetensors")
+        stage = run.stage(model)
+        run.ledger.is_done(stage)  # raises where it was made with other settings
+        run.ledger.verify(model, ".safetensors")
         assert isinstance(stage, Train)
         model = stage.init

@@ -7,7 +7,7 @@ import typer
 
 Config = Annotated[str, typer.Argument(help="a run file, or the name of a recipe")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings over the file's: science.train.epochs=3")]
-Run = Annotated[Path, typer.Argument(help="a run folder")]
+RunFolder = Annotated[Path, typer.Argument(help="a run folder")]
 RunOrLast = Annotated[Path | None, typer.Argument(help="a run folder; the one worked on last if left out")]
 Task = Annotated[str, typer.Option(help="id of the task")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]

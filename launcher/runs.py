@@ -14,12 +14,12 @@ from cl_dist.config import Tree, apply_overrides, did_you_mean, parse, plain_yam
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import ClDistError, ConfigError, DataError, StoppedError
 from cl_dist.ledger import write_json, write_text
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import NAME, NAME_TEXT, RunConfig
 from cl_dist.run_events import Tracker, Watcher, read_state, summary
 from cl_dist.sinks import Trackers
 from cl_dist.stage import flat
-from cl_dist.storage import only_driver, written
+from cl_dist.storage import run_lock, written
 from launcher import console
 from launcher.report.page import write_report
 
@@ -155,15 +155,15 @@ def execute(
     """
     configs = [config, *(config.baseline(name) for name in config.baselines if baselines)]
     _brought_back(configs)
-    books = [Workbook(each) for each in configs]
-    books[0].check_data()
-    for book in books:
-        book.ledger.check_order()
-    missing = [bool(sequence.remaining(book)) for book in books]  # refuses conflicts before anything is written
-    for book, needed in zip(books, missing, strict=True):
+    all_runs = [Run(each) for each in configs]
+    all_runs[0].check_data()
+    for run in all_runs:
+        run.ledger.check_order()
+    missing = [bool(sequence.remaining(run)) for run in all_runs]  # refuses conflicts before anything is written
+    for run, needed in zip(all_runs, missing, strict=True):
         if needed:
-            book.check_tokens()
-            book.check_writing()
+            run.check_tokens()
+            run.check_writing()
     with _only_driver(configs):
         for each in configs:
             save(each, source if each is config else None)
@@ -173,17 +173,17 @@ def execute(
             with console.Watch() as watch:
                 if any(missing):
                     dispatcher = _dispatcher(config)
-                for book, needed in zip(books, missing, strict=True):
-                    tracker = Tracker(book, command, _watched(book.config, watch))
+                for run, needed in zip(all_runs, missing, strict=True):
+                    tracker = Tracker(run, command, _watched(run.config, watch))
                     if needed:
-                        _run(book, dispatcher, tracker)
-                    elif read_state(book.config.folder).get("status") != "finished":
+                        _run(run, dispatcher, tracker)
+                    elif read_state(run.config.folder).get("status") != "finished":
                         tracker.begin([], set())  # killed between the last stage and the end
                         tracker.finish()
-                    elif book.config.run.mirror is not None:
+                    elif run.config.run.mirror is not None:
                         from launcher.mirror import Mirror
 
-                        Mirror(book.config).push()  # killed while that was copied, perhaps
+                        Mirror(run.config).push()  # killed while that was copied, perhaps
         finally:
             if dispatcher is not None:
                 dispatcher.close()
@@ -196,7 +196,7 @@ def _only_driver(configs: list[RunConfig]) -> Iterator[None]:
     """Hold the folders of a run and of its baselines, which can be resumed by themselves."""
     with ExitStack() as held:
         for config in configs:
-            held.enter_context(only_driver(config.folder))
+            held.enter_context(run_lock(config.folder))
         yield
 
 
@@ -229,9 +229,9 @@ def _brought_back(configs: list[RunConfig]) -> None:
                 Mirror(config).pull()
 
 
-def _run(book: Workbook, dispatcher: Any, tracker: Tracker) -> None:
+def _run(run: Run, dispatcher: Any, tracker: Tracker) -> None:
     try:
-        sequence.run(book, dispatcher, tracker)
+        sequence.run_stages(run, dispatcher, tracker)
     except (KeyboardInterrupt, StoppedError) as error:
         _end(tracker, "stopped" if isinstance(error, StoppedError) else "interrupted")
         raise
@@ -272,26 +272,26 @@ def conclude(config: RunConfig, references: Mapping[str, Path] | None = None) ->
         DataError: If a reference was computed on other rows.
         StageConflictError: If rows have changed since they were learned or scored.
     """
-    book = Workbook(config)
-    others = [Workbook(each) for each in _begun_baselines(config)]
+    run = Run(config)
+    others = [Run(each) for each in _begun_baselines(config)]
     sources = {other.config.science.method.name: other for other in others}
-    sources |= {kind: Workbook(reopen(folder, [])) for kind, folder in (references or {}).items()}
+    sources |= {kind: Run(reopen(folder, [])) for kind, folder in (references or {}).items()}
     for kind, folder in (references or {}).items():
         if (method := sources[kind].config.science.method.name) != kind:
             raise ConfigError(f"{kind}={folder}: its method is {method!r}; expected a run of the method {kind!r}")
-    for each in dict.fromkeys((book, *others, *sources.values())):
+    for each in dict.fromkeys((run, *others, *sources.values())):
         each.check_rows()
-    return {each.config.folder: _referred(each, sources) for each in (book, *others)}
+    return {each.config.folder: _referred(each, sources) for each in (run, *others)}
 
 
-def _referred(book: Workbook, sources: Mapping[str, Workbook]) -> dict[str, Any]:
+def _referred(run: Run, sources: Mapping[str, Run]) -> dict[str, Any]:
     """Return a run's summary with its references filled in; a run is no reference to itself."""
     found = {
-        kind: _reference(book, sources[kind], kind)
+        kind: _reference(run, sources[kind], kind)
         for kind in ("individual", "joint")
-        if kind in sources and book.config.science.method.name != kind
+        if kind in sources and run.config.science.method.name != kind
     }
-    result = summary(book, **found)
+    result = summary(run, **found)
     names = {kind: sources[kind].config.run.name if kind in found else None for kind in ("individual", "joint")}
     result["references"] = names
     return result
@@ -301,17 +301,17 @@ def _begun_baselines(config: RunConfig) -> list[RunConfig]:
     return [each for name in config.baselines if ((each := config.baseline(name)).folder / "run.json").exists()]
 
 
-def _reference(book: Workbook, other: Workbook, kind: str) -> list[float | None]:
+def _reference(run: Run, other: Run, kind: str) -> list[float | None]:
     """Return the reference score of each task: of a model of its own, or of the joint model."""
     cells = summary(other)["matrix"]["accuracy"]
     place = {task.id: number for number, task in enumerate(other.tasks.tasks)}
     scores: list[float | None] = []
-    for number, task in enumerate(book.tasks.tasks):
+    for number, task in enumerate(run.tasks.tasks):
         there = place.get(task.id)
         if there is None:
             scores.append(None)
             continue
-        if book.data(number).digests != other.data(there).digests:
+        if run.data(number).digests != other.data(there).digests:
             raise DataError(
                 f"{kind}={other.config.run.name}: task {task.id} has other rows there; the scores do not compare"
             )

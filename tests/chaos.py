@@ -22,7 +22,7 @@ from typing import Any
 
 from cl_dist import sequence
 from cl_dist.dispatch_local import LocalDispatcher
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_events import Tracker
 from tests import tiny
 
@@ -48,17 +48,17 @@ class Seen:
     """Whether matrix, scores, samples, votes and weights are those of an undisturbed run."""
 
 
-def made(folder: Path, method: str, name: str) -> Workbook:
+def made(folder: Path, method: str, name: str) -> Run:
     """Return a run whose every step is saved, so that many kills hit a saving."""
     over = {"run": {"name": name}, "science": dict(RUNS[method]), "cluster": {"checkpoint_steps": 2}}
     over["science"] |= {"train": {"epochs": 3} | (dict(tiny.TEXT_TRAIN) if tiny.writes(method) else {})}
-    return tiny.book(folder, over, tasks=("food", "film"))
+    return tiny.make_run(folder, over, tasks=("food", "film"))
 
 
 def _attempt(folder: Path, method: str, name: str, kill_at: int | None, pipe: Any) -> None:
     """Compute a run, in a process of its own; send the number of counted actions if it lives to its end."""
-    book = made(folder, method, name)
-    run_folder, count = str(book.config.folder.absolute()), 0
+    opened = made(folder, method, name)
+    run_folder, count = str(opened.config.folder.absolute()), 0
     log = Path(f"{run_folder}.stage")
     log.parent.mkdir(exist_ok=True)
     log.write_text("")  # what is killed before its first event dies at the start
@@ -79,7 +79,7 @@ def _attempt(folder: Path, method: str, name: str, kill_at: int | None, pipe: An
         tick()
 
     sys.addaudithook(audit)
-    sequence.run(book, LocalDispatcher(), Tracker(book, watch=watch))
+    sequence.run_stages(opened, LocalDispatcher(), Tracker(opened, watch=watch))
     pipe.send(count)
 
 

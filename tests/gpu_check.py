@@ -42,9 +42,9 @@ from torch import Tensor, nn
 from cl_dist.config import Tree, merged, parse
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.planning.scaling import work_of
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import Ref
+from cl_dist.stage import StageRef
 from cl_dist.stages import train
 from launcher.verbs.plan import planned
 from tests import tiny
@@ -93,7 +93,7 @@ RUNS: dict[str, tuple[Tree, Tree, Tree]] = {
 }
 """Sizes, method and rows of each run through Ray."""
 STEPS, WARM = 6, 2
-FIRST = Ref(task=0, stage="train")
+FIRST = StageRef(task=0, stage="train")
 Line = dict[str, Any]
 
 
@@ -182,8 +182,8 @@ def stepped(tree: Tree, out: Path) -> Line:
     """Train the first task for some steps; return the seconds of one, and its memory as planned and as allocated."""
     config = parse(RunConfig, tree)
     plan = planned(config, ())
-    book = Workbook(config)
-    job = book.job(book.stage(FIRST))
+    opened = Run(config)
+    job = opened.job(opened.stage(FIRST))
     marks: list[float] = []
     most = 0
 
@@ -404,7 +404,7 @@ def of_parity(small: bool) -> Iterator[Line]:
 
     with TemporaryDirectory() as folder:
         for method in ("ctr", "lamol"):
-            made = parity.book(Path(folder), method)
+            made = parity.run(Path(folder), method)
             job = made.job(made.stage(parity.SECOND))
             expected = parity.train_here(job, Path(folder) / f"{method}-torch")
             for stage, workers in ((2, 1), (3, 1), (0, 2), (1, 2)):

@@ -18,10 +18,10 @@ import torch
 
 from cl_dist.config import Tree, parse
 from cl_dist.parallel.config import EngineConfig
-from cl_dist.planning.live import Live
-from cl_dist.run import Workbook
+from cl_dist.planning.live import LiveTensorBytes
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import Ref, Stage, ref
+from cl_dist.stage import Stage, StageRef, ref
 from cl_dist.stages import train
 from cl_dist.stages.shards import SHARDED
 from cl_dist.stages.stage_job import Job
@@ -30,7 +30,7 @@ from tests import tiny
 from tests.pool import Ranks
 
 LENGTH, BATCH = 128, 16
-SECOND = Ref(task=1, stage="train")
+SECOND = StageRef(task=1, stage="train")
 ENCODER = {"model_type": "bert", "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4} | {
     "intermediate_size": 768,
     "vocab_size": 3000,
@@ -93,7 +93,7 @@ def of_rank(memory: Tree) -> int:
 
 def peak(rank: int, world: int, job: Job, out: str) -> int:
     """Train a stage on a rank and return the most bytes of its later steps."""
-    live, most = Live(), 0
+    live, most = LiveTensorBytes(), 0
 
     def alive(step: int) -> None:
         nonlocal most
@@ -107,27 +107,27 @@ def peak(rank: int, world: int, job: Job, out: str) -> int:
     return most
 
 
-def prepared(run: RunConfig, upto: Ref) -> Workbook:
+def prepared(run: RunConfig, upto: StageRef) -> Run:
     """Compute the stages before one, in this process."""
-    book = Workbook(run)
-    for stage in (*book.plan(0), *book.plan(1)):
-        out = book.ledger.path(ref(stage))
+    opened = Run(run)
+    for stage in (*opened.plan(0), *opened.plan(1)):
+        out = opened.ledger.path(ref(stage))
         if ref(stage) == upto:
             break
         if stage.kind == "evaluate" or out.exists():
             continue
         out.mkdir(parents=True)
         if stage.kind == "train":
-            job = replace(book.job(stage), engine=EngineConfig(engine="torch"))
+            job = replace(opened.job(stage), engine=EngineConfig(engine="torch"))
             train.run(job, out, lambda event: None)
         else:
-            shard(book, stage, out)
-    return book
+            shard(opened, stage, out)
+    return opened
 
 
-def shard(book: Workbook, stage: Stage, out: Path | None = None) -> int:
+def shard(opened: Run, stage: Stage, out: Path | None = None) -> int:
     """Compute a stage that is cut into shards, and return the most bytes once its model is there."""
-    job, kind, live = book.job(stage), SHARDED[stage.kind], Live()
+    job, kind, live = opened.job(stage), SHARDED[stage.kind], LiveTensorBytes()
     with live:
         worker = kind.worker(job)
         live.restart()
@@ -143,8 +143,8 @@ def training(folder: Path, name: str, gangs: tuple[tuple[int, int | None], ...] 
     for workers, zero_stage in gangs:
         for micro_batch in ("auto", 1):
             run = config(folder, name, workers, zero_stage, micro_batch=micro_batch)
-            book = prepared(run, SECOND)
-            job, out = book.job(book.stage(SECOND)), folder / f"{name}-{workers}-{zero_stage}-{micro_batch}"
+            opened = prepared(run, SECOND)
+            job, out = opened.job(opened.stage(SECOND)), folder / f"{name}-{workers}-{zero_stage}-{micro_batch}"
             if workers == 1:
                 most = peak(0, 1, job, str(out))
             else:
@@ -160,10 +160,13 @@ def pooled(folder: Path, name: str) -> Iterator[Tree]:
     """Yield what was told and what was measured of the stages that are cut into shards."""
     run = config(folder, name, 1, None)
     memory = told(run)
-    for stage in Workbook(run).plan(1):
+    for stage in Run(run).plan(1):
         if stage.kind in POOLED[name]:
-            book = prepared(run, ref(stage))
-            found = {"told": sum(each["bytes"] for each in memory["pool"][stage.kind]), "measured": shard(book, stage)}
+            opened = prepared(run, ref(stage))
+            found = {
+                "told": sum(each["bytes"] for each in memory["pool"][stage.kind]),
+                "measured": shard(opened, stage),
+            }
             yield {"what": f"{name}, {stage.kind}", "workers": 1, "zero_stage": None, "micro_batch": None} | found
 
 

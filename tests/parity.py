@@ -26,14 +26,14 @@ from torch import Tensor
 from cl_dist.config import parse, read_yaml
 from cl_dist.errors import ConfigError
 from cl_dist.parallel.config import EngineConfig
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import Ref, ref
+from cl_dist.stage import StageRef, ref
 from cl_dist.stages import train
-from cl_dist.stages.evaluate import Scorer, shards
+from cl_dist.stages.evaluate import EvaluateWorker, shards
 from cl_dist.stages.shards import SHARDED
 from cl_dist.stages.stage_job import Job, task_data
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.stages.weights import ShardedWeights
 from tests import tiny
 from tests.pool import Ranks
 
@@ -43,7 +43,7 @@ SEED = 4
 """The router takes maxima over windows. Where two windows differ by less than rounding, each order of summation takes
 another one, and the weights of that filter part by whole steps: a seed is chosen whose margins are wide."""
 ZERO_STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
-SECOND = Ref(task=1, stage="train")
+SECOND = StageRef(task=1, stage="train")
 SETTINGS = {**tiny.METHODS, "rational_lamol-lora": {**tiny.METHODS["rational_lamol"], "lora": {"r": 4}}}
 """Settings of each method, and of variants that train something else."""
 
@@ -79,7 +79,7 @@ class Trained:
         """Read a stage's folder."""
         state = folder / "learner.safetensors"
         facts = json.loads((folder / "train.json").read_text())
-        weights = dict(StoredWeights(folder))
+        weights = dict(ShardedWeights(folder))
         return cls(weights, load_file(state) if state.exists() else {}, facts["rounds"])
 
     def difference(self, other: "Trained") -> dict[str, float]:
@@ -102,13 +102,13 @@ def _bits(values: Tensor) -> int:
     return sum(int(byte).bit_count() for byte in values.flatten().tolist())
 
 
-def book(folder: Path, method: str) -> Workbook:
+def run(folder: Path, method: str) -> Run:
     """Return a run of two tasks whose first one is trained, on one worker."""
     science = {"method": dict(SETTINGS[method]), "seed": SEED, "train": TRAIN}
     tree = tiny.tree(folder, {"run": {"name": method}, "science": science}, tasks=("food", "film"), train=ROWS)
     if tiny.writes(SETTINGS[method]["name"]):  # the first task must be learned well enough to write samples of it
         tree["science"]["tasks"][0]["train"] = dict(tiny.TEXT_TRAIN)
-    made = Workbook(parse(RunConfig, tree))
+    made = Run(parse(RunConfig, tree))
     for stage in (*made.plan(0), *made.plan(1)):
         out = made.ledger.path(ref(stage))
         if out.exists() or ref(stage) == SECOND or stage.kind == "evaluate":
@@ -134,7 +134,7 @@ def _train_on_ranks(rank: int, world: int, job: Job, out: str) -> None:
     train.run(job, Path(out), lambda event: None)
 
 
-def train_on(ranks: Ranks, cell: Cell, made: Workbook, out: Path) -> Trained:
+def train_on(ranks: Ranks, cell: Cell, made: Run, out: Path) -> Trained:
     """Train on a gang with DeepSpeed."""
     assert ranks.world == cell.workers
     out.mkdir(parents=True)
@@ -157,7 +157,7 @@ WAYS: tuple[Way, ...] = (
 )
 
 
-def pretrained_book(folder: Path, epochs: int = 5) -> Workbook:
+def pretrained_book(folder: Path, epochs: int = 5) -> Run:
     """Return a run of two of the recipe's tasks, of 200 train rows each, whose first one is trained on one worker."""
     tree = read_yaml(Path("launcher/recipes/ctr-demo.yaml"))
     science, rows = tree["science"], {"train": 200, "dev": 40, "test": 200}
@@ -167,7 +167,7 @@ def pretrained_book(folder: Path, epochs: int = 5) -> Workbook:
     science |= {"tasks": tasks, "train": science["train"] | settings}
     cluster = {"dispatcher": "local", "engine": "torch"}
     tree = {"run": {"name": "pretrained", "dir": str(folder)}, "science": science, "cluster": cluster}
-    made = Workbook(parse(RunConfig, tree))
+    made = Run(parse(RunConfig, tree))
     first = made.plan(0)[0]
     _trained(made.job(first), made.ledger.path(ref(first)))
     return made
@@ -186,10 +186,10 @@ def _trained(job: Job, out: Path, workers: int = 1) -> Trained:
     return Trained.read(out)
 
 
-def answers(made: Workbook, trained: Path) -> list[int]:
+def answers(made: Run, trained: Path) -> list[int]:
     """Return the class that a trained second task predicts for each of its test rows."""
-    job = made.job(made.stage(Ref(task=1, stage="evaluate")))
-    scorer = Scorer(replace(job, chain=(*job.chain[:-1], str(trained))))
+    job = made.job(made.stage(StageRef(task=1, stage="evaluate")))
+    scorer = EvaluateWorker(replace(job, chain=(*job.chain[:-1], str(trained))))
     return [
         int(k)
         for shard in shards(job)
@@ -226,7 +226,7 @@ def measure(workers: int, methods: Sequence[str], folder: Path) -> Iterator[dict
     """Yield the differences of all cells of a gang size."""
     ranks = Ranks(workers)
     for method in methods:
-        made = book(folder, method)
+        made = run(folder, method)
         here = folder / f"reference-{method}"
         expected = Trained.read(here) if here.exists() else train_here(made.job(made.stage(SECOND)), here)
         for zero_stage in ZERO_STAGES:

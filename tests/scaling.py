@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from cl_dist.config import merged, parse
-from cl_dist.planning.scaling import Machine, on_paper, stages_on_paper, work_of
+from cl_dist.planning.scaling import Machine, stages_on_paper, step_costs, work_of
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import EvaluateConfig, GenerateConfig
 from launcher.verbs.plan import planned
@@ -108,7 +108,7 @@ def paper(folder: Path) -> list[dict[str, Any]]:
         tree = tiny.tree(folder, {"science": science, "cluster": cluster}, tasks=("food", "film"))
         run = parse(RunConfig, tree)
         plan = planned(run, (80.0,))
-        steps = list(on_paper(work_of(run, plan), Machine()))
+        steps = list(step_costs(work_of(run, plan), Machine()))
         stages = [line for line in stages_on_paper(run, plan, Machine()) if line["stage"].startswith("01-film/")]
         lines.append({"what": what, "steps": steps, "stages": stages})
     return lines

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cl_dist.config import parse
-from cl_dist.data.language import Speller
+from cl_dist.data.language import TextCodec
 from cl_dist.models.backbone import load_tokenizer
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from tests import gpu_check, tiny
 
@@ -20,13 +20,13 @@ def test_several_samples_are_written_to_their_full_length(tmp_path: Path) -> Non
     tree = gpu_check.tree_of(tmp_path, "rational_lamol", sizes, method, rows, {"micro_batch": 4}, small=True, batches=2)
     tree["cluster"] = {"dispatcher": "local", "engine": "torch"}
     tree["science"]["model"]["dtype"] = "float32"
-    run = tiny.compute(Workbook(parse(RunConfig, tree)))
+    run = tiny.compute(Run(parse(RunConfig, tree)))
     (written,) = json.loads((run.config.folder / "stages/01-film/generate/replay.json").read_text())["tasks"].values()
     assert written["requested"] > 1
     assert written["tokens"] > 0.9 * written["generated"] * tree["science"]["train"]["max_length"]
     tokenizer = load_tokenizer(run.config.science.model)
     labels = {label for task in range(2) for label in run.data(task).labels}
-    assert all(Speller(tokenizer).encode(label) != [tokenizer.unk_token_id] for label in labels)
+    assert all(TextCodec(tokenizer).encode(label) != [tokenizer.unk_token_id] for label in labels)
 
 
 def test_a_section_that_fails_costs_its_own_figures_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,10 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from cl_dist.config import Tree, merged, parse
 from cl_dist.methods import METHODS as METHOD_TABLE
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.run_events import Tracker
-from cl_dist.sequence import Dispatcher, run
+from cl_dist.sequence import Dispatcher, run_stages
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 THINGS = (
@@ -198,14 +198,14 @@ def tree(folder: Path, over: Mapping[str, Any] | None = None, tasks: Sequence[st
     return result
 
 
-def book(folder: Path, over: Mapping[str, Any] | None = None, **data: Any) -> Workbook:
+def make_run(folder: Path, over: Mapping[str, Any] | None = None, **data: Any) -> Run:
     """Return the workbook of a tiny run."""
-    return Workbook(parse(RunConfig, tree(folder, over, **data)))
+    return Run(parse(RunConfig, tree(folder, over, **data)))
 
 
-def compute(workbook: Workbook, dispatcher: Dispatcher | None = None) -> Workbook:
+def compute(run: Run, dispatcher: Dispatcher | None = None) -> Run:
     """Compute a run to its end in this process, or on the given dispatcher."""
     from cl_dist.dispatch_local import LocalDispatcher
 
-    run(workbook, dispatcher or LocalDispatcher(), Tracker(workbook))
-    return workbook
+    run_stages(run, dispatcher or LocalDispatcher(), Tracker(run))
+    return run

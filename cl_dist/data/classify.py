@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cl_dist.data.encoded import NumberedRows, padded, real, weights
+from cl_dist.data.encoded import EncodedExamples, padded, real, weights
 from cl_dist.data.rows import Row, TaskData
 
 
-class ClassifyRows(NumberedRows):
+class ClassifyRows(EncodedExamples):
     """The encoded rows of one or more tasks, numbered through; batches are padded to their longest row."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from cl_dist.data.sampler import DUMMY
 
 
-class NumberedRows(ABC):
+class EncodedExamples(ABC):
     """Encoded rows, numbered through."""
 
     @abstractmethod

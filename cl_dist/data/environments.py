@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cl_dist.data.bayes import NaiveBayes
-from cl_dist.data.encoded import NumberedRows, padded, real, weights
-from cl_dist.data.language import Speller
+from cl_dist.data.encoded import EncodedExamples, padded, real, weights
+from cl_dist.data.language import TextCodec
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.errors import DataError
 
@@ -44,14 +44,14 @@ def environments(rows: Sequence[Row], count: int) -> list[int]:
     return [place[number] * count // len(rows) for number in range(len(rows))]
 
 
-class ReasonedRows(NumberedRows):
+class RationaleExamples(EncodedExamples):
     """The encoded rows of one task, numbered through; batches are padded to their longest row."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, max_length: int, num_environments: int | None = None
     ) -> None:
         """Begin an empty collection; without a number of environments all rows are in the first one."""
-        self._speller, self._max_length, self._num = Speller(tokenizer), max_length, num_environments
+        self._codec, self._max_length, self._num = TextCodec(tokenizer), max_length, num_environments
         self._tokens: list[list[int]] = []
         self._contexts: list[int] = []
         self.places: list[list[tuple[int, int]]] = []
@@ -70,8 +70,8 @@ class ReasonedRows(NumberedRows):
         class_of = {label: number for number, label in enumerate(data.labels)}
         where = [0] * len(rows) if self._num is None else environments(rows, self._num)
         for row, environment in zip(rows, where, strict=True):
-            text, places = self._speller.encode_places(row.text)
-            pair = self._speller.encode(row.text_pair or "")
+            text, places = self._codec.encode_places(row.text)
+            pair = self._codec.encode(row.text_pair or "")
             room = max((max_length or self._max_length) - len(pair), 1)
             self._tokens.append([*text[:room], *pair])
             self._contexts.append(min(len(text), room))

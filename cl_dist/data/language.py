@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cl_dist.data.encoded import NumberedRows, real, weights
+from cl_dist.data.encoded import EncodedExamples, real, weights
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.errors import DataError
 from cl_dist.tokens import num_ids
@@ -32,7 +32,7 @@ _FIXED = 4  # special tokens besides those of tasks
 
 
 @dataclass(frozen=True, slots=True)
-class Special:
+class SpecialTokens:
     """Numbers of the special tokens. base is the first number that the tokenizer does not use."""
 
     base: int
@@ -68,13 +68,13 @@ class Special:
         return self.base + _FIXED + spare * -(-max(num_tasks, 1) // spare)
 
 
-def special(tokenizer: PreTrainedTokenizerBase) -> Special:
+def special(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     """Return the special tokens behind a tokenizer's vocabulary."""
     base = num_ids(tokenizer)
-    return Special(base, base + 3 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id))
+    return SpecialTokens(base, base + 3 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id))
 
 
-class Speller:
+class TextCodec:
     """Text to token numbers and back, for one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -119,7 +119,7 @@ class Speller:
 
 
 @dataclass(frozen=True, slots=True)
-class Spelled:
+class EncodedText:
     """One row as tokens."""
 
     prefix: tuple[int, ...]
@@ -139,8 +139,8 @@ def asked_of(row: Row, question: str) -> str:
     return " ".join(part for part in (row.text_pair, question) if part)
 
 
-def spell(
-    speller: Speller, row: Row, question: str, max_length: int, reserved: int = 0
+def encode_row(
+    codec: TextCodec, row: Row, question: str, max_length: int, reserved: int = 0
 ) -> tuple[list[int], list[int], list[int]]:
     """Return (context, question, answer) of a row as tokens.
 
@@ -149,8 +149,8 @@ def spell(
     Raises:
         DataError: If question and answer alone are too long.
     """
-    context, answer = speller.encode(row.text), speller.encode(row.label)
-    asked = speller.encode(asked_of(row, question))
+    context, answer = codec.encode(row.text), codec.encode(row.label)
+    asked = codec.encode(asked_of(row, question))
     taken = len(asked) + max(len(answer), reserved)
     room = max_length - taken - BETWEEN
     if room < 0:
@@ -161,7 +161,7 @@ def spell(
     return context[:room], asked, answer
 
 
-class LanguageRows(NumberedRows):
+class LanguageRows(EncodedExamples):
     """The encoded rows of one or more tasks, numbered through; batches are padded to their longest row."""
 
     def __init__(
@@ -182,14 +182,14 @@ class LanguageRows(NumberedRows):
             per_task: Whether each task has a token of its own that asks for a sample.
             ans_weight: Weight of the label `ans` within a sample.
         """
-        self.speller, self._max_length = Speller(tokenizer), max_length
+        self.codec, self._max_length = TextCodec(tokenizer), max_length
         self._samples, self._per_task, self._ans_weight = samples, per_task, ans_weight
-        self._rows: list[Spelled] = []
+        self._rows: list[EncodedText] = []
 
     @property
-    def special(self) -> Special:
+    def special(self) -> SpecialTokens:
         """The special tokens."""
-        return self.speller.special
+        return self.codec.special
 
     def add(
         self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False, max_length: int | None = None
@@ -199,13 +199,13 @@ class LanguageRows(NumberedRows):
         max_length: Longest row of this task in tokens, where it is not that of the collection.
         """
         for row in rows:
-            context, asked, answer = spell(self.speller, row, data.question, max_length or self._max_length)
+            context, asked, answer = encode_row(self.codec, row, data.question, max_length or self._max_length)
             self.add_tokens(task, [*context, *asked], answer, replayed=replayed)
 
     def add_tokens(self, task: int, prefix: Sequence[int], answer: Sequence[int], *, replayed: bool = True) -> None:
         """Append a row that is tokens already."""
         gen = self.special.task(task) if self._per_task else self.special.gen
-        self._rows.append(Spelled(tuple(prefix), tuple(answer), gen, task, replayed))
+        self._rows.append(EncodedText(tuple(prefix), tuple(answer), gen, task, replayed))
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -210,7 +210,7 @@ def check_fits(cluster: ClusterConfig) -> None:
             )
 
 
-class Fits:
+class CapacityWatch:
     """Watches whether the cluster can still hold the run: Ray would wait for a lost node for ever."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
@@ -255,7 +255,7 @@ def secrets() -> dict[str, str]:
     return {name: os.environ[name] for name in SECRETS if name in os.environ}
 
 
-def enter(folder: str) -> None:
+def chdir_to_driver(folder: str) -> None:
     """Go where the driver is, so that relative paths of the run file mean the same on a cluster that was joined."""
     if os.path.isdir(folder):
         os.chdir(folder)

@@ -72,9 +72,9 @@ class RayDispatcher:
             self._pool = None
         if self._pool is None:
             self._pool = Pool(self._cluster, self._gang.places() if self._gang else None)
-        from cl_dist.stages.shards import Finished
+        from cl_dist.stages.shards import ShardStore
 
-        finished = Finished(job, Path(out))
+        finished = ShardStore(job, Path(out))
         self._pool.map(tracker, job, finished, Path(out).parents[2] / "logs")
         finished.merge()
 

@@ -13,10 +13,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Fits, Place, free, head_listens, last_lines, secrets
-from cl_dist.dispatch_ray.mailbox import POLL_S, Mailbox, Parcel
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, CapacityWatch, Place, free, head_listens, last_lines, secrets
+from cl_dist.dispatch_ray.mailbox import POLL_S, Mailbox, StageTicket
 from cl_dist.dispatch_ray.ranks import gang_worker
-from cl_dist.dispatch_ray.watchdog import last_words, remedy
+from cl_dist.dispatch_ray.watchdog import log_tails, remedy
 from cl_dist.errors import ClusterError, StoppedError, TrainingError
 from cl_dist.run_config import ClusterConfig
 from cl_dist.run_events import Tracker
@@ -81,7 +81,7 @@ class Gang:
             TrainingError: If it failed more often than allowed.
         """
         number, self._number = self._number, self._number + 1
-        parcel = Parcel(number, job, out, str(Path(out).parents[2] / "logs"), self._cluster.step_timeout_s)
+        parcel = StageTicket(number, job, out, str(Path(out).parents[2] / "logs"), self._cluster.step_timeout_s)
         self._busy = True
         ray.get(self._mailbox.post.remote(parcel), timeout=ACTOR_TIMEOUT_S)
         self._mailbox.working.options(name=job.key).remote(number)
@@ -102,7 +102,7 @@ class Gang:
         )
         deadline = time.monotonic() + self._cluster.stop_timeout_s
         ignore_stops()  # schedulers send them again; Ctrl-C still ends the wait
-        ray.get(self._mailbox.ask.remote("stop"), timeout=ACTOR_TIMEOUT_S)
+        ray.get(self._mailbox.request.remote("stop"), timeout=ACTOR_TIMEOUT_S)
         while time.monotonic() < deadline and not self._ended():
             news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)
             for event in news["events"]:
@@ -122,7 +122,7 @@ class Gang:
         log.error("the stage was not saved in time: what is kept is its last checkpoint, if there is one")
         return False
 
-    def _watch(self, parcel: Parcel, tracker: Tracker) -> None:
+    def _watch(self, parcel: StageTicket, tracker: Tracker) -> None:
         """Wait for a stage's end.
 
         Raises:
@@ -130,7 +130,7 @@ class Gang:
             TrainingError: If it failed more often than allowed.
         """
         deadline = time.monotonic() + self._cluster.start_timeout_s
-        fits, drained = Fits(self._cluster), set[str]()
+        fits, drained = CapacityWatch(self._cluster), set[str]()
         while True:
             news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)
             for event in news["events"]:
@@ -145,7 +145,7 @@ class Gang:
                 tracker.event({"event": "gang_restart", "starts": self._starts})
                 log.warning("gang restarted stage=train starts=%d", self._starts)
             if cause := self._ended():
-                words = f"{last_lines(cause)}\n{last_words(Path(parcel.logs), range(self._cluster.workers))}\n"
+                words = f"{last_lines(cause)}\n{log_tails(Path(parcel.logs), range(self._cluster.workers))}\n"
                 raise TrainingError(
                     f"{parcel.job.key}: the gang failed more than cluster.max_failures={self._cluster.max_failures} "
                     f"times; last cause:\n{words}{remedy(words)}"
@@ -161,7 +161,7 @@ class Gang:
                 ranks = [place.rank for place in news["places"] if place.node in leaving]
                 tracker.event({"event": "notice", "ranks": ranks})
                 log.warning("nodes drained under ranks=%s: the stage is saved", ranks)
-                ray.get(self._mailbox.ask.remote("save"), timeout=ACTOR_TIMEOUT_S)
+                ray.get(self._mailbox.request.remote("save"), timeout=ACTOR_TIMEOUT_S)
             time.sleep(POLL_S)
 
     @staticmethod

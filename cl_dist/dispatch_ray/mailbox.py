@@ -9,13 +9,13 @@ import ray
 
 from cl_dist.dispatch_ray.cluster import Place
 from cl_dist.errors import ClDistError
-from cl_dist.stages.stage_job import Due, Job
+from cl_dist.stages.stage_job import Job, SaveRequest
 
 POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class StageTicket:
     """A Train stage on its way to the gang."""
 
     number: int
@@ -30,13 +30,13 @@ class Mailbox:
 
     def __init__(self, secrets: Mapping[str, str] | None = None) -> None:
         self._secrets = dict(secrets or {})
-        self._parcel: Parcel | None = None
+        self._parcel: StageTicket | None = None
         self._done, self._closed = -1, False
         self._error: ClDistError | None = None
         self._events: list[dict[str, Any]] = []
         self._places: dict[int, Place] = {}
         self._starts = 0
-        self._asked: Due = ""
+        self._asked: SaveRequest = ""
         self._saved = -1
 
     async def hello(self, place: Place, size: int) -> dict[str, str]:
@@ -49,7 +49,7 @@ class Mailbox:
         self._starts += place.rank == 0
         return self._secrets
 
-    async def fetch(self, after: int) -> Parcel | str:
+    async def fetch(self, after: int) -> StageTicket | str:
         """Return the stage to work on, once there is one later than `after`; 'closed', or 'wait' to ask again."""
         for _ in range(100):
             if self._closed:
@@ -59,7 +59,7 @@ class Mailbox:
             await asyncio.sleep(POLL_S)
         return "wait"
 
-    async def post(self, parcel: Parcel) -> None:
+    async def post(self, parcel: StageTicket) -> None:
         """Hand a stage to the gang."""
         self._parcel, self._error, self._asked = parcel, None, ""
 
@@ -69,11 +69,11 @@ class Mailbox:
         while self._done < number != self._saved and self._error is None and not self._closed:
             await asyncio.sleep(10 * POLL_S)
 
-    async def ask(self, due: Due) -> None:
+    async def request(self, due: SaveRequest) -> None:
         """Ask the gang to save the stage it is at, or to save and leave it."""
         self._asked = due
 
-    async def asks(self) -> Due:
+    async def take_request(self) -> SaveRequest:
         """Return what it is asked for; to save only once."""
         asked = self._asked
         self._asked = "stop" if asked == "stop" else ""

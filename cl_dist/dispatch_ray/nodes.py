@@ -15,10 +15,10 @@ import ray
 from ray.exceptions import GetTimeoutError, NodeDiedError, RayError, TaskUnschedulableError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cl_dist.dispatch_ray.cluster import enter
+from cl_dist.dispatch_ray.cluster import chdir_to_driver
 from cl_dist.errors import ClusterError
 from cl_dist.run_events import versions
-from cl_dist.storage import Room, room
+from cl_dist.storage import NodeResources, room
 
 PROBE_S = 120.0
 """How long the nodes may take to answer: the first process of each has to import Python and Ray."""
@@ -38,7 +38,7 @@ class NodeFacts:
     """Whether it sees what the driver wrote to the run folder."""
     writes: bool
     """Whether the driver sees what it wrote there."""
-    room: Room
+    room: NodeResources
     error: str = ""
 
     @property
@@ -129,14 +129,14 @@ def _facts(node: Mapping[str, Any], where: Path, found: Mapping[str, Any], error
         versions=found.get("versions", {}),
         reads=found.get("reads", False),
         writes=answer.is_file(),
-        room=found.get("room", Room()),
+        room=found.get("room", NodeResources()),
         error=error,
     )
 
 
 def _look(cwd: str, where: str, node: str) -> dict[str, Any]:
     """Run on a node: read what the driver wrote, write an answer, and tell what is there."""
-    enter(cwd)
+    chdir_to_driver(cwd)
     folder = Path(where)
     reads, writes = (folder / "driver").is_file(), False
     if reads:

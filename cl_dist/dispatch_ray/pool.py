@@ -17,15 +17,23 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Fits, Place, enter, free, last_lines, secrets
-from cl_dist.dispatch_ray.watchdog import Alive, last_words, log_of, remedy
+from cl_dist.dispatch_ray.cluster import (
+    ACTOR_TIMEOUT_S,
+    CapacityWatch,
+    Place,
+    chdir_to_driver,
+    free,
+    last_lines,
+    secrets,
+)
+from cl_dist.dispatch_ray.watchdog import Watchdog, log_of, log_tails, remedy
 from cl_dist.errors import ClDistError, ClusterError, TrainingError
 from cl_dist.run_config import ClusterConfig
 from cl_dist.run_events import Tracker
 from cl_dist.stages.stage_job import Job
 
 if TYPE_CHECKING:
-    from cl_dist.stages.shards import Finished, Shard, Worker
+    from cl_dist.stages.shards import Shard, ShardStore, Worker
 
 log = logging.getLogger(__name__)
 ACTOR = "actor"
@@ -35,7 +43,7 @@ class ShardWorker:
     """An actor of the pool: holds one model at a time and works on one shard at a time."""
 
     def __init__(self, number: int, cwd: str, gpus: str | None, secrets: Mapping[str, str]) -> None:
-        enter(cwd)
+        chdir_to_driver(cwd)
         os.environ |= secrets
         if gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # before torch looks
@@ -52,7 +60,7 @@ class ShardWorker:
 
         path = log_of(Path(logs), self._number, ACTOR)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf8") as file, Alive(timeout_s, file):
+        with path.open("w", encoding="utf8") as file, Watchdog(timeout_s, file):
             print(f"{job.key}: {shard}", file=file, flush=True)  # what hangs, above its stacks
             if stage != self._stage or self._worker is None:
                 self._worker = None
@@ -118,7 +126,7 @@ class Pool:
         kind = ray.remote(ShardWorker).options(num_cpus=0, num_gpus=0, scheduling_strategy=here)
         return kind.remote(number, os.getcwd(), place.gpus if cluster.gpus_per_worker else None, secrets())
 
-    def map(self, tracker: Tracker, job: Job, finished: Finished, logs: Path) -> None:
+    def map(self, tracker: Tracker, job: Job, finished: ShardStore, logs: Path) -> None:
         """Have all missing shards worked on, each once, and keep each result as it comes.
 
         Every actor has a block of neighbouring shards, which it works on from the last to the first; one that has
@@ -138,7 +146,7 @@ class Pool:
         failures: dict[Shard, int] = {}
         starting = {actor.__ray_ready__.remote(): number for number, actor in enumerate(self._actors)}
         idle: list[int] = []
-        fits, worked = Fits(self._cluster), time.monotonic()
+        fits, worked = CapacityWatch(self._cluster), time.monotonic()
         while any(blocks) or running:
             fits.look()
             if running or idle:
@@ -175,7 +183,7 @@ class Pool:
                     starting[self._actors[number].__ray_ready__.remote()] = number
                 failures[shard] = failures.get(shard, 0) + 1
                 if failures[shard] > self._cluster.max_failures:
-                    words = f"{last_lines(cause)}\n{last_words(logs, [number], ACTOR)}\n"
+                    words = f"{last_lines(cause)}\n{log_tails(logs, [number], ACTOR)}\n"
                     raise TrainingError(
                         f"{job.key}: {shard} failed {failures[shard]} times; last cause:\n{words}{remedy(words)}"
                         "Finished stages and shards are kept: `cl-dist resume` goes on from here."

@@ -10,11 +10,11 @@ from typing import Any
 
 import ray
 
-from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, enter
-from cl_dist.dispatch_ray.watchdog import Alive, log_of
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, chdir_to_driver
+from cl_dist.dispatch_ray.watchdog import Watchdog, log_of
 from cl_dist.errors import ClDistError, StoppedError
-from cl_dist.stages.stage_job import Due
-from cl_dist.storage import told_when_full
+from cl_dist.stages.stage_job import SaveRequest
+from cl_dist.storage import storage_errors
 
 
 def gang_worker(config: Mapping[str, Any]) -> None:
@@ -24,7 +24,7 @@ def gang_worker(config: Mapping[str, Any]) -> None:
 
     gc.freeze()  # what has been imported: else every collection looks through all of it
     mailbox, after = config["mailbox"], -1
-    enter(config["cwd"])
+    chdir_to_driver(config["cwd"])
     world = World.current()
     context = ray.get_runtime_context()
     # Its own GPUs: CUDA_VISIBLE_DEVICES names those of all ranks of its node.
@@ -37,9 +37,9 @@ def gang_worker(config: Mapping[str, Any]) -> None:
             return
         if parcel == "wait":
             continue
-        alive = Alive(parcel.step_timeout_s, _log_to(log_of(Path(parcel.logs), world.rank)))
+        alive = Watchdog(parcel.step_timeout_s, _log_to(log_of(Path(parcel.logs), world.rank)))
         try:
-            with told_when_full(parcel.out), alive:
+            with storage_errors(parcel.out), alive:
                 train.run(parcel.job, Path(parcel.out), _Throttled(mailbox), lambda: _asks(mailbox), alive)
         except StoppedError:
             if world.rank == 0:
@@ -66,8 +66,8 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _asks(mailbox: Any) -> Due:
-    asked: Due = ray.get(mailbox.asks.remote(), timeout=ACTOR_TIMEOUT_S)
+def _asks(mailbox: Any) -> SaveRequest:
+    asked: SaveRequest = ray.get(mailbox.take_request.remote(), timeout=ACTOR_TIMEOUT_S)
     return asked
 
 

@@ -15,7 +15,7 @@ STARTED = "train start"
 """What train.run logs when a stage begins or goes on."""
 
 
-class Alive:
+class Watchdog:
     """Ends the process, its stacks in a log, when no sign of life comes for too long; notes one a second in the log.
 
     A context: watched from its beginning, so that loading counts, to its end. A rank that hangs in a collective hangs
@@ -51,7 +51,7 @@ def log_of(logs: Path, number: int, who: str = "rank") -> Path:
     return logs / f"{who}-{number}.log"
 
 
-def last_words(logs: Path, numbers: Iterable[int], who: str = "rank") -> str:
+def log_tails(logs: Path, numbers: Iterable[int], who: str = "rank") -> str:
     """Return the ends of some ranks' logs, that of the rank first which fell silent first; stacks where it hung."""
     known = [path for path in (log_of(logs, number, who) for number in numbers) if path.exists()]
     parts = []

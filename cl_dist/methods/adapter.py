@@ -33,7 +33,7 @@ class Adapter(Learner):
 
     config: AdapterConfig
     model: AdapterClassifier
-    takes_divided = freezes_backbone = True
+    takes_partitioned = freezes_backbone = True
 
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
         """See Learner."""

@@ -11,7 +11,7 @@ from cl_dist.config import Section
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import ConfigError
-from cl_dist.stage import Evaluate, Ref, Stage, Train, model_after
+from cl_dist.stage import Evaluate, Stage, StageRef, Train, model_after
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +132,7 @@ class Learner(ABC):
         self.pooling = model.pooling
 
     @property
-    def takes_divided(self) -> bool:
+    def takes_partitioned(self) -> bool:
         """Whether it can build on a backbone that is cut up over the ranks already.
 
         It then reads none of the backbone's weights before training but those that it copies.
@@ -174,7 +174,7 @@ class Learner(ABC):
         check_length(max_length, max_positions(backbone.config.to_dict()))
         return ClassifyRows(tokenizer, max_length)
 
-    def judge(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def score_examples(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss (B,) and whether it is right (B,) of each row of a scored batch."""
         from cl_dist.models.classifier import cross_entropy
 
@@ -187,7 +187,7 @@ class Learner(ABC):
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
         """Choose what this stage trains, after the earlier weights are in place; tasks are those its rows come from."""
 
-    def fitted(self, name: str, stored: Tensor, initial: Tensor) -> Tensor:
+    def resize_stored(self, name: str, stored: Tensor, initial: Tensor) -> Tensor:
         """Return a stored weight in the shape that the model has now; initial is what the model was built with."""
         return stored
 
@@ -225,14 +225,14 @@ class Learner(ABC):
         """Restore what `state_dict` returned."""
 
 
-def idle_scales(backbone: PreTrainedModel) -> dict[str, GradScale]:
+def no_effect_scales(backbone: PreTrainedModel) -> dict[str, GradScale]:
     """Return gradient factors that keep the trained biases of a model's `backbone` which change nothing."""
-    from cl_dist.models.attention_slices import idle_biases
+    from cl_dist.models.attention_slices import no_effect_biases
     from cl_dist.parallel.engine import GradScale
 
     return {
         f"backbone.{name}": GradScale(row=keep)
-        for name, keep in idle_biases(backbone).items()
+        for name, keep in no_effect_biases(backbone).items()
         if keep is not None and backbone.get_parameter(name).requires_grad
     }
 
@@ -252,6 +252,6 @@ def plan_sequential(config: Any, tasks: TaskSequence, t: int) -> list[Stage]:
     return list(sequential_stages(tasks, t))
 
 
-def evaluated(task: int) -> Ref:
+def evaluated(task: int) -> StageRef:
     """Name the Evaluate stage of a task."""
-    return Ref(task=task, stage="evaluate")
+    return StageRef(task=task, stage="evaluate")

@@ -38,7 +38,7 @@ class Ewc(Finetune):
 
     config: EwcConfig
     end_rows: ClassVar[int] = 200
-    takes_divided = False  # it pulls whole weights back to what they were
+    takes_partitioned = False  # it pulls whole weights back to what they were
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

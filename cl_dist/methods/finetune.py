@@ -17,7 +17,7 @@ from cl_dist.methods.base import (
     Progress,
     TaskSequence,
     evaluated,
-    idle_scales,
+    no_effect_scales,
     plan_sequential,
     score_seen,
 )
@@ -64,7 +64,7 @@ class Finetune(Learner):
     model: Classifier
 
     @property
-    def takes_divided(self) -> bool:
+    def takes_partitioned(self) -> bool:
         """See Learner. A pooler may not be in the file, and then be drawn in another way where it is cut up."""
         return self.pooling != "pooler"
 
@@ -93,14 +93,14 @@ class Finetune(Learner):
         (see models.heads.idle_biases).
         """
         from cl_dist.models.architectures import embedding_names
-        from cl_dist.models.attention_slices import idle_biases
+        from cl_dist.models.attention_slices import no_effect_biases
 
         for number, head in enumerate(self.model.heads):
             head.requires_grad_(number in tasks)
         pooler = getattr(self.model.backbone, "pooler", None)
         if pooler is not None and self.pooling != "pooler":
             pooler.requires_grad_(False)
-        for name, keep in idle_biases(self.model.backbone).items():
+        for name, keep in no_effect_biases(self.model.backbone).items():
             if keep is None:
                 self.model.backbone.get_parameter(name).requires_grad_(False)
         if self.config.tune == "layers":
@@ -110,7 +110,7 @@ class Finetune(Learner):
 
     def grad_scales(self) -> Mapping[str, GradScale]:
         """Keep the biases that change nothing where others lie in the same vector."""
-        return idle_scales(self.model.backbone)
+        return no_effect_scales(self.model.backbone)
 
     def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:
         """Return the cross-entropy of each row."""

@@ -47,7 +47,7 @@ class Hat(Learner):
 
     config: MaskedConfig
     model: CtrClassifier
-    takes_divided = freezes_backbone = True
+    takes_partitioned = freezes_backbone = True
 
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
         """See Learner."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cl_dist.data.environments import ReasonedRows
+    from cl_dist.data.environments import RationaleExamples
     from cl_dist.models.classifier import Batch
     from cl_dist.models.invrat import Players
 
@@ -76,11 +76,11 @@ class Invrat(Learner):
         )
         return self.model
 
-    def rows(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, training: bool) -> ReasonedRows:
+    def rows(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, training: bool) -> RationaleExamples:
         """See Learner. Who is told the environment plays in training only."""
-        from cl_dist.data.environments import ReasonedRows
+        from cl_dist.data.environments import RationaleExamples
 
-        return ReasonedRows(tokenizer, max_length, self.config.invrat.environments if training else None)
+        return RationaleExamples(tokenizer, max_length, self.config.invrat.environments if training else None)
 
     def loss(self, model: Callable[[Batch], Tensor], batch: Batch, progress: Progress) -> Loss:
         """Return the two guesses' cross-entropies, and how far a selection is from a short one in one piece."""
@@ -92,7 +92,7 @@ class Invrat(Learner):
         rows |= {"share": settings.share_weight * found[:, SHARE], "breaks": settings.breaks_weight * found[:, BREAKS]}
         return Loss(rows=rows, own={})
 
-    def judge(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def score_examples(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """See Learner: by the guess that is not told the environment."""
         from cl_dist.models.invrat import AGNOSTIC, RIGHT
 

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from cl_dist.methods.base import Loss, Method, MethodConfig, Progress, TaskSequence, sequential_stages
 from cl_dist.methods.text import TextLearner
 from cl_dist.models.config import LoraShape
-from cl_dist.stage import Budget, Generate, Ref, Stage, model_after
+from cl_dist.stage import Budget, Generate, Stage, StageRef, model_after
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ def plan(config: LamolConfig, tasks: TaskSequence, t: int) -> list[Stage]:
     if config.name == "lamol_real":
         return [train.model_copy(update={"replay": sources, "budget": config.budget()}), score]
     write = Generate(task=t, model=model_after(t - 1), sources=sources, budget=config.budget())
-    return [write, train.model_copy(update={"samples": Ref(task=t, stage=write.name)}), score]
+    return [write, train.model_copy(update={"samples": StageRef(task=t, stage=write.name)}), score]
 
 
 class Lamol(TextLearner):
@@ -71,7 +71,7 @@ class Lamol(TextLearner):
     config: LamolConfig
 
     @property
-    def takes_divided(self) -> bool:
+    def takes_partitioned(self) -> bool:
         """See Learner. A teacher is a copy of the whole model."""
         return not self.config.distill
 

@@ -34,7 +34,7 @@ class LifelongEmbedding(Finetune):
     """Trains one task's table and head, and the shared layers slowly."""
 
     config: LifelongEmbeddingConfig
-    takes_divided = False  # it starts tables from whole ones, and pulls whole weights back
+    takes_partitioned = False  # it starts tables from whole ones, and pulls whole weights back
 
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
         """See Learner."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cl_dist.models.classifier import Batch, Classifier
 
 
-class LoraSettings(MethodConfig, LoraShape):
+class LoraConfig(MethodConfig, LoraShape):
     """Settings of LoRA, named as in peft."""
 
     name: Literal["lora"] = "lora"
@@ -27,9 +27,9 @@ class LoraSettings(MethodConfig, LoraShape):
 class Lora(Learner):
     """Trains one task's low-rank updates and head."""
 
-    config: LoraSettings
+    config: LoraConfig
     model: Classifier
-    takes_divided = freezes_backbone = True
+    takes_partitioned = freezes_backbone = True
 
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
         """See Learner.
@@ -79,7 +79,7 @@ def _name(task: int) -> str:
 
 
 METHOD = Method(
-    config=LoraSettings,
+    config=LoraConfig,
     plan=plan_sequential,
     learners={"class": "cl_dist.methods.lora:Lora"},
     about="low-rank updates of its own for every task, through peft, in a frozen backbone",

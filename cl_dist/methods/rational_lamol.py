@@ -19,7 +19,7 @@ from cl_dist.methods.invrat import InvratConfig
 from cl_dist.methods.lamol import Lamol, LamolConfig
 from cl_dist.methods.lamol import plan as plan_lamol
 from cl_dist.methods.text import UPDATE
-from cl_dist.stage import Choose, Rationalise, Record, Ref, Stage, Train, Vote, VoteConfig, model_after, ref
+from cl_dist.stage import Choose, Rationalise, Record, Stage, StageRef, Train, Vote, VoteConfig, model_after, ref
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,7 +78,7 @@ def _voted(config: RationalLamolConfig, t: int, final: Train) -> list[Stage]:
         task=t,
         model=model_after(t - 1),
         sources=sources,
-        rationales=tuple(Ref(task=u + 1, stage="rationalise") for u in sources) if stages else (),
+        rationales=tuple(StageRef(task=u + 1, stage="rationalise") for u in sources) if stages else (),
         vote=config.vote(),
     )
     free = final.model_copy(update={"step": "free"})
@@ -222,18 +222,18 @@ class RationalLamol(Lamol):
         import torch
 
         from cl_dist.models.classifier import count_parameters
-        from cl_dist.partition import whole_shape
+        from cl_dist.partition import full_shape
 
         trained, total = count_parameters(self.model)
         if self.lora is not None:
             from cl_dist.models.lowrank import own_parameters
 
             own = own_parameters(self.model)
-            total = sum(whole_shape(p).numel() for name, p in self.model.named_parameters() if name in own)
+            total = sum(full_shape(p).numel() for name, p in self.model.named_parameters() if name in own)
         frozen = total - trained
         for name, scale in self.grad_scales().items():
             parameter = self.model.get_parameter(name)
-            whole = torch.empty(whole_shape(parameter))  # ZeRO-3 may hold a piece of it
+            whole = torch.empty(full_shape(parameter))  # ZeRO-3 may hold a piece of it
             frozen += int((scale.factor(whole) == 0).sum()) if scale.decay else 0
         return {"frozen_units": [list(pair) for pair in self._frozen], "freeze/params_frac": frozen / total}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from cl_dist.methods.base import Learner, Loss, MethodConfig, Progress, idle_scales
+from cl_dist.methods.base import Learner, Loss, MethodConfig, Progress, no_effect_scales
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,7 +41,7 @@ class TextLearner(Learner):
         import torch
 
         from cl_dist.models.causal import CausalModel
-        from cl_dist.models.vocabulary import extend, own_rows
+        from cl_dist.models.vocabulary import add_trainable_rows, extend
         from cl_dist.parallel.seeds import seeded
 
         dtype = getattr(torch, self.model_config.dtype)
@@ -50,7 +50,7 @@ class TextLearner(Learner):
         else:
             from cl_dist.models.lowrank import add_update  # peft takes seconds to import
 
-            own_rows(backbone, size, known, self.seed, dtype)
+            add_trainable_rows(backbone, size, known, self.seed, dtype)
             with seeded(self.seed, "lora"):
                 add_update(backbone, self.lora, UPDATE)
         self.model = CausalModel(backbone)
@@ -62,7 +62,7 @@ class TextLearner(Learner):
         return getattr(self.config, "lora", None)
 
     @property
-    def takes_divided(self) -> bool:
+    def takes_partitioned(self) -> bool:
         """See Learner."""
         return True
 
@@ -71,7 +71,7 @@ class TextLearner(Learner):
         """See Learner."""
         return self.lora is not None
 
-    def fitted(self, name: str, stored: Tensor, initial: Tensor) -> Tensor:
+    def resize_stored(self, name: str, stored: Tensor, initial: Tensor) -> Tensor:
         """See Learner: an earlier task was perhaps trained with fewer rows of the vocabulary, a later one with more."""
         import torch
 
@@ -85,7 +85,7 @@ class TextLearner(Learner):
         Biases that change nothing stay as they are (see models.heads.idle_biases).
         """
         from cl_dist.models.architectures import embedding_names
-        from cl_dist.models.attention_slices import idle_biases
+        from cl_dist.models.attention_slices import no_effect_biases
 
         tune, backbone = getattr(self.config, "tune", "all"), self.model.backbone
         if self.lora is not None:
@@ -96,14 +96,14 @@ class TextLearner(Learner):
                 parameter.requires_grad_(name in own)
             return
         embeddings = embedding_names(backbone)
-        idle = {name for name, keep in idle_biases(backbone).items() if keep is None}
+        idle = {name for name, keep in no_effect_biases(backbone).items() if keep is None}
         for name, parameter in backbone.named_parameters():
             is_trained = name in embeddings if tune == "head" else tune == "all" or name not in embeddings
             parameter.requires_grad_(is_trained and name not in idle)
 
     def grad_scales(self) -> Mapping[str, GradScale]:
         """Keep the biases that change nothing where others lie in the same vector, as in GPT-2."""
-        return idle_scales(self.model.backbone)
+        return no_effect_scales(self.model.backbone)
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, training: bool) -> LanguageRows:
         """See Learner: questions with their answers.
@@ -128,7 +128,7 @@ class TextLearner(Learner):
 
         return Loss(rows={"qa_loss": per_row(model(batch)[:, LOSS], batch, QA)}, own={})
 
-    def judge(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def score_examples(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy per token of each answer, and whether greedy decoding would write it."""
         from cl_dist.data.language import QA
         from cl_dist.models.causal import LOSS, RIGHT, per_row

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cl_dist.models.architectures import Attention, architecture, layers_of
-from cl_dist.partition import whole_shape
+from cl_dist.partition import full_shape
 
 Level = Literal["block", "group", "head"]
 
@@ -68,7 +68,7 @@ def kept(
                 found[f"{path}.{name}.bias"] = ("row", keep)
         for name, keep in zip(attention.norms, (query, shared), strict=False):
             for inner, parameter in _parameters_at(layer, name):
-                known = whole_shape(parameter).numel()
+                known = full_shape(parameter).numel()
                 shared_by_all = torch.ones(size) * keep.min()
                 found[f"{path}.{name}.{inner}"] = ("row", keep if known == len(keep) else shared_by_all)
         if output:
@@ -115,7 +115,7 @@ def _parameters_at(layer: nn.Module, path: str) -> list[tuple[str, nn.Parameter]
     return [] if module is None else list(module.named_parameters())
 
 
-def idle_biases(model: PreTrainedModel) -> dict[str, Tensor | None]:
+def no_effect_biases(model: PreTrainedModel) -> dict[str, Tensor | None]:
     """Return the biases of keys that change nothing: name -> 1 where an entry counts, else 0; None where none counts.
 
     What shifts all scores of a query alike, the softmax takes out: a bias on keys that are not turned by their place.

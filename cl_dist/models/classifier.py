@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from cl_dist.errors import ConfigError
 from cl_dist.models.architectures import architecture
-from cl_dist.partition import whole_shape
+from cl_dist.partition import full_shape
 
 Batch = dict[str, Tensor]
 """input_ids, attention_mask and, where the tokenizer gives them, token_type_ids (B, L) int64; label, row, task
@@ -99,5 +99,5 @@ def freeze(module: nn.Module) -> None:
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
     """Return (trainable, all) parameter counts; of what ZeRO-3 has cut up, the whole."""
-    sizes = [(whole_shape(p).numel(), p.requires_grad) for p in module.parameters()]
+    sizes = [(full_shape(p).numel(), p.requires_grad) for p in module.parameters()]
     return sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes)

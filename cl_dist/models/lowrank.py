@@ -17,7 +17,7 @@ from cl_dist.errors import ConfigError
 from cl_dist.models.architectures import architecture
 from cl_dist.models.backbone import replace
 from cl_dist.models.config import LoraShape
-from cl_dist.models.vocabulary import OwnRows, merge_own_rows
+from cl_dist.models.vocabulary import TrainableRows, merge_own_rows
 
 
 def add_update(backbone: PreTrainedModel, shape: LoraShape, name: str) -> None:
@@ -54,7 +54,7 @@ def layers_with_updates(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 def own_parameters(model: nn.Module) -> frozenset[str]:
     """Return the names of the parameters of updates, and of rows of the vocabulary that are trained beside them."""
     inside = tuple(f"{path}.lora_" for path, _ in layers_with_updates(model))
-    rows = {f"{path}.rows" for path, module in model.named_modules() if isinstance(module, OwnRows)}
+    rows = {f"{path}.rows" for path, module in model.named_modules() if isinstance(module, TrainableRows)}
     return frozenset(name for name, _ in model.named_parameters() if name.startswith(inside) or name in rows)
 
 

@@ -23,7 +23,7 @@ from cl_dist.models.capsules import Sharing
 from cl_dist.models.classifier import Batch, Classifier, freeze
 from cl_dist.models.config import MaskShape, PluginShape
 from cl_dist.models.gates import Gate, binary, slope, sparsity
-from cl_dist.partition import whole_shape
+from cl_dist.partition import full_shape
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Plugin(nn.Module):
         """
         for name, (index, values) in self._kept.items():
             parameter = self.get_parameter(name)
-            if parameter.shape != whole_shape(parameter):
+            if parameter.shape != full_shape(parameter):
                 raise ValueError(
                     f"{name}: start_task(protect=True) needs whole parameters, and ZeRO-3 has partitioned them; "
                     "train with cl-dist, or with ZeRO-1 or 2"
@@ -309,7 +309,7 @@ class CtrClassifier(Classifier):
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for parameter in self.parameters():
             if parameter.requires_grad:
-                decays = len(whole_shape(parameter)) > 1 and id(parameter) not in used
+                decays = len(full_shape(parameter)) > 1 and id(parameter) not in used
                 key = (gate_lr if id(parameter) in gates else lr, weight_decay if decays else 0.0)
                 groups.setdefault(key, []).append(parameter)
         return [{"params": groups[key], "lr": key[0], "weight_decay": key[1]} for key in sorted(groups)]
@@ -407,7 +407,7 @@ class CtrClassifier(Classifier):
         Raises:
             ValueError: If this rank holds a piece of a parameter only.
         """
-        cut = [name for name, p in self.own_parameters().items() if p.shape != whole_shape(p)]
+        cut = [name for name, p in self.own_parameters().items() if p.shape != full_shape(p)]
         if cut:
             raise ValueError(
                 f"{path}: this rank holds pieces of parameters, see {cut[0]!r}; have all ranks gather own_parameters() "

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cl_dist.partition import is_divided, whole
+from cl_dist.partition import is_partitioned, whole
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def _make_whole(*tables: nn.Module) -> None:
     made: dict[nn.Parameter, nn.Parameter] = {}
     for table in tables:
         for name, parameter in list(table.named_parameters(recurse=False)):
-            if not is_divided(parameter):
+            if not is_partitioned(parameter):
                 continue
             if parameter not in made:
                 with whole(parameter) as values:
@@ -68,7 +68,7 @@ def _fresh(weight: Tensor, known: int, size: int, seed: int, dtype: torch.dtype)
     return torch.stack(rows) if rows else mean_H.expand(0, -1)
 
 
-class OwnRows(nn.Module):
+class TrainableRows(nn.Module):
     """Rows of tokens from `first` on that are trained, in front of a table that is not."""
 
     def __init__(self, base: nn.Module, first: int, rows: nn.Parameter) -> None:
@@ -76,7 +76,7 @@ class OwnRows(nn.Module):
         self.base, self.first, self.rows = base, first, rows
 
 
-class OwnEmbedding(OwnRows):
+class OwnEmbedding(TrainableRows):
     """Input embeddings."""
 
     def forward(self, ids_BL: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class OwnEmbedding(OwnRows):
         return torch.where((ids_BL >= self.first)[..., None], own_BLH, known_BLH)
 
 
-class OwnLogits(OwnRows):
+class OwnLogits(TrainableRows):
     """The language modelling head."""
 
     def forward(self, hidden_XH: Tensor) -> Tensor:
@@ -99,7 +99,9 @@ class OwnLogits(OwnRows):
 
 
 @torch.no_grad()
-def own_rows(model: PreTrainedModel, size: int, known: int, seed: int, dtype: torch.dtype = torch.float32) -> None:
+def add_trainable_rows(
+    model: PreTrainedModel, size: int, known: int, seed: int, dtype: torch.dtype = torch.float32
+) -> None:
     """As `extend`, but the new rows are parameters of their own, and the tables stay as they are.
 
     The tables may be cut up over the ranks by ZeRO-3: then a collective.
@@ -121,7 +123,7 @@ def merge_own_rows(model: PreTrainedModel) -> None:
     """Write rows of their own, where there are any, into the tables: a plain model again."""
     untyped: Any = model
     embedding, head = untyped.get_input_embeddings(), untyped.get_output_embeddings()
-    if not isinstance(embedding, OwnRows):
+    if not isinstance(embedding, TrainableRows):
         return
     untyped.set_input_embeddings(embedding.base)
     untyped.set_output_embeddings(head.base)

@@ -60,7 +60,7 @@ def by_layers(
     """
     from accelerate import dispatch_model
 
-    places = placing(model, layer, room, rest)
+    places = dispatch_layers(model, layer, room, rest)
     at_rest = [model.get_submodule(name) for name, place in places.items() if place == rest]
     if any(buffer.dtype == torch.uint8 for module in at_rest for buffer in module.buffers()):
         raise ConfigError(
@@ -73,7 +73,9 @@ def by_layers(
     return dispatch_model(model, places, offload_dir=folder, skip_keys="past_key_values", force_hooks=True)
 
 
-def placing(model: nn.Module, layer: type[nn.Module], room: Mapping[int | str, int], rest: str) -> dict[str, int | str]:
+def dispatch_layers(
+    model: nn.Module, layer: type[nn.Module], room: Mapping[int | str, int], rest: str
+) -> dict[str, int | str]:
     """Return the place of each layer, and of each module beside them, by path.
 
     What is no layer lies on the first device, where inputs come and logits go. The layers follow in order, about as

@@ -17,7 +17,7 @@ from cl_dist.parallel import params
 from cl_dist.parallel.config import EngineConfig, buffer_bounds, deepspeed_settings
 from cl_dist.parallel.files import Files
 from cl_dist.parallel.world import World
-from cl_dist.partition import is_divided, whole_shape
+from cl_dist.partition import full_shape, is_partitioned
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Optimizing:
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                plain = len(whole_shape(parameter)) < 2 or name in self.no_decay
+                plain = len(full_shape(parameter)) < 2 or name in self.no_decay
                 key = (self.lr_of.get(name, self.lr), 0.0 if plain else self.weight_decay)
                 groups.setdefault(key, []).append(parameter)
         return [{"params": groups[key], "lr": key[0], "weight_decay": key[1]} for key in sorted(groups)]
@@ -92,7 +92,7 @@ class Engine(Protocol):
 
     module: nn.Module
     world: World
-    optimizer: "HeldAdamW"
+    optimizer: "FrozenEntryAdamW"
     schedule: Any
     """The learning rate's; the library's class carries no types."""
 
@@ -140,7 +140,7 @@ def build_engine(
     else:
         engine = DeepSpeedEngine(config, model, optimizing, num_micro, micro_batch, bf16, world, pulls)
     if any(scale.decay for scale in grad_scales.values()) and optimizing.weight_decay:
-        engine.optimizer.hold = _Held(engine.module, grad_scales, world.rank).put_back
+        engine.optimizer.hold = _FrozenEntries(engine.module, grad_scales, world.rank).put_back
     return engine
 
 
@@ -162,7 +162,7 @@ def attach(model: nn.Module, grad_scales: Mapping[str, GradScale]) -> None:
         named[name].register_hook(lambda grad, scale=scale: grad * scale.factor(grad))
 
 
-class HeldAdamW(torch.optim.AdamW):
+class FrozenEntryAdamW(torch.optim.AdamW):
     """AdamW that puts chosen entries back after every step, before anybody copies them."""
 
     hold: Callable[[], None] | None = None
@@ -175,7 +175,7 @@ class HeldAdamW(torch.optim.AdamW):
         return result
 
 
-class _Held:
+class _FrozenEntries:
     """The bits of some parameters' entries, as far as this rank holds them."""
 
     def __init__(self, model: nn.Module, grad_scales: Mapping[str, GradScale], rank: int) -> None:
@@ -186,7 +186,7 @@ class _Held:
             if not scale.decay or not parameter.requires_grad:
                 continue
             piece, start = params.local(parameter, rank)
-            whole = torch.empty(whole_shape(parameter), device=piece.device)
+            whole = torch.empty(full_shape(parameter), device=piece.device)
             keep = (scale.factor(whole) == 0).flatten()[start : start + piece.numel()]
             keep = torch.nn.functional.pad(keep, (0, piece.numel() - keep.numel()))
             if bool(keep.any()):
@@ -270,13 +270,13 @@ class DeepSpeedEngine:
         self._norm: Tensor | None = None
         self.optimizer, self.schedule = _adamw(model, optimizing)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        exact = params.Exact(trained if bf16 else {})
-        if bf16 and (self._files is not None or any(is_divided(parameter) for parameter in model.parameters())):
+        exact = params.Fp32Snapshot(trained if bf16 else {})
+        if bf16 and (self._files is not None or any(is_partitioned(parameter) for parameter in model.parameters())):
             # Where some parameters are cut up already, DeepSpeed takes it that all have been lowered.
             for parameter in model.parameters():
                 params.lower(parameter)
-        elements = [whole_shape(parameter).numel() for parameter in model.parameters()]
-        held = [whole_shape(parameter).numel() for parameter in trained.values()]
+        elements = [full_shape(parameter).numel() for parameter in model.parameters()]
+        held = [full_shape(parameter).numel() for parameter in trained.values()]
         bounds = buffer_bounds(sum(elements), sum(held), max(elements))
         settings = deepspeed_settings(
             config, num_micro=num_micro, micro_batch=micro_batch, clip=optimizing.clip, bf16=bf16, bounds=bounds
@@ -334,8 +334,8 @@ class DeepSpeedEngine:
             self._files.close()
 
 
-def _adamw(model: nn.Module, optimizing: Optimizing) -> tuple[HeldAdamW, Any]:
-    optimizer = HeldAdamW(optimizing.groups(model), lr=optimizing.lr, eps=1e-8, fused=True)
+def _adamw(model: nn.Module, optimizing: Optimizing) -> tuple[FrozenEntryAdamW, Any]:
+    optimizer = FrozenEntryAdamW(optimizing.groups(model), lr=optimizing.lr, eps=1e-8, fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, optimizing.factor)
 
 

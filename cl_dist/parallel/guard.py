@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cl_dist.errors import ProtectionError
 from cl_dist.parallel import params
 from cl_dist.parallel.engine import Engine, GradScale
-from cl_dist.partition import whole_shape
+from cl_dist.partition import full_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Guard:
             piece, start = params.local(parameter, self._world.rank)
             keep = None
             if parameter.requires_grad:
-                whole = torch.empty(whole_shape(parameter), device=piece.device)
+                whole = torch.empty(full_shape(parameter), device=piece.device)
                 keep = (grad_scales[name].factor(whole) == 0).flatten()[start : start + piece.numel()]
             self._watched.append(_Watched(name, parameter, keep, _checksum(piece, keep)))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cl_dist.errors import CheckpointError
 from cl_dist.parallel import files
-from cl_dist.partition import is_divided, whole_shape
+from cl_dist.partition import full_shape, is_partitioned
 
 
 @torch.no_grad()
@@ -29,11 +29,11 @@ def load(model: nn.Module, values: Mapping[str, Tensor], rank: int) -> None:
         value, held = values.get(name), cast("Any", parameter)
         if value is None:
             continue
-        if value.shape != whole_shape(parameter):
+        if value.shape != full_shape(parameter):
             raise CheckpointError(
-                f"{name} is stored as {tuple(value.shape)}, the model has {tuple(whole_shape(parameter))}"
+                f"{name} is stored as {tuple(value.shape)}, the model has {tuple(full_shape(parameter))}"
             )
-        if is_divided(parameter):
+        if is_partitioned(parameter):
             held.ds_tensor.copy_(_own_piece(held, value, rank))
         else:
             held.copy_(value)
@@ -42,20 +42,20 @@ def load(model: nn.Module, values: Mapping[str, Tensor], rank: int) -> None:
 def lower(parameter: nn.Parameter) -> None:
     """Round a parameter to bfloat16, cut up or not. No collective."""
     parameter.data = parameter.data.to(torch.bfloat16)
-    if is_divided(parameter):
+    if is_partitioned(parameter):
         held: Any = parameter
         rounded = held.ds_tensor.data.to(torch.bfloat16)
         held.ds_tensor.data = rounded.pin_memory() if held.ds_tensor.is_pinned() else rounded
 
 
-class Exact:
+class Fp32Snapshot:
     """What parameters are in float32 before an engine takes them, which rounds them; no copy of them."""
 
     def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
         self._kept: list[tuple[Any, Tensor, bool]] = []
         for parameter in named.values():
             held: Any = parameter
-            divided = is_divided(parameter)
+            divided = is_partitioned(parameter)
             self._kept.append((parameter, (held.ds_tensor if divided else held).detach(), divided))
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class Exact:
         from deepspeed.utils import safe_set_full_fp32_param
 
         for parameter, value, was_divided in self._kept:
-            if is_divided(parameter):
+            if is_partitioned(parameter):
                 local(parameter, rank)[0].copy_(value if was_divided else _own_piece(parameter, value, rank))
             else:
                 safe_set_full_fp32_param(parameter, value)
@@ -88,7 +88,7 @@ def add_gradient(parameter: nn.Parameter, gradient: Callable[[Tensor], Tensor], 
         from deepspeed.utils import safe_get_full_grad, safe_set_full_grad, safe_set_local_grad
 
         whole = safe_get_full_grad(parameter) + gradient(_read(parameter))
-        if is_divided(parameter):
+        if is_partitioned(parameter):
             safe_set_local_grad(parameter, _own_piece(parameter, whole, rank))
         else:
             safe_set_full_grad(parameter, whole)
@@ -110,7 +110,7 @@ def is_managed(parameter: nn.Parameter) -> bool:
     ZeRO-1/2 set `_hp_mapping` on all trainable parameters, to None on ranks that own no piece: asking for its
     value here would let some ranks skip a collective.
     """
-    return hasattr(parameter, "_hp_mapping") or is_divided(parameter)
+    return hasattr(parameter, "_hp_mapping") or is_partitioned(parameter)
 
 
 def local(parameter: nn.Parameter, rank: int) -> tuple[Tensor, int]:
@@ -120,7 +120,7 @@ def local(parameter: nn.Parameter, rank: int) -> tuple[Tensor, int]:
     With ZeRO-1/2 a rank may own no piece; with ZeRO-3 the last piece may be filled up beyond the parameter's end.
     """
     managed: Any = parameter
-    if is_divided(parameter):
+    if is_partitioned(parameter):
         if not parameter.requires_grad:
             return files.read(managed), rank * managed.ds_tensor.ds_numel
         # The public call brings a copy to the device where the masters are with the host.

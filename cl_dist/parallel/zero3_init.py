@@ -8,13 +8,13 @@ from cl_dist.parallel.engine import start_deepspeed
 from cl_dist.parallel.world import World
 
 
-def divides(config: EngineConfig, world: World) -> bool:
+def partitions(config: EngineConfig, world: World) -> bool:
     """Return whether an engine cuts the parameters of a model in training up over the ranks."""
     return config.engine == "deepspeed" and config.zero_stage == 3 and world.size > 1
 
 
 @contextmanager
-def dividing(config: EngineConfig, world: World) -> Iterator[None]:
+def partitioned_init(config: EngineConfig, world: World) -> Iterator[None]:
     """Have `from_pretrained` of transformers cut up each module's parameters, in float32, as soon as they exist.
 
     They are then filled one module at a time, from the first rank's view of the file. All ranks load the same models.

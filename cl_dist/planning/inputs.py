@@ -14,67 +14,67 @@ from cl_dist.errors import ConfigError, DataError
 from cl_dist.models.config import ModelConfig
 from cl_dist.paths import resolve
 from cl_dist.planning.memory import Model, Step
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.stage import Train, TrainConfig
 from cl_dist.tokens import num_ids
 
 if TYPE_CHECKING:
-    from cl_dist.planning.trace import Dry
+    from cl_dist.planning.trace import TracedLearner
 
 LABELS, ANSWER = 2, 8
 """Taken where data or tokenizer are absent: labels of a task; tokens of an answer, with its end."""
 
 
 @dataclass
-class Known:
+class PlanInputs:
     """What of a run is there."""
 
-    book: Workbook
+    run: Run
     missing: dict[int, str] = field(default_factory=dict)
     """Tasks whose files are not there, and which."""
-    untold: list[str] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
     """What could not be told, and why."""
 
     @classmethod
-    def of(cls, book: Workbook) -> Known:
+    def of(cls, run: Run) -> PlanInputs:
         """Read the data that is there.
 
         Raises:
             DataError: With the faults of all files that are there.
         """
-        known, faults = cls(book), []
-        for number, task in enumerate(book.tasks.tasks):
+        inputs, faults = cls(run), []
+        for number, task in enumerate(run.tasks.tasks):
             is_local = task.source.kind not in ("planted", "datasets")
             paths = [*task.source.paths.values(), task.source.path] if is_local else []
             absent = [path for path in paths if path and not resolve(path).exists()]
             if absent:
-                known.missing[number] = absent[0]
+                inputs.missing[number] = absent[0]
                 continue
             try:
-                book.data(number)
+                run.data(number)
             except DataError as error:
                 faults.append(str(error))
         if faults:
             raise DataError("\n".join(faults))
-        if known.missing:
-            names = ", ".join(f"{book.tasks.tasks[t].id} ({path})" for t, path in known.missing.items())
-            known.untold.append(
+        if inputs.missing:
+            names = ", ".join(f"{run.tasks.tasks[t].id} ({path})" for t, path in inputs.missing.items())
+            inputs.assumptions.append(
                 f"rows and fingerprints of stages: no data of {names}; {LABELS} labels a task are assumed"
             )
-        return known
+        return inputs
 
     def labels(self) -> tuple[int, ...]:
         """Return the number of labels of every task."""
-        count = len(self.book.tasks)
-        return tuple(LABELS if t in self.missing else len(self.book.data(t).labels) for t in range(count))
+        count = len(self.run.tasks)
+        return tuple(LABELS if t in self.missing else len(self.run.data(t).labels) for t in range(count))
 
     def model(self) -> ModelConfig | None:
         """Return the backbone with its sizes filled in from config.json, or None where that is not at hand."""
-        model = self.book.config.science.model
+        model = self.run.config.science.model
         if model.config is not None:
             return model
         if (reason := _not_local(model.source)) is not None:
-            self.untold.append(f"memory: science.model.source={model.source!r} {reason}")
+            self.assumptions.append(f"memory: science.model.source={model.source!r} {reason}")
             return None
         path = resolve(model.source) / "config.json"
         try:
@@ -85,7 +85,7 @@ class Known:
 
     def vocabulary(self, model: ModelConfig) -> tuple[int, int]:
         """Return a decoder's vocabulary, rows for special tokens included, and the labels of its longest answer."""
-        from cl_dist.data.language import Special, Speller
+        from cl_dist.data.language import SpecialTokens, TextCodec
 
         rows = int((model.config or {}).get("vocab_size", 0))
         tokens, answer = rows, ANSWER
@@ -93,20 +93,17 @@ class Known:
             from cl_dist.models.backbone import load_tokenizer
 
             tokenizer = load_tokenizer(model)
-            speller, tokens = Speller(tokenizer), num_ids(tokenizer)
+            codec, tokens = TextCodec(tokenizer), num_ids(tokenizer)
             names = {
-                row.label
-                for t in range(len(self.book.tasks))
-                if t not in self.missing
-                for row in self.book.data(t).train
+                row.label for t in range(len(self.run.tasks)) if t not in self.missing for row in self.run.data(t).train
             }
-            answer = 1 + max((len(speller.encode(name)) for name in names), default=ANSWER - 1)
+            answer = 1 + max((len(codec.encode(name)) for name in names), default=ANSWER - 1)
         else:
-            self.untold.append(
+            self.assumptions.append(
                 f"tokens: no tokenizer at hand; the vocabulary of the model's config, and answers of {ANSWER} tokens, "
                 "are assumed"
             )
-        size = Special(tokens, 0).size(len(self.book.tasks), model.spare_task_tokens)
+        size = SpecialTokens(tokens, 0).size(len(self.run.tasks), model.spare_task_tokens)
         return max(rows, size), answer
 
 
@@ -122,11 +119,11 @@ def _not_local(source: str) -> str | None:
     )
 
 
-def _longest_rows(book: Workbook, task: int) -> TrainConfig:
+def _longest_rows(run: Run, task: int) -> TrainConfig:
     """Return a task's settings with the longest rows that its stages train on: replayed ones have their own length."""
-    science, tasks = book.config.science, book.tasks.tasks
+    science, tasks = run.config.science, run.tasks.tasks
     read = {task}
-    for stage in book.plan(task):
+    for stage in run.plan(task):
         if isinstance(stage, Train) and stage.settings is None:
             read |= {*stage.data, *stage.replay}
             read |= set(range(task)) if stage.samples is not None else set()
@@ -135,11 +132,11 @@ def _longest_rows(book: Workbook, task: int) -> TrainConfig:
 
 
 @dataclass
-class Shape:
+class ModelEstimate:
     """The model of a run's last task, which has most parts, on its longest rows."""
 
-    dry: Dry
-    divides: bool
+    dry: TracedLearner
+    partitions: bool
     """Whether ZeRO-3 cuts the backbone up while it is loaded."""
     whole_at_once: int
     """Pieces that are in memory at a time where the others lie in files."""
@@ -152,30 +149,32 @@ class Shape:
     is_text: bool
 
     @classmethod
-    def of(cls, known: Known) -> Shape | None:
+    def of(cls, inputs: PlanInputs) -> ModelEstimate | None:
         """Shape the model, or return None where its sizes are not at hand."""
         from cl_dist.parallel.files import MEGABYTE, num_buffers
-        from cl_dist.planning.trace import Dry
+        from cl_dist.planning.trace import TracedLearner
         from cl_dist.stages.build import loads_in_pieces
 
-        model = known.model()
+        model = inputs.model()
         if model is None:
             return None
-        book, is_text = known.book, known.book.answers == "text"
-        vocabulary, answer = known.vocabulary(model) if is_text else (None, 1)
-        labels, method = known.labels(), book.config.science.method
-        stages = [s for s in book.plan(len(labels) - 1) if isinstance(s, Train) and s.learner is None]
+        run, is_text = inputs.run, inputs.run.answers == "text"
+        vocabulary, answer = inputs.vocabulary(model) if is_text else (None, 1)
+        labels, method = inputs.labels(), run.config.science.method
+        stages = [s for s in run.plan(len(labels) - 1) if isinstance(s, Train) and s.learner is None]
         tasks = tuple({*stages[-1].data, *stages[-1].replay})
-        recompute = book.config.cluster.activation_checkpointing
-        dry = Dry(method, model, labels, vocabulary=vocabulary, tasks=tasks, recompute=recompute)
-        divides = loads_in_pieces(dry.learner, book.config.science.model)
-        before = Dry(method, model, labels[:-1], vocabulary=vocabulary).parts.elements if len(labels) > 1 else 0
-        settings = [_longest_rows(book, task) for task in range(len(labels))]
+        recompute = run.config.cluster.activation_checkpointing
+        dry = TracedLearner(method, model, labels, vocabulary=vocabulary, tasks=tasks, recompute=recompute)
+        partitions = loads_in_pieces(dry.learner, run.config.science.model)
+        before = (
+            TracedLearner(method, model, labels[:-1], vocabulary=vocabulary).parts.elements if len(labels) > 1 else 0
+        )
+        settings = [_longest_rows(run, task) for task in range(len(labels))]
         longest = max(settings, key=lambda train: train.max_length * train.global_batch)
         item = 2 if model.dtype == "bfloat16" else 4
-        smallest = MEGABYTE * book.config.cluster.workers // item
+        smallest = MEGABYTE * run.config.cluster.workers // item
         whole = num_buffers(dry.learner.model, lambda parameter: parameter.numel() >= smallest)
-        return cls(dry, divides, whole, item, longest, answer, dry.parts.elements - before, is_text)
+        return cls(dry, partitions, whole, item, longest, answer, dry.parts.elements - before, is_text)
 
     @property
     def model(self) -> Model:
@@ -189,7 +188,7 @@ class Shape:
             task_elements=dry.parts.elements,
             buffers=dry.buffers,
             beside=dry.beside,
-            divides=self.divides,
+            partitions=self.partitions,
             whole_at_once=self.whole_at_once,
             quantized=dry.quantized,
             tables=dry.tables,

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Live(TorchDispatchMode):
+class LiveTensorBytes(TorchDispatchMode):
     """Counts what lives while it is entered: new storages, and those that it has been shown."""
 
     def __init__(self, kind_of: Callable[[Tensor], str] = lambda tensor: "") -> None:

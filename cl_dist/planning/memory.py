@@ -50,7 +50,7 @@ class Model:
     """Elements beside those that are loaded whole, then held in fewer bits: part of the buffers."""
     tables: int = 0
     """Elements that every rank makes whole when the rest is cut up: the vocabulary's."""
-    divides: bool = False
+    partitions: bool = False
     """Whether ZeRO-3 cuts the backbone up while it is loaded."""
     whole_at_once: int = 5
     """Pieces that are in memory at a time where the others lie in files."""
@@ -299,7 +299,7 @@ def host(model: Model, gang: Gang) -> tuple[Quantity, ...]:
     On a CPU that is where it trains, too.
     """
     builds = "host: a rank builds its model"
-    if model.divides and gang.zero_stage == 3 and gang.ranks > 1:
+    if model.partitions and gang.zero_stage == 3 and gang.ranks > 1:
         size = 4 * (share(model.elements - model.tables, gang.ranks) + model.tables + model.largest)
         formula = "4 (P - V)/R + 4 V + 4 M: cut up while it is loaded, but for the vocabulary's tables"
         found = [Quantity(builds, size, formula)]

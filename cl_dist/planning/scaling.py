@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cl_dist.planning.memory import share
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Evaluate, Generate, Record, Stage, Train, Vote
 
@@ -85,7 +85,7 @@ class Work:
     workers_per_model: int = 1
 
 
-def on_paper(work: Work, machine: Machine, ranks: Sequence[int] = RANKS) -> Iterator[dict[str, Any]]:
+def step_costs(work: Work, machine: Machine, ranks: Sequence[int] = RANKS) -> Iterator[dict[str, Any]]:
     """Yield the cost of a step for gangs of some sizes, the smallest first."""
     first: float | None = None
     for size in ranks:
@@ -141,8 +141,8 @@ def stages_on_paper(
     config: RunConfig, document: dict[str, Any], machine: Machine, ranks: Sequence[int] = RANKS
 ) -> Iterator[dict[str, Any]]:
     """Yield the seconds of each stage of a plan, for each number of GPUs; None where that is not told."""
-    book, work = Workbook(config), work_of(config, document)
-    stages = (stage for task in range(len(book.tasks)) for stage in book.plan(task))
+    run, work = Run(config), work_of(config, document)
+    stages = (stage for task in range(len(run.tasks)) for stage in run.plan(task))
     for stage, line in zip(stages, document["stages"], strict=True):
         rows = line["rows"]
         seconds = _seconds(config, stage, rows, work, machine, ranks) if rows else None
@@ -156,7 +156,7 @@ def _seconds(
     if isinstance(stage, Train) and stage.learner is None:
         train = stage.settings or config.science.train_of(config.science.sequence().tasks[stage.task])
         steps = train.epochs * share(rows, train.global_batch)
-        found = on_paper(replace(work, global_batch=train.global_batch), machine, ranks)
+        found = step_costs(replace(work, global_batch=train.global_batch), machine, ranks)
         return [loading + steps * step["step_s"] for step in found]
     shards = _shards(config, stage, rows, work)
     if shards is None:

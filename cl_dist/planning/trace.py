@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from cl_dist.data.language import Special
+from cl_dist.data.language import SpecialTokens
 from cl_dist.methods.base import MethodConfig, Progress
 from cl_dist.methods.text import TextLearner
 from cl_dist.models.adapters import Adapters
@@ -36,7 +36,7 @@ from cl_dist.models.plugin import Plugin
 from cl_dist.models.quantized import QuantizedLinear
 from cl_dist.models.saliency import sensitivity
 from cl_dist.parallel.engine import attach
-from cl_dist.planning.live import Live, held
+from cl_dist.planning.live import LiveTensorBytes, held
 from cl_dist.stages.build import new_learner
 
 
@@ -79,7 +79,7 @@ class Scored:
     operations: int
 
 
-class Dry:
+class TracedLearner:
     """A learner whose tensors have no data, at the start of a task."""
 
     def __init__(
@@ -113,7 +113,7 @@ class Dry:
             # `build` of a decoder would ask a tokenizer which rows are new: only their number counts here.
             if isinstance(self.learner, TextLearner):
                 size = backbone.config.vocab_size
-                new = Special(0, 0).size(len(num_labels), model.spare_task_tokens)
+                new = SpecialTokens(0, 0).size(len(num_labels), model.spare_task_tokens)
                 built = self.learner.shape(backbone, max(1, size - new), size)
             else:
                 built = self.learner.build(backbone, self._task)
@@ -281,7 +281,7 @@ class _Trace:
     def __init__(self, there: list[Tensor], vocabulary: int) -> None:
         self._vocabulary, self._inside = vocabulary, ["activations"]
         self._finished, self._points = 0, list[tuple[int, Point]]()
-        self.live = Live(self._kind)
+        self.live = LiveTensorBytes(self._kind)
         self.live.show(there, "held")
         self.before = self.live.live
         self.live.watch = self._note

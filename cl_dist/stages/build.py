@@ -21,10 +21,10 @@ from cl_dist.parallel import params
 from cl_dist.parallel.device_map import spread
 from cl_dist.parallel.seeds import seeded
 from cl_dist.parallel.world import World
-from cl_dist.parallel.zero3_init import dividing
+from cl_dist.parallel.zero3_init import partitioned_init
 from cl_dist.stage import Rationalise, Train
 from cl_dist.stages.stage_job import Job, task_data
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.stages.weights import ShardedWeights
 
 M = TypeVar("M", bound=nn.Module)
 LEARNER = "learner.safetensors"
@@ -40,7 +40,7 @@ def new_learner(
     return kind(method, num_labels, model, seed)
 
 
-def placed(job: Job, model: M) -> M:
+def to_inference(job: Job, model: M) -> M:
     """Bring a finished model to the precision of its forward pass and to this worker's devices, to be read alone."""
     if job.model.dtype == "bfloat16":
         lower(model)  # before it goes to a device, where float32 may not fit
@@ -54,12 +54,12 @@ class _Fitted(Mapping[str, Tensor]):
     Those of parameters that are cut up are as they were stored.
     """
 
-    def __init__(self, learner: Learner, stored: Mapping[str, StoredWeights], own: Mapping[str, Tensor]) -> None:
+    def __init__(self, learner: Learner, stored: Mapping[str, ShardedWeights], own: Mapping[str, Tensor]) -> None:
         self._learner, self._stored, self._own = learner, stored, own
 
     def __getitem__(self, name: str) -> Tensor:
         value = self._stored[name][name]
-        return self._learner.fitted(name, value, self._own[name]) if self._own[name].numel() else value
+        return self._learner.resize_stored(name, value, self._own[name]) if self._own[name].numel() else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -70,7 +70,7 @@ class _Fitted(Mapping[str, Tensor]):
 
 def loads_in_pieces(learner: Learner, model: ModelConfig) -> bool:
     """Return whether a backbone can be cut up over the ranks while it is loaded, where ZeRO-3 cuts it up in the end."""
-    return learner.takes_divided and model.config is None and model.weight_bits is None
+    return learner.takes_partitioned and model.config is None and model.weight_bits is None
 
 
 def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False, is_read: bool = False) -> Learner:
@@ -92,16 +92,16 @@ def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False, 
     num_labels = tuple(len(task_data(job, task).labels) for task in range(last + 1))
     learner = new_learner(job.method, job.model, num_labels, job.seed, name)
     divided = divided and loads_in_pieces(learner, job.model)
-    cut = dividing(job.engine, World.current()) if divided else nullcontext()
+    cut = partitioned_init(job.engine, World.current()) if divided else nullcontext()
     with seeded(job.seed, "build", job.tasks[last].id, *number):
         with cut:
             dtype = torch.bfloat16 if is_read and job.model.dtype == "bfloat16" else torch.float32
             backbone = load_backbone(job.model, causal=learner.answers == "text", dtype=dtype)
         model = learner.build(backbone, last)
     own, world = model.state_dict(), World.current()
-    latest: dict[str, StoredWeights] = {}
+    latest: dict[str, ShardedWeights] = {}
     for folder in job.chain:
-        stored = StoredWeights(folder)
+        stored = ShardedWeights(folder)
         if last == job.stage.task and (unexpected := stored.keys() - own.keys()):
             raise CheckpointError(f"{folder}: holds weights of {min(unexpected)!r}, which this model does not have")
         latest |= {name: stored for name in stored if name in own}

@@ -24,8 +24,8 @@ from cl_dist.parallel import moments, params
 from cl_dist.parallel.engine import Engine
 from cl_dist.parallel.world import World
 from cl_dist.stage import digest_of
-from cl_dist.stages.weights import TRAINABLE, Pieces, StoredWeights
-from cl_dist.storage import told_when_full
+from cl_dist.stages.weights import TRAINABLE, LocalShards, ShardedWeights
+from cl_dist.storage import storage_errors
 
 log = logging.getLogger(__name__)
 FOLDER, INDEX, BEST, KEPT = "checkpoints", "checkpoint.json", "best", 2
@@ -34,7 +34,7 @@ FOLDER, INDEX, BEST, KEPT = "checkpoints", "checkpoint.json", "best", 2
 class Best:
     """The weights of the best round so far: in this process, or in a checkpoint's folder."""
 
-    def __init__(self, loss: float, weights: Pieces | Path) -> None:
+    def __init__(self, loss: float, weights: LocalShards | Path) -> None:
         self.loss, self._weights = loss, weights
 
     def lie_in(self, folder: Path) -> None:
@@ -44,7 +44,7 @@ class Best:
 
     def write(self, folder: Path, rank: int) -> list[Path]:
         """Write what is this rank's to a folder, and return the files; rank 0 copies a checkpoint's. No collective."""
-        if isinstance(self._weights, Pieces):
+        if isinstance(self._weights, LocalShards):
             return self._weights.write(folder)
         files = self._weights.iterdir() if rank == 0 else ()
         return [Path(shutil.copyfile(path, folder / path.name)) for path in files]
@@ -66,11 +66,11 @@ class Checkpoint:
 
     def load_weights(self, model: nn.Module, rank: int) -> None:
         """Put the trained weights into a model, before an engine takes it."""
-        params.load(model, StoredWeights(self.folder), rank)
+        params.load(model, ShardedWeights(self.folder), rank)
 
     def load_moments(self, engine: Engine) -> None:
         """Put the optimizer where it was."""
-        moments.restore(engine, self.step, {key: StoredWeights(self.folder, key) for key in moments.KEYS})
+        moments.restore(engine, self.step, {key: ShardedWeights(self.folder, key) for key in moments.KEYS})
 
 
 class Writer:
@@ -98,7 +98,9 @@ class Writer:
             (self._partial / BEST).mkdir(parents=True)
         self._world.gather(None)
         keys = {TRAINABLE: None, **{key: key for key in moments.KEYS}}
-        copies = ((stem, Pieces(self._engine, key)) for stem, key in keys.items())  # each taken when it is written,
+        copies = (
+            (stem, LocalShards(self._engine, key)) for stem, key in keys.items()
+        )  # each taken when it is written,
         taken = copies if wait else list(copies)  # but before the next step where that does not wait
         self._written = self._thread.submit(_write, self._partial, taken, best, self._world.rank)
         if wait:
@@ -153,9 +155,9 @@ class Writer:
         return self._folder / f"{_name(self._facts['step'])}.partial"
 
 
-def _write(folder: Path, copies: Iterable[tuple[str, Pieces]], best: Best | None, rank: int) -> dict[str, str]:
+def _write(folder: Path, copies: Iterable[tuple[str, LocalShards]], best: Best | None, rank: int) -> dict[str, str]:
     """Write a rank's files, and return their digests by name."""
-    with told_when_full(folder):
+    with storage_errors(folder):
         paths = [path for stem, pieces in copies for path in pieces.write(folder, stem)]
         if best is not None:
             paths += best.write(folder / BEST, rank)

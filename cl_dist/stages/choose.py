@@ -26,7 +26,7 @@ def shards(job: Job) -> list[Shard]:
     return [Shard(number, rows) for number in range(len(job.stage.candidates)) for rows in voters.shards(job)]
 
 
-class Trier:
+class ChooseWorker:
     """Holds the model of one candidate at a time."""
 
     def __init__(self, job: Job) -> None:

@@ -48,7 +48,7 @@ def shards(job: Job) -> list[Shard]:
     ]
 
 
-class Scorer:
+class EvaluateWorker:
     """Holds the stage's model and scores one shard after the other."""
 
     def __init__(self, job: Job) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cl_dist.config import Section, did_you_mean, parse
-from cl_dist.data.language import Speller
+from cl_dist.data.language import TextCodec
 from cl_dist.errors import CheckpointError, ConfigError
 from cl_dist.ledger import write_json, write_text
 from cl_dist.methods import METHODS
@@ -153,7 +153,7 @@ def _export_text(job: Job, card: Card, model: CausalModel, source: PreTrainedTok
     """Write a model that writes, as a plain causal language model."""
     from cl_dist.models.lowrank import merge_updates  # peft takes seconds to import
 
-    speller = Speller(source)
+    codec = TextCodec(source)
     data = {known.id: task_data(job, number) for number, known in enumerate(card.tasks) if known.is_answered}
     examples = [
         Example(row, rows.question)
@@ -162,9 +162,9 @@ def _export_text(job: Job, card: Card, model: CausalModel, source: PreTrainedTok
     ]
     asked = card.tasks[card.task].id
     tokenizer = text_tokenizer(source, len(card.tasks), job.model.spare_task_tokens, data[asked].question, examples)
-    longest = max(max(speller.lengths(sorted({row.label for row in rows.train}))) for rows in data.values())
+    longest = max(max(codec.lengths(sorted({row.label for row in rows.train}))) for rows in data.values())
     merge_updates(model.backbone)
-    special, config = speller.special, model.backbone.config
+    special, config = codec.special, model.backbone.config
     config.eos_token_id, config.pad_token_id, config.bos_token_id = special.eos, special.pad, None
     model.backbone.generation_config = generation(special, longest)
     _save(model.backbone, folder)
@@ -173,7 +173,7 @@ def _export_text(job: Job, card: Card, model: CausalModel, source: PreTrainedTok
     write_json(settings, json.loads(settings.read_text("utf8")) | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     stored: Any = load_tokenizer(ModelConfig(source=str(folder.absolute())))
-    wrong = misspelled(stored, speller, examples)
+    wrong = misspelled(stored, codec, examples)
     if wrong:
         log.warning(
             "export task=%s rows=%d misspelled=%d: the chat template does not lay them out as training did; see %s",

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from cl_dist.data.language import Special, Speller, asked_of
+from cl_dist.data.language import SpecialTokens, TextCodec, asked_of
 from cl_dist.data.rows import Row
 from cl_dist.errors import ConfigError
 
@@ -69,10 +69,10 @@ class Example:
             {"role": "assistant", "content": self.row.label},
         ]
 
-    def tokens(self, speller: Speller) -> list[int]:
+    def tokens(self, codec: TextCodec) -> list[int]:
         """Return the numbers of the row in training, where nothing of it is cut."""
-        context, asked = speller.encode(self.row.text), speller.encode(asked_of(self.row, self.question))
-        return [*context, *asked, speller.special.ans, *speller.encode(self.row.label), speller.special.eos]
+        context, asked = codec.encode(self.row.text), codec.encode(asked_of(self.row, self.question))
+        return [*context, *asked, codec.special.ans, *codec.encode(self.row.label), codec.special.eos]
 
 
 def text_tokenizer(
@@ -90,15 +90,15 @@ def text_tokenizer(
     Raises:
         ConfigError: If the vocabulary cannot take the special tokens at their numbers.
     """
-    speller = Speller(source)
-    special = speller.special
+    codec = TextCodec(source)
+    special = codec.special
     made = _with_tokens(source, special, _free_names(source, special.names(num_tasks, spare)))
     ans, eos = (str(made.convert_ids_to_tokens(number)) for number in (special.ans, special.eos))
-    expected = [example.tokens(speller) for example in examples]
+    expected = [example.tokens(codec) for example in examples]
     best = -1
     for between in (" ", ""):
-        for answer_lead in dict.fromkeys((speller.lead, "", " ")):
-            names = {"LEAD": speller.lead, "BETWEEN": between, "ANSWER_LEAD": answer_lead, "ANS": ans, "EOS": eos}
+        for answer_lead in dict.fromkeys((codec.lead, "", " ")):
+            names = {"LEAD": codec.lead, "BETWEEN": between, "ANSWER_LEAD": answer_lead, "ANS": ans, "EOS": eos}
             template = _filled(TEMPLATE, {"QUESTION": question.strip(), **names})
             right = sum(
                 made.apply_chat_template(example.messages(), chat_template=template, return_dict=False) == tokens
@@ -111,15 +111,15 @@ def text_tokenizer(
     return made
 
 
-def misspelled(tokenizer: Any, speller: Speller, examples: Iterable[Example]) -> int:
+def misspelled(tokenizer: Any, codec: TextCodec, examples: Iterable[Example]) -> int:
     """Return how many rows the chat template lays out in other numbers than training did."""
     return sum(
-        tokenizer.apply_chat_template(example.messages(), return_dict=False) != example.tokens(speller)
+        tokenizer.apply_chat_template(example.messages(), return_dict=False) != example.tokens(codec)
         for example in examples
     )
 
 
-def generation(special: Special, longest: int) -> GenerationConfig:
+def generation(special: SpecialTokens, longest: int) -> GenerationConfig:
     """Return how the model is asked to write, as in a run: greedily, to its end, one token more than any answer had."""
     return GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=special.eos, pad_token_id=special.pad, do_sample=False, max_new_tokens=longest + 1
@@ -142,7 +142,7 @@ def _free_names(source: PreTrainedTokenizerBase, names: Sequence[str]) -> list[s
     return free
 
 
-def _with_tokens(source: PreTrainedTokenizerBase, special: Special, names: list[str]) -> PreTrainedTokenizerBase:
+def _with_tokens(source: PreTrainedTokenizerBase, special: SpecialTokens, names: list[str]) -> PreTrainedTokenizerBase:
     """Return a tokenizer that has the special tokens, pads and ends with them, and adds none by itself.
 
     Whatever class the source has, this one is built from tokenizer.json alone: classes that build their own parts on

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from cl_dist.data.bayes import NaiveBayes, words
-from cl_dist.data.language import Special, Speller
+from cl_dist.data.language import SpecialTokens, TextCodec
 from cl_dist.data.rows import TaskData
 from cl_dist.data.samples import STATISTICS, Sample, as_sample, write_samples
 from cl_dist.errors import TrainingError
@@ -26,7 +26,7 @@ from cl_dist.models.causal import CausalModel
 from cl_dist.models.decode import Line, draw, rows_within, write
 from cl_dist.parallel.seeds import seed_of
 from cl_dist.stage import Generate
-from cl_dist.stages.build import build_learner, placed
+from cl_dist.stages.build import build_learner, to_inference
 from cl_dist.stages.stage_job import Job, replayed_rows, row_length, task_data
 
 SHOWN = 20
@@ -63,7 +63,7 @@ def shards(job: Job) -> list[Shard]:
     ]
 
 
-class Dreamer:
+class GenerateWorker:
     """Holds the model of the previous task and writes one shard after the other."""
 
     def __init__(self, job: Job) -> None:
@@ -71,13 +71,13 @@ class Dreamer:
         learner = build_learner(job, is_read=True)
         assert isinstance(learner.model, CausalModel)
         model: Any = learner.model.backbone  # the library's methods carry no types
-        self._model: Any = placed(job, model)
-        self._speller = Speller(load_tokenizer(job.model))
+        self._model: Any = to_inference(job, model)
+        self._codec = TextCodec(load_tokenizer(job.model))
         self._shared = getattr(job.method, "task_token", "task") == "shared"
 
     def run(self, shard: Shard) -> Written:
         """Write a shard's samples."""
-        settings, special = self._job.generate, self._speller.special
+        settings, special = self._job.generate, self._codec.special
         length = row_length(self._job, shard.source)
         slots = rows_within(self._model, settings.slots, length, settings.cache_gb)
         gen = special.gen if self._shared else special.task(shard.source)
@@ -89,7 +89,7 @@ class Dreamer:
         def pick(logits_BV: Tensor, key_B: Tensor, at_B: Tensor) -> Tensor:
             return draw(logits_BV, key_B, at_B, settings.top_k, settings.top_p, settings.temperature)
 
-        known = {tuple(self._speller.encode(name)) for name in self._known(shard.source)}
+        known = {tuple(self._codec.encode(name)) for name in self._known(shard.source)}
         found: dict[int, Sample] = {}
         spare: dict[int, Sample] = {}
         room = self._quota(shard)
@@ -140,18 +140,18 @@ class Dreamer:
 
     def _spelled(self, label: str) -> str:
         """Return a label as the vocabulary spells it."""
-        return self._speller.decode(self._speller.encode(label))
+        return self._codec.decode(self._codec.encode(label))
 
     def _judged(self, line: "_Line", source: int, known: set[tuple[int, ...]]) -> tuple[Sample | None, Fault | None]:
         """Return the sample that was written, or what is wrong with it."""
-        tokens, special = line.tokens, self._speller.special
+        tokens, special = line.tokens, self._codec.special
         if line.fault is not None:
             return None, line.fault
         if tokens.count(special.ans) != 1:
             return None, "no_answer_mark"
         mark = tokens.index(special.ans)
         prefix, answer = tuple(tokens[:mark]), tuple(tokens[mark + 1 :])
-        text, label = self._speller.decode(prefix), self._speller.decode(answer)
+        text, label = self._codec.decode(prefix), self._codec.decode(answer)
         if not text or not label:
             return None, "empty"
         if not self._asks(source, prefix):
@@ -162,7 +162,7 @@ class Dreamer:
 
     def _asks(self, source: int, prefix: tuple[int, ...]) -> bool:
         """Return whether a text ends in its task's question, or need not."""
-        question = tuple(self._speller.encode(task_data(self._job, source).question))
+        question = tuple(self._codec.encode(task_data(self._job, source).question))
         is_checked = self._job.generate.known_question and not self._shared and question
         return not is_checked or prefix[-len(question) :] == question
 
@@ -176,17 +176,17 @@ class Dreamer:
     def _shown(self, tokens: list[int]) -> str:
         parts: list[list[int]] = [[]]
         for token in tokens:
-            if token == self._speller.special.ans:
+            if token == self._codec.special.ans:
                 parts.append([])
             else:
                 parts[-1].append(token)
-        return " => ".join(self._speller.decode(part) for part in parts)
+        return " => ".join(self._codec.decode(part) for part in parts)
 
 
 class _Line(Line):
     """A sample being written."""
 
-    def __init__(self, gen: int, key: int, number: int, attempt: int, special: Special, length: int) -> None:
+    def __init__(self, gen: int, key: int, number: int, attempt: int, special: SpecialTokens, length: int) -> None:
         super().__init__(gen, key)
         self.number, self.attempt = number, attempt
         self.fault: Fault | None = None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_dist.data.language import Speller, spell
+from cl_dist.data.language import TextCodec, encode_row
 from cl_dist.data.reading import unreadable
 from cl_dist.data.rows import Row
 from cl_dist.errors import CheckpointError, DataError
@@ -18,7 +18,7 @@ from cl_dist.models.backbone import load_tokenizer, num_embeddings
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.decode import answer_all
 from cl_dist.parallel.world import World
-from cl_dist.stages.build import build_learner, placed
+from cl_dist.stages.build import build_learner, to_inference
 from cl_dist.stages.stage_job import Job, task_data
 
 
@@ -42,7 +42,7 @@ class Predictor:
         self.__dict__.pop("learner", None)
         gc.collect()  # never two models resident: accelerate's hooks hold theirs in a cycle
         self.learner, self._latest = build_learner(self._job, task, is_read=True), task
-        self._model = placed(self._job, self.learner.model)
+        self._model = to_inference(self._job, self.learner.model)
 
     @property
     def writes(self) -> bool:
@@ -107,22 +107,22 @@ class Predictor:
             return [labels[int(logits_K.argmax())] for logits_K in self.logits(task, rows)]
         self._load(task)
         assert isinstance(self.learner.model, CausalModel)
-        speller, data = Speller(self._tokenizer), task_data(self._job, task)
-        backbone, special = self.learner.model.backbone, speller.special
-        known = {tuple(speller.encode(label)): label for label in data.labels}
-        longest = max(len(speller.encode(text)) for text in {row.label for row in data.train})
+        codec, data = TextCodec(self._tokenizer), task_data(self._job, task)
+        backbone, special = self.learner.model.backbone, codec.special
+        known = {tuple(codec.encode(label)): label for label in data.labels}
+        longest = max(len(codec.encode(text)) for text in {row.label for row in data.train})
         length = self._job.max_length[task]
         found: list[str] = []
         for start in range(0, len(rows), self._job.evaluate.shard_rows):
             blind = [replace(row, label="") for row in rows[start : start + self._job.evaluate.shard_rows]]
-            spelled = [spell(speller, row, data.question, length, longest) for row in blind]
+            spelled = [encode_row(codec, row, data.question, length, longest) for row in blind]
             prompts = [[*context, *asked, special.ans] for context, asked, _ in spelled]
             of_row: dict[int, str] = {}
             for indices in self._batches(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))):
                 chosen = [prompts[index] for index in indices]
                 written = answer_all(backbone, chosen, special.pad, special.eos, longest + 1)
                 for index, tokens in zip(indices, written, strict=True):
-                    of_row[index] = known.get(tuple(tokens)) or speller.decode(tokens)
+                    of_row[index] = known.get(tuple(tokens)) or codec.decode(tokens)
             found += [of_row[index] for index in range(len(prompts))]
         return found
 

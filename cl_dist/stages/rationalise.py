@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cl_dist.data.environments import ReasonedRows
+from cl_dist.data.environments import RationaleExamples
 from cl_dist.data.rationales import Span, joined
 from cl_dist.data.votes import RATIONALES, voting_rows
 from cl_dist.errors import CheckpointError
@@ -24,7 +24,7 @@ Marked = list[tuple[str, list[Span]]]
 """Row id, and the [start, end) characters of its text that are its rationale."""
 
 
-def standings(job: Job) -> list[float]:
+def dev_scores(job: Job) -> list[float]:
     """Return the dev accuracy of each of the stage's models; of a task without dev rows, minus the train loss.
 
     Raises:
@@ -42,13 +42,13 @@ def standings(job: Job) -> list[float]:
     return found
 
 
-class Marker:
+class RationaliseWorker:
     """Holds the best players and marks rows."""
 
     def __init__(self, job: Job) -> None:
         assert isinstance(job.stage, Rationalise)
         self._job, self._vote, self._device = job, job.stage.vote, World.current().device
-        scores = standings(job)
+        scores = dev_scores(job)
         best = job.stage.models[scores.index(max(scores))]
         learner = build_learner(replace(job, chain=(str(job.folder(best)),)))
         assert isinstance(learner.model, Players)
@@ -61,7 +61,7 @@ class Marker:
         chosen = voting_rows(data, self._vote.samples)[shard.start : shard.stop]
         length = self._job.method.invrat.train.max_length  # type: ignore[attr-defined]
         rows = self._learner.rows(self._tokenizer, length, training=False)
-        assert isinstance(rows, ReasonedRows)
+        assert isinstance(rows, RationaleExamples)
         rows.add(shard.source, data, chosen)
         marked: Marked = []
         for number, row in enumerate(chosen):
@@ -76,7 +76,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, Marked]], out: Path) -> None:
     assert isinstance(job.stage, Rationalise)
     lines = [line for _, marked in sorted(results, key=lambda result: result[0]) for line in marked]
     (out / RATIONALES).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
-    scores = standings(job)
+    scores = dev_scores(job)
     facts: dict[str, Any] = {"standings": scores, "chosen": scores.index(max(scores)), "rows": len(lines)}
     facts["empty"] = sum(not spans for _, spans in lines)
     (out / FOUND).write_text(json.dumps(facts, indent=1), encoding="utf8")

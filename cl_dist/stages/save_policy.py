@@ -6,27 +6,27 @@ from collections.abc import Callable
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.world import World
 from cl_dist.stages.checkpoint import Writer
-from cl_dist.stages.stage_job import Due
+from cl_dist.stages.stage_job import SaveRequest
 
 ASK_S, WRITING_S = 1.0, 0.1
 """How often ranks agree, and how often while a checkpoint is being written."""
 
 
-class Pace:
+class SavePolicy:
     """Says after each step whether to save, and whether to stop. A collective at some steps, the same on all ranks."""
 
     def __init__(
-        self, config: EngineConfig, world: World, asked: Callable[[], Due], first: int, writer: Writer
+        self, config: EngineConfig, world: World, poll_request: Callable[[], SaveRequest], first: int, writer: Writer
     ) -> None:
         """Take how often, who else may ask, the step that the stage goes on from, and what is still being written."""
-        self._world, self._others_want, self._writer = world, asked, writer
+        self._world, self._others_want, self._writer = world, poll_request, writer
         self._every, self._minutes = config.checkpoint_steps, config.checkpoint_minutes
         self._saved = self._asked = time.monotonic()
         self._ask_at, self._asked_at = first + 1, first
 
-    def due(self, done: int) -> Due:
+    def due(self, done: int) -> SaveRequest:
         """Return what is due after `done` steps of the stage; what has been written by then becomes a checkpoint."""
-        due: Due = "save" if self._every and done % self._every == 0 else ""
+        due: SaveRequest = "save" if self._every and done % self._every == 0 else ""
         if done >= self._ask_at:
             answers = self._world.gather((*self._wanted(done), self._writer.is_written))
             wanted, self._ask_at, _ = answers[0]
@@ -37,7 +37,7 @@ class Pace:
             self._saved, self._ask_at = time.monotonic(), done + 1  # the sooner files become a checkpoint, the better
         return due
 
-    def _wanted(self, done: int) -> tuple[Due, int]:
+    def _wanted(self, done: int) -> tuple[SaveRequest, int]:
         """Return what this rank would do, and after how many steps to ask again; rank 0's word counts."""
         if self._world.rank:
             return "", 0

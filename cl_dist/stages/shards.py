@@ -26,7 +26,7 @@ class Worker(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Sharded:
+class ShardedKind:
     """A kind of stage that any number of workers may compute."""
 
     cut: Callable[[Job], list[Any]]
@@ -37,16 +37,16 @@ class Sharded:
 
 
 SHARDED = {
-    "evaluate": Sharded(evaluate.shards, evaluate.Scorer, evaluate.merge),
-    "generate": Sharded(generate.shards, generate.Dreamer, generate.merge),
-    "rationalise": Sharded(voters.shards, rationalise.Marker, rationalise.merge),
-    "record": Sharded(voters.shards, vote.Recording, vote.merge_record),
-    "vote": Sharded(voters.shards, vote.Comparing, vote.merge_vote),
-    "choose": Sharded(choose.shards, choose.Trier, choose.merge),
+    "evaluate": ShardedKind(evaluate.shards, evaluate.EvaluateWorker, evaluate.merge),
+    "generate": ShardedKind(generate.shards, generate.GenerateWorker, generate.merge),
+    "rationalise": ShardedKind(voters.shards, rationalise.RationaliseWorker, rationalise.merge),
+    "record": ShardedKind(voters.shards, vote.RecordWorker, vote.merge_record),
+    "vote": ShardedKind(voters.shards, vote.VoteWorker, vote.merge_vote),
+    "choose": ShardedKind(choose.shards, choose.ChooseWorker, choose.merge),
 }
 
 
-class Finished:
+class ShardStore:
     """The shards of a stage that are finished, kept in its folder until all of them are."""
 
     def __init__(self, job: Job, out: Path) -> None:

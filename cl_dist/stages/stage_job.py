@@ -13,9 +13,9 @@ from cl_dist.errors import DataError
 from cl_dist.methods.base import MethodConfig
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.config import EngineConfig
-from cl_dist.stage import EvaluateConfig, Generate, GenerateConfig, Ref, Stage, Train, TrainConfig
+from cl_dist.stage import EvaluateConfig, Generate, GenerateConfig, Stage, StageRef, Train, TrainConfig
 
-Due = Literal["", "save", "stop"]
+SaveRequest = Literal["", "save", "stop"]
 """What a Train stage is asked to do between two steps: save, or save and stop."""
 
 
@@ -37,7 +37,7 @@ class Job:
     """Longest input of each task, as its own settings say, whichever task the model has come to."""
     evaluate: EvaluateConfig
     generate: GenerateConfig
-    folders: Mapping[Ref, str]
+    folders: Mapping[StageRef, str]
     """Where the results of the stage's inputs lie."""
     engine: EngineConfig
     seed: int
@@ -49,7 +49,7 @@ class Job:
         """Name of the stage as people see it, such as '02-laptop/train'."""
         return f"{self.stage.task:02d}-{self.tasks[self.stage.task].id}/{self.stage.name}"
 
-    def folder(self, ref: Ref) -> Path:
+    def folder(self, ref: StageRef) -> Path:
         """Return where an input of the stage lies."""
         return Path(self.folders[ref])
 

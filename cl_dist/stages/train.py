@@ -26,14 +26,14 @@ from cl_dist.parallel.engine import Engine, GradScale, Optimizing, Pull, build_e
 from cl_dist.parallel.guard import Guard
 from cl_dist.parallel.seeds import seeded
 from cl_dist.parallel.world import World
-from cl_dist.parallel.zero3_init import divides
+from cl_dist.parallel.zero3_init import partitions
 from cl_dist.stage import Train
 from cl_dist.stages import checkpoint
 from cl_dist.stages.build import LEARNER, build_learner
-from cl_dist.stages.save_policy import Pace
+from cl_dist.stages.save_policy import SavePolicy
 from cl_dist.stages.schedule import Schedule
-from cl_dist.stages.stage_job import Due, Job, replayed_rows, row_length, task_data
-from cl_dist.stages.weights import Pieces, StoredWeights
+from cl_dist.stages.stage_job import Job, SaveRequest, replayed_rows, row_length, task_data
+from cl_dist.stages.weights import LocalShards, ShardedWeights
 
 log = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
@@ -45,7 +45,7 @@ def run(
     job: Job,
     out: Path,
     report: Report,
-    asked: Callable[[], Due] = lambda: "",
+    asked: Callable[[], SaveRequest] = lambda: "",
     alive: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Train the stage's model and let rank 0 write its weights, learner state and facts to out.
@@ -60,7 +60,7 @@ def run(
     stage, world = job.stage, World.current()
     assert isinstance(stage, Train)
     began = entered = time.monotonic()
-    learner = build_learner(job, divided=divides(job.engine, world))
+    learner = build_learner(job, divided=partitions(job.engine, world))
     start(job, learner)
     if job.engine.activation_checkpointing:
         recompute_activations(learner.model)
@@ -85,7 +85,7 @@ def run(
     perf = {"perf/startup_s": time.monotonic() - entered}
     guard = Guard(engine, scales) if job.engine.verify_protection_every else None
     with closing(engine), closing(checkpoint.Writer(out, engine)) as writer:
-        pace = Pace(job.engine, world, asked, loop.done, writer)
+        pace = SavePolicy(job.engine, world, asked, loop.done, writer)
         for step in range(loop.done, schedule.total_steps):
             alive(step)
             loop.step(step)
@@ -106,9 +106,9 @@ def run(
 
         alive(schedule.total_steps)
         perf |= loop.speed()
-        (checkpoint.Best(0.0, Pieces(engine)) if loop.best is None else loop.best).write(out, world.rank)
+        (checkpoint.Best(0.0, LocalShards(engine)) if loop.best is None else loop.best).write(out, world.rank)
         world.gather(None)  # all have written what any of them reads now
-    learner = _ended(job, learner, rows, StoredWeights(out), world)
+    learner = _ended(job, learner, rows, ShardedWeights(out), world)
     if world.rank == 0:
         if state := learner.state_dict():
             save_file({name: value.cpu().contiguous() for name, value in state.items()}, out / LEARNER)
@@ -190,7 +190,7 @@ class _Loop:
         if self._job.train.select == "best_dev" and any(len(rows) for rows in self._dev.values()):
             means |= score_dev(engine, self._learner, self._dev, self._job.evaluate.batch)
             if self.best is None or means["dev/loss"] < self.best.loss:
-                self.best = checkpoint.Best(means["dev/loss"], Pieces(engine))
+                self.best = checkpoint.Best(means["dev/loss"], LocalShards(engine))
         _check_finite(means, step + 1)
         self.rounds.append(means)
         return means
@@ -205,7 +205,7 @@ def _check_finite(numbers: Mapping[str, float], done: int) -> None:
         )
 
 
-def _ended(job: Job, learner: Learner, rows: Rows, weights: StoredWeights, world: World) -> Learner:
+def _ended(job: Job, learner: Learner, rows: Rows, weights: ShardedWeights, world: World) -> Learner:
     """Let the learner consolidate what later tasks need, and return it."""
     if learner.end_rows:
         learner = _finished(job, weights, world)
@@ -363,7 +363,7 @@ def score_dev(engine: Engine, learner: Learner, dev: dict[int, Rows], batch: int
             indices = torch.arange(start, min(start + size * world.size, len(rows))).numpy()
             (places,) = share(indices, world.rank, world.size, size, 1)
             inputs = rows.batch(places, world.device)
-            losses_B, right_B = learner.judge(engine(inputs), inputs)
+            losses_B, right_B = learner.score_examples(engine(inputs), inputs)
             scored = zip(places.tolist(), losses_B.tolist(), right_B.tolist(), strict=True)
             mine += [row for row in scored if row[0] >= 0]
         everyone = sorted(row for part in world.gather(mine) for row in part)

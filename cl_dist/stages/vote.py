@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cl_dist.data.language import Speller, spell
+from cl_dist.data.language import TextCodec, encode_row
 from cl_dist.data.rationales import Span, token_mask
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.data.votes import CRITICAL, RECORDED, read_rationales, read_recorded, voting_rows
@@ -25,7 +25,7 @@ from cl_dist.models.causal import CausalModel
 from cl_dist.models.cci import Bits, Comparer, Floats, Recorder, watch, watched
 from cl_dist.models.saliency import agreement, salient
 from cl_dist.stage import Record, Vote, VoteConfig, digest_of
-from cl_dist.stages.build import build_learner, placed
+from cl_dist.stages.build import build_learner, to_inference
 from cl_dist.stages.stage_job import Job, row_length, task_data
 from cl_dist.stages.voting_shards import Shard
 
@@ -45,14 +45,14 @@ class _Reader(ABC):
         learner = build_learner(job, is_read=True)
         assert isinstance(learner.model, CausalModel)
         model: Any = learner.model.backbone
-        self._model: Any = placed(job, model)
-        self._speller = Speller(load_tokenizer(job.model))
+        self._model: Any = to_inference(job, model)
+        self._codec = TextCodec(load_tokenizer(job.model))
         self._length = {task.id: row_length(job, number) for number, task in enumerate(job.tasks)}
 
     def _tokens(self, data: TaskData, row: Row) -> tuple[list[int], int]:
         """Return the tokens of a row that are looked at, and how many of them, from the first, are its text."""
-        context, asked, answer = spell(self._speller, row, data.question, self._length[data.id])
-        more = [*asked, self._speller.special.ans, *answer] if self._vote.rows == "all" else []
+        context, asked, answer = encode_row(self._codec, row, data.question, self._length[data.id])
+        more = [*asked, self._codec.special.ans, *answer] if self._vote.rows == "all" else []
         return [*context, *more], len(context)
 
     def run(self, shard: Shard) -> Seen:
@@ -73,7 +73,7 @@ class _Reader(ABC):
         """Return what the stage finds in a row, of whose tokens the first `kept` are its text."""
 
 
-class Recording(_Reader):
+class RecordWorker(_Reader):
     """The old model: where it looks in each row, in the map that fits the rationale best."""
 
     def __init__(self, job: Job) -> None:
@@ -100,7 +100,7 @@ class Recording(_Reader):
             watch(self._model, tokens, recorder)
         maps_LUT, iou_LU = recorder.maps()
         if line["number"] == 0:
-            found["words"] = [self._speller.decode([token]) for token in tokens]
+            found["words"] = [self._codec.decode([token]) for token in tokens]
             found["rationale"] = np.flatnonzero(mask_T).tolist()
         bits = np.packbits(maps_LUT).tobytes().hex()
         return found | {"shape": list(maps_LUT.shape), "maps": bits, "iou": iou_LU.tolist()}
@@ -110,8 +110,8 @@ class Recording(_Reader):
         if kept < 2:
             return np.zeros(kept, dtype=bool), "too_short"
         if self._vote.rationales == "gradient":
-            context, asked, answer = spell(self._speller, row, data.question, self._length[data.id])
-            prefix, ans = [*context, *asked], self._speller.special.ans
+            context, asked, answer = encode_row(self._codec, row, data.question, self._length[data.id])
+            prefix, ans = [*context, *asked], self._codec.special.ans
             return salient(self._model, kept, prefix, ans, answer, self._vote.rationale_share), None
         spans = row.rationale if self._vote.rationales == "human" else self._found[source].get(row.id, ())
         mask_T = self._marked(row, spans, kept)
@@ -119,11 +119,11 @@ class Recording(_Reader):
 
     def _marked(self, row: Row, spans: Sequence[Span], kept: int) -> Bits:
         """Return which of the first `kept` tokens of a text lie in some spans."""
-        _, places = self._speller.encode_places(row.text)
+        _, places = self._codec.encode_places(row.text)
         return np.array(token_mask(places[:kept], spans), dtype=bool)
 
 
-class Comparing(_Reader):
+class VoteWorker(_Reader):
     """The new model: how near each unit still comes to what was recorded."""
 
     def __init__(self, job: Job) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor
 from cl_dist.errors import CheckpointError
 from cl_dist.parallel import moments, params
 from cl_dist.parallel.engine import Engine
-from cl_dist.partition import whole_shape
+from cl_dist.partition import full_shape
 
 TRAINABLE = "trainable"
 
 
-class Pieces:
+class LocalShards:
     """A copy of what this rank owns of an engine's trained weights, float32 on the CPU. Taking it is no collective."""
 
     def __init__(self, engine: Engine, moment: str | None = None) -> None:
@@ -36,7 +36,7 @@ class Pieces:
         for name, parameter in engine.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            shape = list(whole_shape(parameter))
+            shape = list(full_shape(parameter))
             piece, start = params.local(parameter, self._world.rank)
             if moment is not None:
                 piece, start = moments.local(engine, parameter, moment)
@@ -64,7 +64,7 @@ class Pieces:
         return [path]
 
 
-class StoredWeights(Mapping[str, Tensor]):
+class ShardedWeights(Mapping[str, Tensor]):
     """The weights in a folder by name; each is put together when it is asked for.
 
     Raises:

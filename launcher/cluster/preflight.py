@@ -17,10 +17,10 @@ import typer
 
 from cl_dist.data.sources import listing
 from cl_dist.errors import ClDistError, ClusterError, ConfigError, printable
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.run_events import versions
-from cl_dist.storage import Room, existing, room
+from cl_dist.storage import NodeResources, existing, room
 from launcher import console, runs
 from launcher.options import AsJson, Config, Overrides
 from launcher.verbs.plan import planned
@@ -83,11 +83,11 @@ def preflight(config: RunConfig) -> list[Finding]:
 
 
 def _data(config: RunConfig) -> Iterator[Finding]:
-    book = Workbook(config)
-    for task in range(len(book.tasks)):
-        name = f"task {book.tasks.tasks[task].id}"
+    opened = Run(config)
+    for task in range(len(opened.tasks)):
+        name = f"task {opened.tasks.tasks[task].id}"
         try:
-            data = book.data(task)
+            data = opened.data(task)
         except ClDistError as error:
             yield Finding("data", "fail", name, str(error), "mend the rows; `cl-dist data check` shows all faults")
             continue
@@ -109,7 +109,7 @@ def _model(config: RunConfig) -> Iterator[Finding]:
     model = config.science.model
     try:
         known = load_config(model)
-        Workbook(config).check_model()
+        Run(config).check_model()
     except ClDistError as error:
         remedy = "name a folder, package:NAME/path, or a hub name that is in the cache or can be reached"
         yield Finding("model", "fail", model.source, str(error), remedy, _code(error))
@@ -126,14 +126,14 @@ def _tokens(config: RunConfig) -> list[Finding]:
     """Look whether the tokenizers of a run and its baselines read the rows, and the backbones their tokens."""
     found: list[Finding] = []
     for each in (config, *(config.baseline(name) for name in config.baselines)):
-        book, source = Workbook(each), each.science.model.source
+        opened, source = Run(each), each.science.model.source
         try:
-            book.check_model()
+            opened.check_model()
         except ClDistError as error:
             found.append(Finding("model", "fail", source, str(error), "mend the model's folder", _code(error)))
             continue
-        for number, task in enumerate(book.tasks.tasks):
-            reading = book.reading(number)
+        for number, task in enumerate(opened.tasks.tasks):
+            reading = opened.reading(number)
             if reading.faults:
                 lines = f"rows that cannot be read:\n{listing(reading.faults)}"
                 found.append(Finding("data", "fail", f"task {task.id}", lines, "mend the rows, or take another model"))
@@ -151,11 +151,11 @@ def _writing(config: RunConfig) -> list[Finding]:
     """Look whether the run, and baselines that write, can write the answers of each task; only faults are findings."""
     found = []
     for each in (config, *(config.baseline(name) for name in config.baselines)):
-        book = Workbook(each)
-        for number, task in enumerate(book.tasks.tasks):
+        opened = Run(each)
+        for number, task in enumerate(opened.tasks.tasks):
             remedy = "rename labels with source.label_map, raise train.max_length, or shorten the rows"
             try:
-                fault = book.writing_fault(number)
+                fault = opened.writing_fault(number)
             except ClDistError as error:
                 fault, remedy = str(error), "install the package, or name another metric"
             finding = Finding("data", "fail", f"task {task.id}", str(fault), remedy)
@@ -273,14 +273,14 @@ def _node(facts: NodeFacts, own: dict[str, str | None], config: RunConfig, neede
     yield from _limits(facts.name, facts.room)
 
 
-def _disk(where: str, there: Room, needed_gb: float) -> Finding:
+def _disk(where: str, there: NodeResources, needed_gb: float) -> Finding:
     found = f"{there.free_gb:.1f} GB free, the run writes about {needed_gb:.1f} GB"
     if there.free_gb < needed_gb:
         return Finding("disk", "fail", where, found, "make room, name another run.dir")
     return Finding("disk", "ok", where, found)
 
 
-def _limits(where: str, there: Room) -> Iterator[Finding]:
+def _limits(where: str, there: NodeResources) -> Iterator[Finding]:
     if there.shm_gb < SHM_GB:
         remedy = "docker: --shm-size 8g; Kubernetes: an emptyDir of medium Memory at /dev/shm"
         yield Finding("limits", "warn", where, f"/dev/shm has {there.shm_gb:.2f} GB", remedy)
@@ -298,6 +298,6 @@ def _gpus() -> int:
 
 def _needed_gb(config: RunConfig) -> float:
     """Return what the run and its baselines will write."""
-    books = [config, *(config.baseline(name) for name in config.baselines)]
-    files = [part["bytes"] for each in books for part in planned(each, ()).get("disk", [])]
+    opened_runs = [config, *(config.baseline(name) for name in config.baselines)]
+    files = [part["bytes"] for each in opened_runs for part in planned(each, ()).get("disk", [])]
     return float(sum(files)) / 1e9

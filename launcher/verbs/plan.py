@@ -9,9 +9,9 @@ from rich.table import Table
 
 from cl_dist.errors import ConfigError
 from cl_dist.planning import memory, scaling
-from cl_dist.planning.inputs import Known, Shape
+from cl_dist.planning.inputs import ModelEstimate, PlanInputs
 from cl_dist.planning.memory import GIB, Estimate, Gang, Quantity
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig, load_run
 from cl_dist.stage import Choose, Evaluate, Generate, Rationalise, Record, Stage, Train, Vote, ref
 from launcher import console, runs
@@ -53,7 +53,7 @@ def plan(
     run = load_run(runs.run_file(config), overrides or [])
     document = planned(run, tuple(device_gib or DEVICES), with_memory)
     if with_scaling and document["memory"] is not None:
-        document["scaling"] = list(scaling.on_paper(scaling.work_of(run, document), scaling.Machine()))
+        document["scaling"] = list(scaling.step_costs(scaling.work_of(run, document), scaling.Machine()))
         document["stage_seconds"] = list(scaling.stages_on_paper(run, document, scaling.Machine()))
     if as_json:
         console.document(document)
@@ -66,33 +66,33 @@ def plan(
 
 def planned(config: RunConfig, devices: tuple[float, ...], with_memory: bool = True) -> Plan:
     """Return the plan of a run as plain data."""
-    book = Workbook(config)
-    known = Known.of(book)
-    stages = [stage for task in range(len(book.tasks)) for stage in book.plan(task)]
-    document: Plan = {"run": config.run.name, "stages": [_stage(known, stage) for stage in stages], "memory": None}
-    if with_memory and (shape := Shape.of(known)) is not None:
-        document |= _sizes(config, known, shape, stages, devices)
+    opened = Run(config)
+    inputs = PlanInputs.of(opened)
+    stages = [stage for task in range(len(opened.tasks)) for stage in opened.plan(task)]
+    document: Plan = {"run": config.run.name, "stages": [_stage(inputs, stage) for stage in stages], "memory": None}
+    if with_memory and (shape := ModelEstimate.of(inputs)) is not None:
+        document |= _sizes(config, inputs, shape, stages, devices)
     baselines = {name: config.baseline(name).science.method.name for name in config.baselines}
-    return document | {"baselines": baselines, "untold": list(dict.fromkeys(known.untold))}
+    return document | {"baselines": baselines, "untold": list(dict.fromkeys(inputs.assumptions))}
 
 
-def _stage(known: Known, stage: Stage) -> Plan:
+def _stage(inputs: PlanInputs, stage: Stage) -> Plan:
     """Return a stage with what it reads and writes; what data or weights decide is None where they are absent."""
-    book = known.book
+    opened = inputs.run
     rows, fingerprint, is_done = None, None, False
-    if not known.missing:
-        rows = book.num_rows(stage)
+    if not inputs.missing:
+        rows = opened.num_rows(stage)
         try:
-            fingerprint, is_done = book.ledger.fingerprint(stage)[:12], book.ledger.is_done(stage)
+            fingerprint, is_done = opened.ledger.fingerprint(stage)[:12], opened.ledger.is_done(stage)
         except ConfigError as error:
-            known.untold.append(f"fingerprints: {error}")
+            inputs.assumptions.append(f"fingerprints: {error}")
     return {
-        "stage": book.ledger.key(ref(stage)),
-        "task": book.tasks.tasks[stage.task].id,
+        "stage": opened.ledger.key(ref(stage)),
+        "task": opened.tasks.tasks[stage.task].id,
         "kind": stage.kind,
         "rows": rows,
-        "inputs": [book.ledger.key(each) for each in stage.inputs],
-        "reads": [*(f"{book.tasks.tasks[t].id} ({splits})" for t, splits in _rows_of(stage))],
+        "inputs": [opened.ledger.key(each) for each in stage.inputs],
+        "reads": [*(f"{opened.tasks.tasks[t].id} ({splits})" for t, splits in _rows_of(stage))],
         "writes": list(WRITES[stage.kind]),
         "fingerprint": fingerprint,
         "done": is_done,
@@ -115,7 +115,9 @@ def _rows_of(stage: Stage) -> list[tuple[int, str]]:
             return [(task, "dev, or train") for task in stage.sources]
 
 
-def _sizes(config: RunConfig, known: Known, shape: Shape, stages: list[Stage], devices: tuple[float, ...]) -> Plan:
+def _sizes(
+    config: RunConfig, inputs: PlanInputs, shape: ModelEstimate, stages: list[Stage], devices: tuple[float, ...]
+) -> Plan:
     """Return memory, disk and clusters."""
     rank, pool = _Rank(config, shape), _pool(config, shape, stages)
     model, cluster = shape.model, config.cluster
@@ -131,12 +133,12 @@ def _sizes(config: RunConfig, known: Known, shape: Shape, stages: list[Stage], d
         zero.insert(0, {"zero_stage": None, "configured": True} | rank.exact(1, None).plain())
     trainings = sum(isinstance(stage, Train) and stage.learner is None for stage in stages)
     samples = 0
-    if not known.missing:
-        written = sum(known.book.num_rows(stage) for stage in stages if isinstance(stage, Generate))
+    if not inputs.missing:
+        written = sum(inputs.run.num_rows(stage) for stage in stages if isinstance(stage, Generate))
         samples = 12 * shape.train.max_length * written
     keeps_best = shape.train.select == "best_dev"
     if any(isinstance(stage, Train) and stage.frozen is not None for stage in stages):
-        known.untold.append(
+        inputs.assumptions.append(
             f"what a vote will freeze: T counts everything; a frozen block takes {shape.dry.block:,} elements off it, "
             "frozen heads stay in the optimizer"
         )
@@ -144,7 +146,7 @@ def _sizes(config: RunConfig, known: Known, shape: Shape, stages: list[Stage], d
     files = memory.disk(
         model,
         learner=shape.dry.ended(),  # no micro-batch can be traced after this
-        num_tasks=len(known.book.tasks),
+        num_tasks=len(inputs.run.tasks),
         trainings=trainings,
         keeps_best=keeps_best,
         samples=samples,
@@ -181,7 +183,7 @@ def _sizes(config: RunConfig, known: Known, shape: Shape, stages: list[Stage], d
 class _Rank:
     """Estimates of a rank for gangs of any size: exact ones, and near ones between two that were traced."""
 
-    def __init__(self, config: RunConfig, shape: Shape) -> None:
+    def __init__(self, config: RunConfig, shape: ModelEstimate) -> None:
         self._cluster, self._shape, self._steps = config.cluster, shape, dict[tuple[int, bool], memory.Step]()
         self._batch = shape.train.global_batch
         self._near: dict[tuple[int, int, int], int] = {}
@@ -231,7 +233,7 @@ class _Rank:
         return [(stage, each) for each in rows for stage in memory.STAGES if stage or self._shape.item == 4]
 
 
-def _pool(config: RunConfig, shape: Shape, stages: list[Stage]) -> dict[str, tuple[Quantity, ...]]:
+def _pool(config: RunConfig, shape: ModelEstimate, stages: list[Stage]) -> dict[str, tuple[Quantity, ...]]:
     """Return what an actor holds in each kind of stage that is cut into shards."""
     kinds = {stage.kind for stage in stages if not isinstance(stage, Train)} - {"rationalise"}
     model, science, length = shape.model, config.science, shape.train.max_length
@@ -261,7 +263,7 @@ def _finds_rationales(stages: list[Stage]) -> bool:
     return any(isinstance(stage, Record) and stage.vote.rationales == "gradient" for stage in stages)
 
 
-def _slots(config: RunConfig, shape: Shape) -> int:
+def _slots(config: RunConfig, shape: ModelEstimate) -> int:
     """Return how many samples are written side by side; 0 where nothing writes."""
     if shape.dry.decoder is None:
         return 0

@@ -14,14 +14,14 @@ from launcher import console, runs
 from launcher.inspect.contents import inspect_path
 from launcher.inspect.tables import tables
 from launcher.model_lookup import answering, last_learned, number_of
-from launcher.options import AsJson, Run, Task, Verbose
+from launcher.options import AsJson, RunFolder, Task, Verbose
 
 if TYPE_CHECKING:
-    from cl_dist.run import Workbook
+    from cl_dist.run import Run
 
 
 def eval_(
-    run: Run,
+    run: RunFolder,
     task: Annotated[list[str] | None, typer.Option(help="id of a task, repeatable; all learned ones if not")] = None,
     after: Annotated[str | None, typer.Option(help="with the model after this task; the last one if left out")] = None,
     split: Annotated[Literal["dev", "test"], typer.Option(help="rows to score")] = "test",
@@ -32,39 +32,39 @@ def eval_(
     from cl_dist.metrics import majority_accuracy
 
     console.start_logging(verbose)
-    book = _open(run)
-    last = last_learned(book) if after is None else number_of(book, after, "--after")
-    tasks = [number_of(book, name) for name in dict.fromkeys(task)] if task else list(range(last + 1))
+    opened = _open(run)
+    last = last_learned(opened) if after is None else number_of(opened, after, "--after")
+    tasks = [number_of(opened, name) for name in dict.fromkeys(task)] if task else list(range(last + 1))
     for number in tasks:
-        if not book.data(number).rows(split):
-            raise ConfigError(f"--split {split}: task {book.data(number).id} has no {split} rows")
-    models = answering(book, tasks, last)
+        if not opened.data(number).rows(split):
+            raise ConfigError(f"--split {split}: task {opened.data(number).id} has no {split} rows")
+    models = answering(opened, tasks, last)
     from cl_dist.stages.evaluate import compared
     from cl_dist.stages.predict import Predictor
 
     lines = {}
     if split == "test":
-        book.check_rows(*(stage for stage, _ in models))
+        opened.check_rows(*(stage for stage, _ in models))
     for stage, own in models:
         with console.results_only():
-            predictor = Predictor(book.job(stage))
-            answers = {number: predictor.answers(number, book.data(number).rows(split)) for number in own}
+            predictor = Predictor(opened.job(stage))
+            answers = {number: predictor.answers(number, opened.data(number).rows(split)) for number in own}
         for number in own:
-            data, rows = book.data(number), book.data(number).rows(split)
+            data, rows = opened.data(number), opened.data(number).rows(split)
             lines[number] = {
                 "task": data.id,
-                "model": book.ledger.key(stage.model),
+                "model": opened.ledger.key(stage.model),
                 "rows": len(rows),
-                **compared(book.tasks.tasks[number], data.labels, rows, answers[number]),
+                **compared(opened.tasks.tasks[number], data.labels, rows, answers[number]),
                 "majority": majority_accuracy([row.label for row in data.train], [row.label for row in rows]),
             }
     scored = [lines[number] for number in tasks]
-    after = book.tasks.tasks[last].id
+    after = opened.tasks.tasks[last].id
     if as_json:
-        document = {"run": book.config.run.name, "after": after, "split": split, "tasks": scored}
+        document = {"run": opened.config.run.name, "after": after, "split": split, "tasks": scored}
         console.document(document)
         return
-    table = Table(title=f"{book.config.run.name}: {split} rows, after task {after}")
+    table = Table(title=f"{opened.config.run.name}: {split} rows, after task {after}")
     for heading in ("task", "model", "rows", "score", "accuracy", "macro F1", "majority"):
         table.add_column(heading, justify="left" if heading in ("task", "model") else "right")
     for line in scored:
@@ -74,7 +74,7 @@ def eval_(
     console.out.print(table)
 
 
-def predict(run: Run, task: Task, verbose: Verbose = False) -> None:
+def predict(run: RunFolder, task: Task, verbose: Verbose = False) -> None:
     """Answer JSON lines from stdin with JSON lines on stdout, by the model after the last learned task.
 
     A line is {"text": ..., "text_pair": ..., "id": ...}, or has the fields of the task's own data. The answer is
@@ -83,18 +83,18 @@ def predict(run: Run, task: Task, verbose: Verbose = False) -> None:
     from cl_dist.data.unlabelled import read_unlabelled
 
     console.start_logging(verbose)
-    book = _open(run)
-    number = number_of(book, task)
-    ((stage, _),) = answering(book, [number], last_learned(book))
+    opened = _open(run)
+    number = number_of(opened, task)
+    ((stage, _),) = answering(opened, [number], last_learned(opened))
     if sys.stdin is None:
         raise DataError("stdin is closed: expected JSON lines on it")
-    rows = read_unlabelled(sys.stdin.buffer, book.tasks.tasks[number])
+    rows = read_unlabelled(sys.stdin.buffer, opened.tasks.tasks[number])
     from cl_dist.stages.predict import Predictor
 
     with console.results_only() as stdout:
-        predictor = Predictor(book.job(stage))
+        predictor = Predictor(opened.job(stage))
         # As many rows at a time as a shard has: a task's own rows meet in the batches of its Evaluate stage.
-        while shard := list(islice(rows, book.config.science.evaluate.shard_rows)):
+        while shard := list(islice(rows, opened.config.science.evaluate.shard_rows)):
             chosen = [row for _, row in shard]
             predictor.refuse_unreadable(number, chosen)
             found: list[dict[str, object]]
@@ -109,7 +109,7 @@ def predict(run: Run, task: Task, verbose: Verbose = False) -> None:
 
 
 def export(
-    run: Run,
+    run: RunFolder,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that does not exist, or is empty")],
     task: Task,
     as_json: AsJson = False,
@@ -121,19 +121,19 @@ def export(
     A model that writes its answers is loaded by AutoModelForCausalLM and AutoTokenizer.
     """
     console.start_logging(verbose)
-    book = _open(run)
-    number = number_of(book, task)
-    ((stage, _),) = answering(book, [number], last_learned(book))
+    opened = _open(run)
+    number = number_of(opened, task)
+    ((stage, _),) = answering(opened, [number], last_learned(opened))
     from cl_dist.stages.export import check_free
     from cl_dist.stages.export import export as write
 
     check_free(folder)
     with console.results_only():
-        write(book.job(stage), number, folder, book.ledger.fingerprint(book.stage(stage.model)))
+        write(opened.job(stage), number, folder, opened.ledger.fingerprint(opened.stage(stage.model)))
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
     if as_json:
-        model = book.ledger.key(stage.model)
+        model = opened.ledger.key(stage.model)
         console.document({"folder": str(folder), "task": task, "model": model, "files": files})
         return
     for name, size in files.items():
@@ -157,7 +157,7 @@ def inspect(
         raise CheckpointError("\n".join(document["faults"]))
 
 
-def _open(run: Path) -> "Workbook":
-    from cl_dist.run import Workbook
+def _open(run: Path) -> "Run":
+    from cl_dist.run import Run
 
-    return Workbook(runs.reopen(run, []))
+    return Run(runs.reopen(run, []))

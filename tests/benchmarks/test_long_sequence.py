@@ -13,7 +13,7 @@ import pytest
 
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.run_events import Tracker
-from cl_dist.sequence import run
+from cl_dist.sequence import run_stages
 from tests import tiny
 from tests.benchmarks.conftest import Measured
 
@@ -46,11 +46,11 @@ def test_a_hundred_tasks_cost_hardly_more_each_than_ten(
             began = now
 
     from cl_dist.config import parse
-    from cl_dist.run import Workbook
+    from cl_dist.run import Run
     from cl_dist.run_config import RunConfig
 
-    book = Workbook(parse(RunConfig, tree))
-    run(book, LocalDispatcher(), Tracker(book, watch=watch))
+    run = Run(parse(RunConfig, tree))
+    run_stages(run, LocalDispatcher(), Tracker(run, watch=watch))
     assert len(series) == TASKS
     for number in (0, 9, 19, 39, 59, 79, 99):
         seconds, memory, files = series[number]

@@ -24,7 +24,7 @@ from ray.exceptions import RayActorError
 
 from cl_dist.dispatch_ray import cluster, mailbox
 from cl_dist.dispatch_ray.dispatcher import RayDispatcher
-from cl_dist.dispatch_ray.mailbox import Mailbox, Parcel
+from cl_dist.dispatch_ray.mailbox import Mailbox, StageTicket
 from cl_dist.dispatch_ray.private_ray import loopback, private
 from cl_dist.errors import ClusterError, DataError, JobError
 from cl_dist.run_config import ClusterConfig
@@ -38,7 +38,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parcel(number: int) -> Any:
     job: Any = None  # the mailbox does not look inside
-    return Parcel(number=number, job=job, out="", logs="", step_timeout_s=0.0)
+    return StageTicket(number=number, job=job, out="", logs="", step_timeout_s=0.0)
 
 
 def test_a_restarted_gang_is_given_the_current_stage_and_none_that_is_done() -> None:

@@ -23,11 +23,11 @@ from cl_dist.data.unlabelled import read_unlabelled
 from cl_dist.errors import CheckpointError, ClDistError, StageConflictError
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.parallel.world import World
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import Ref, ref
+from cl_dist.stage import StageRef, ref
 from cl_dist.stages import checkpoint
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.stages.weights import ShardedWeights
 from launcher import runs
 from tests import tiny
 from tests.integration.test_step_checkpoints import made, train_until
@@ -107,13 +107,13 @@ def test_a_run_file_with_anything_in_it(trees: list[Any], folder: Path, data: st
         if not isinstance(tree, dict) or not places(tree):
             return
     try:
-        book = Workbook(parse(RunConfig, tree))
-        book.check_data()
-        for task in range(len(book.tasks)):
-            for stage in book.plan(task):
-                book.ledger.is_done(stage)
-        assert ".." not in book.config.run.name.split("/")
-        assert "/" not in book.config.run.name
+        opened = Run(parse(RunConfig, tree))
+        opened.check_data()
+        for task in range(len(opened.tasks)):
+            for stage in opened.plan(task):
+                opened.ledger.is_done(stage)
+        assert ".." not in opened.config.run.name.split("/")
+        assert "/" not in opened.config.run.name
     except ClDistError:
         pass
 
@@ -319,13 +319,15 @@ def test_tokenizers_with_anything_in_them(folder: Path, data: st.DataObject) -> 
     for name in data.draw(st.lists(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]), max_size=1)):
         (source / name).unlink()
     jobs._reading.cache_clear()
-    book = tiny.book(folder / "odd", {"science": {"model": {"source": str(source)}, "method": {"name": "sequential"}}})
+    opened = tiny.make_run(
+        folder / "odd", {"science": {"model": {"source": str(source)}, "method": {"name": "sequential"}}}
+    )
     said = ""
     try:
-        book.check_tokens()
-        reads = load_tokenizer(book.config.science.model)
-        for task in range(len(book.tasks)):
-            for row in (*book.data(task).train, *book.data(task).dev, *book.data(task).test):
+        opened.check_tokens()
+        reads = load_tokenizer(opened.config.science.model)
+        for task in range(len(opened.tasks)):
+            for row in (*opened.data(task).train, *opened.data(task).dev, *opened.data(task).test):
                 assert reads(row.text, add_special_tokens=False)["input_ids"]
                 assert max(reads(row.text)["input_ids"]) < len(tiny.WORDS)
     except ClDistError as error:
@@ -378,7 +380,7 @@ def test_weights_with_anything_in_them(begun: Path, folder: Path, data: st.DataO
     (folder / "trainable.safetensors").write_bytes(harmed)
     said = ""
     try:
-        for name, tensor in StoredWeights(folder).items():
+        for name, tensor in ShardedWeights(folder).items():
             assert isinstance(name, str)
             assert tensor.numel() >= 0
     except ClDistError as error:
@@ -389,34 +391,34 @@ def test_weights_with_anything_in_them(begun: Path, folder: Path, data: st.DataO
 @tries(300)
 @given(text=st.one_of(st.text(max_size=100), VALUES.map(json.dumps), st.binary(max_size=60)))
 def test_a_manifest_with_anything_in_it(folder: Path, trees: list[Any], text: Any) -> None:
-    book = Workbook(parse(RunConfig, trees[0]))
-    path = book.ledger.path(Ref(task=0, stage="train")) / "manifest.json"
+    opened = Run(parse(RunConfig, trees[0]))
+    path = opened.ledger.path(StageRef(task=0, stage="train")) / "manifest.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf8", "surrogatepass"))
     try:
         with pytest.raises(ClDistError):
-            book.ledger.is_done(book.plan(0)[0])
+            opened.ledger.is_done(opened.plan(0)[0])
         with pytest.raises(ClDistError):
-            book.ledger.verify(Ref(task=0, stage="train"))
+            opened.ledger.verify(StageRef(task=0, stage="train"))
     finally:
         path.unlink()
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workbook, str]:
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
     """A run with one finished stage, and its manifest."""
-    book = tiny.book(tmp_path_factory.mktemp("published"))
-    with book.ledger.publish(book.plan(0)[0]) as out:
+    opened = tiny.make_run(tmp_path_factory.mktemp("published"))
+    with opened.ledger.publish(opened.plan(0)[0]) as out:
         (out / "train.json").write_text('{"loss": 1}')
-    return book, (out.with_name("train") / "manifest.json").read_text("utf8")
+    return opened, (out.with_name("train") / "manifest.json").read_text("utf8")
 
 
 @tries(300)
 @given(data=st.data())
-def test_a_whole_manifest_with_a_fault_put_in(published: tuple[Workbook, str], data: st.DataObject) -> None:
-    book, whole = published
-    stage = book.plan(0)[0]
-    path = book.ledger.path(ref(stage)) / "manifest.json"
+def test_a_whole_manifest_with_a_fault_put_in(published: tuple[Run, str], data: st.DataObject) -> None:
+    opened, whole = published
+    stage = opened.plan(0)[0]
+    path = opened.ledger.path(ref(stage)) / "manifest.json"
     if data.draw(st.booleans()):
         manifest = json.loads(whole)
         put_there = data.draw(st.one_of(st.just(...), VALUES))
@@ -427,13 +429,13 @@ def test_a_whole_manifest_with_a_fault_put_in(published: tuple[Workbook, str], d
         path.write_bytes(harmed)
     told: CheckpointError | None = None
     try:
-        assert book.ledger.is_done(stage)
-        found, before = book.ledger.manifest(ref(stage)), json.loads(whole)
+        assert opened.ledger.is_done(stage)
+        found, before = opened.ledger.manifest(ref(stage)), json.loads(whole)
         assert found is not None
         assert [found[key] for key in ("fingerprint", "facts")] == [before[key] for key in ("fingerprint", "facts")]
         json.dumps([found["started"], round(found["seconds"], 1)], allow_nan=False)  # what a summary tells of it
-        book.ledger.verify(ref(stage))
-        assert book.ledger.read(ref(stage), "train.json") == {"loss": 1}
+        opened.ledger.verify(ref(stage))
+        assert opened.ledger.read(ref(stage), "train.json") == {"loss": 1}
     except CheckpointError as error:
         told = error
     assert told is None or (str(path.parent) in str(told) and not isinstance(told, StageConflictError))

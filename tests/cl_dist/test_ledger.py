@@ -8,7 +8,7 @@ import pytest
 
 from cl_dist.errors import CheckpointError, StageConflictError
 from cl_dist.ledger import Ledger, write_json
-from cl_dist.stage import Ref, Stage, Train, ref
+from cl_dist.stage import Stage, StageRef, Train, ref
 
 STAGE = Train(task=1, data=(1,))
 Make = Callable[..., Ledger]
@@ -125,7 +125,7 @@ def test_a_finished_file_is_read_back(make: Make) -> None:
 
 def test_a_stage_that_is_not_computed_is_named(make: Make) -> None:
     with pytest.raises(CheckpointError, match=r"00-food/evaluate has not been computed"):
-        make().read(Ref(task=0, stage="evaluate"), "scores.json")
+        make().read(StageRef(task=0, stage="evaluate"), "scores.json")
 
 
 def test_one_flipped_byte_is_found_and_its_file_named(make: Make) -> None:

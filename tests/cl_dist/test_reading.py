@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from cl_dist.errors import ConfigError, DataError
 from cl_dist.models.backbone import check_vocabulary, load_tokenizer, num_embeddings
 from cl_dist.models.config import ModelConfig
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from launcher import runs
 from tests import tiny
@@ -22,8 +22,8 @@ def model(tmp_path: Path) -> Path:
     return tiny.save_model(tmp_path / "model")
 
 
-def book(folder: Path, method: str = "sequential", **over: Any) -> Workbook:
-    return tiny.book(folder, {"science": {"method": dict(tiny.METHODS[method]), **over}})
+def make_run(folder: Path, method: str = "sequential", **over: Any) -> Run:
+    return tiny.make_run(folder, {"science": {"method": dict(tiny.METHODS[method]), **over}})
 
 
 def append(folder: Path, text: str, split: str = "test") -> None:
@@ -31,7 +31,7 @@ def append(folder: Path, text: str, split: str = "test") -> None:
         file.write(json.dumps({"id": "last", "text": text, "label": "good", "split": split}) + "\n")
 
 
-def refused(found: Workbook, kind: type[Exception]) -> str:
+def refused(found: Run, kind: type[Exception]) -> str:
     """Return why a run is refused; nothing of it has been written."""
     with pytest.raises(kind) as caught:
         runs.execute(found.config, "train")
@@ -74,7 +74,7 @@ def test_a_run_without_a_tokenizer_is_refused(tmp_path: Path, model: Path, left:
     for path in model.glob("tokenizer*"):
         if left == "nothing" or path.name != "tokenizer_config.json":
             path.unlink()
-    assert "no tokenizer" in refused(book(tmp_path), ConfigError)
+    assert "no tokenizer" in refused(make_run(tmp_path), ConfigError)
 
 
 @pytest.mark.parametrize("method", ["sequential", "ctr", "adapter", "lora"])
@@ -82,7 +82,7 @@ def test_a_token_without_an_embedding_is_refused_whatever_the_rows_hold(
     tmp_path: Path, model: Path, method: str
 ) -> None:
     add_tokens(model, "espresso")
-    said = refused(book(tmp_path, method), ConfigError)
+    said = refused(make_run(tmp_path, method), ConfigError)
     last = len(tiny.WORDS)
     assert f"'espresso' has the number {last}, and the embedding {last} rows" in said
 
@@ -91,7 +91,7 @@ def test_a_pad_token_without_an_embedding_is_refused(tmp_path: Path, model: Path
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_special_tokens({"pad_token": "<more>"})
     tokenizer.save_pretrained(model)
-    assert "'<more>' has the number" in refused(book(tmp_path), ConfigError)
+    assert "'<more>' has the number" in refused(make_run(tmp_path), ConfigError)
 
 
 def test_a_gap_in_the_numbers_is_seen_in_a_model_that_is_drawn_too(tmp_path: Path, model: Path) -> None:
@@ -114,18 +114,18 @@ def test_a_special_token_that_no_row_holds_needs_no_embedding_and_a_row_that_hol
     check_vocabulary(given, load_tokenizer(given))
     with pytest.raises(ConfigError, match="<image>"):
         check_vocabulary(given, load_tokenizer(given), is_whole=True)
-    found = book(tmp_path)
+    found = make_run(tmp_path)
     found.check_tokens()
     append(tmp_path, "the soup <image>")
-    again = book(tmp_path, seed=1, data={"overlap": "drop"})
+    again = make_run(tmp_path, seed=1, data={"overlap": "drop"})
     known = num_embeddings(given)
     said = refused(again, DataError)
     assert f"food.jsonl, line 37, field text: holds '<image>', token {known} of the tokenizer" in said
 
 
 def test_a_model_that_writes_gets_what_it_lacks_unless_its_backbone_is_frozen(tmp_path: Path) -> None:
-    grows = book(tmp_path, "lamol")
-    frozen = tiny.book(tmp_path, {"science": {"method": {"name": "lamol", "gamma": 0.5, "lora": {"r": 2}}}})
+    grows = make_run(tmp_path, "lamol")
+    frozen = tiny.make_run(tmp_path, {"science": {"method": {"name": "lamol", "gamma": 0.5, "lora": {"r": 2}}}})
     add_tokens(tmp_path / "decoder", "espresso")
     grows.check_tokens()
     said = refused(frozen, ConfigError)
@@ -136,7 +136,7 @@ def test_a_model_that_writes_gets_what_it_lacks_unless_its_backbone_is_frozen(tm
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 @pytest.mark.parametrize("method", ["sequential", "lamol"])
 def test_a_text_of_no_token_is_a_fault_with_file_and_line(tmp_path: Path, split: str, method: str) -> None:
-    found = book(tmp_path, method)
+    found = make_run(tmp_path, method)
     folder = tmp_path / ("decoder" if method == "lamol" else "model")
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text("utf8"))
@@ -150,7 +150,7 @@ def test_a_text_of_no_token_is_a_fault_with_file_and_line(tmp_path: Path, split:
 
 
 def test_mostly_unknown_words_are_a_warning(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = book(tmp_path)
+    found = make_run(tmp_path)
     found.check_tokens()
     assert not caplog.records
     shutil.copytree(model, tmp_path / "other")
@@ -158,7 +158,7 @@ def test_mostly_unknown_words_are_a_warning(tmp_path: Path, model: Path, caplog:
     tokenizer = json.loads(path.read_text("utf8"))
     tokenizer["model"]["vocab"] = {f"x{n}" if n > 4 else word: n for word, n in tokenizer["model"]["vocab"].items()}
     path.write_text(json.dumps(tokenizer), "utf8")
-    third = book(tmp_path, model={"source": str(tmp_path / "other")})
+    third = make_run(tmp_path, model={"source": str(tmp_path / "other")})
     third.check_tokens()
     assert "100% of the tokens of the train rows are unknown to the tokenizer of" in caplog.text
 
@@ -167,6 +167,6 @@ def test_rows_of_baselines_are_read_by_their_own_tokenizers(tmp_path: Path, mode
     shutil.copytree(model, tmp_path / "other")
     add_tokens(tmp_path / "other", "espresso")
     baselines = {"other": {"model": {"source": str(tmp_path / "other")}}}
-    config = book(tmp_path).config.tree() | {"baselines": baselines}
+    config = make_run(tmp_path).config.tree() | {"baselines": baselines}
     with pytest.raises(ConfigError, match="espresso"):
         runs.execute(RunConfig.model_validate(config), "train")

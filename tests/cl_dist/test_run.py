@@ -15,7 +15,7 @@ from cl_dist.data.tasks import DataConfig
 from cl_dist.methods.ctr import CtrConfig
 from cl_dist.methods.finetune import FinetuneConfig
 from cl_dist.models.config import ModelConfig
-from cl_dist.run import Workbook, _model_facts, model_digest
+from cl_dist.run import Run, _model_facts, model_digest
 from cl_dist.run_config import ClusterConfig, RunConfig, RunSection, Science
 from cl_dist.stage import EvaluateConfig, GenerateConfig, Stage, Train, TrainConfig, VoteConfig, digest_of, ref
 from tests import tiny
@@ -138,9 +138,9 @@ def base(folder: Path) -> Tree:
 
 
 def fingerprints(tree: Mapping[str, Any]) -> dict[str, str]:
-    book = Workbook(parse(RunConfig, tree))
-    stages = [stage for task in range(len(book.tasks)) for stage in book.plan(task)]
-    return {book.ledger.key(ref(stage)): book.ledger.fingerprint(stage) for stage in stages}
+    run = Run(parse(RunConfig, tree))
+    stages = [stage for task in range(len(run.tasks)) for stage in run.plan(task)]
+    return {run.ledger.key(ref(stage)): run.ledger.fingerprint(stage) for stage in stages}
 
 
 def changed(base: Tree, over: Mapping[str, Any]) -> list[str]:
@@ -317,25 +317,25 @@ def test_settings_of_votes_enter_votes_and_what_follows(tmp_path: Path) -> None:
 
 
 def test_inputs_are_named_by_their_folder_and_enter_as_fingerprints(base: Tree) -> None:
-    book = Workbook(parse(RunConfig, base))
-    train, score = book.plan(1)
-    first, _ = book.plan(0)
-    assert book.facts(train)["inputs.00-food/train"] == book.ledger.fingerprint(first)
-    assert book.facts(score)["inputs.01-film/train"] == book.ledger.fingerprint(train)
+    run = Run(parse(RunConfig, base))
+    train, score = run.plan(1)
+    first, _ = run.plan(0)
+    assert run.facts(train)["inputs.00-food/train"] == run.ledger.fingerprint(first)
+    assert run.facts(score)["inputs.01-film/train"] == run.ledger.fingerprint(train)
 
 
 def test_a_job_knows_the_tasks_so_far_and_the_weights_it_starts_from(base: Tree) -> None:
-    book = Workbook(parse(RunConfig, base))
+    run = Run(parse(RunConfig, base))
 
     def chain(stage: Stage) -> list[str]:
-        return [Path(folder).relative_to(book.ledger.folder.absolute()).as_posix() for folder in book.job(stage).chain]
+        return [Path(folder).relative_to(run.ledger.folder.absolute()).as_posix() for folder in run.job(stage).chain]
 
-    train, score = book.plan(2)
+    train, score = run.plan(2)
     assert isinstance(train, Train)
     assert chain(train) == ["stages/00-food/train", "stages/01-film/train"]
     assert chain(score) == [*chain(train), "stages/02-topic/train"]
-    assert [task.id for task in book.job(book.plan(1)[0]).tasks] == ["food", "film"]
-    assert book.job(train).engine == book.config.cluster
+    assert [task.id for task in run.job(run.plan(1)[0]).tasks] == ["food", "film"]
+    assert run.job(train).engine == run.config.cluster
 
 
 def test_a_moved_backbone_is_the_same_backbone(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ import pytest
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.errors import CheckpointError, StoppedError
 from cl_dist.metrics import summarize
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.run_events import Tracker, Watcher, matrix, read_state, summary
-from cl_dist.sequence import run
-from cl_dist.stage import Ref
+from cl_dist.sequence import run_stages
+from cl_dist.stage import StageRef
 from cl_dist.stages.stage_job import Job
 from launcher import runs
 from tests import tiny
@@ -40,35 +40,35 @@ class Watching(LocalDispatcher):
 
 
 @pytest.fixture(scope="module")
-def book(tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run."""
-    return tiny.compute(tiny.book(tmp_path_factory.mktemp("tracking"), {"science": SEQUENTIAL}))
+    return tiny.compute(tiny.make_run(tmp_path_factory.mktemp("tracking"), {"science": SEQUENTIAL}))
 
 
-def read(book: Workbook, name: str) -> Any:
-    return json.loads((book.config.folder / name).read_text())
+def read(run: Run, name: str) -> Any:
+    return json.loads((run.config.folder / name).read_text())
 
 
-def events(book: Workbook) -> list[dict[str, Any]]:
-    lines = (book.config.folder / "metrics" / "events.jsonl").read_text().splitlines()
+def events(run: Run) -> list[dict[str, Any]]:
+    lines = (run.config.folder / "metrics" / "events.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
-def test_r_csv_holds_the_accuracy_of_every_scored_cell_and_nothing_elsewhere(book: Workbook) -> None:
-    with (book.config.folder / "metrics" / "R.csv").open(newline="") as file:
+def test_r_csv_holds_the_accuracy_of_every_scored_cell_and_nothing_elsewhere(run: Run) -> None:
+    with (run.config.folder / "metrics" / "R.csv").open(newline="") as file:
         header, *lines = csv.reader(file)
     assert header == ["after", *tiny.TASKS]
     for after, (name, *cells) in enumerate(lines):
-        scores = book.ledger.read(Ref(task=after, stage="evaluate"), "scores.json")["tasks"]
+        scores = run.ledger.read(StageRef(task=after, stage="evaluate"), "scores.json")["tasks"]
         assert name == tiny.TASKS[after]
         measured = [float(cell) if cell else None for cell in cells]
         assert measured == [scores[str(on)]["accuracy"] if on <= after else None for on in range(3)]
 
 
-def test_metrics_of_the_summary_are_those_of_its_matrix(book: Workbook) -> None:
-    stored = read(book, "metrics/summary.json")
-    assert stored["matrix"]["accuracy"] == matrix(book, "accuracy")
-    assert stored["matrix"]["f1_macro"] == matrix(book, "f1_macro")
+def test_metrics_of_the_summary_are_those_of_its_matrix(run: Run) -> None:
+    stored = read(run, "metrics/summary.json")
+    assert stored["matrix"]["accuracy"] == matrix(run, "accuracy")
+    assert stored["matrix"]["f1_macro"] == matrix(run, "f1_macro")
     assert stored["metrics"] == summarize(stored["matrix"]["accuracy"], stored["matrix"]["f1_macro"])
     # by hand: the mean of the last row
     last = stored["matrix"]["accuracy"][-1]
@@ -76,17 +76,17 @@ def test_metrics_of_the_summary_are_those_of_its_matrix(book: Workbook) -> None:
     assert stored["metrics"]["cl/fwt_one"]["value"] is None  # needs a reference, which this run has not
 
 
-def test_references_fill_the_metrics_that_need_them(book: Workbook) -> None:
-    found = summary(book, individual=[0.5, 0.5, 0.5], joint=[1.0, None, 1.0])
-    learned = [row[t] for t, row in enumerate(matrix(book, "accuracy"))]
+def test_references_fill_the_metrics_that_need_them(run: Run) -> None:
+    found = summary(run, individual=[0.5, 0.5, 0.5], joint=[1.0, None, 1.0])
+    learned = [row[t] for t, row in enumerate(matrix(run, "accuracy"))]
     assert all(score is not None for score in learned)
     expected = sum(score - 0.5 for score in learned if score is not None) / 3
     assert found["metrics"]["cl/fwt_one"]["value"] == pytest.approx(expected)
     assert found["metrics"]["cl/intransigence"]["value"] is None  # a missing cell is never an average over the rest
 
 
-def test_the_summary_tells_tasks_and_stages(book: Workbook) -> None:
-    stored = read(book, "metrics/summary.json")
+def test_the_summary_tells_tasks_and_stages(run: Run) -> None:
+    stored = read(run, "metrics/summary.json")
     assert stored["status"] == "finished"
     assert [(task["id"], task["rows"]) for task in stored["tasks"]] == [
         (name, {"train": 20, "dev": 6, "test": 10}) for name in tiny.TASKS
@@ -99,8 +99,8 @@ def test_the_summary_tells_tasks_and_stages(book: Workbook) -> None:
 
 
 def test_a_ctr_summary_tells_masks_gates_and_the_ablation(tmp_path: Path) -> None:
-    book = tiny.compute(tiny.book(tmp_path, {"science": FAST}, tasks=("food", "film")))
-    facts = read(book, "metrics/summary.json")["plugins"]
+    run = tiny.compute(tiny.make_run(tmp_path, {"science": FAST}, tasks=("food", "film")))
+    facts = read(run, "metrics/summary.json")["plugins"]
     assert facts["layers"] == ["0.attention", "0.ffn", "1.attention", "1.ffn"]
     assert facts["units"] == [{"hidden": 24, "output": 32}] * 4
     assert [len(facts[name]) for name in ("mask_use", "mask_shared", "free_units", "accuracy_without_ksm")] == [2] * 4
@@ -111,7 +111,7 @@ def test_a_ctr_summary_tells_masks_gates_and_the_ablation(tmp_path: Path) -> Non
 def test_a_hat_summary_tells_masks_and_no_gates(tmp_path: Path) -> None:
     science = FAST | {"method": {"name": "hat", "tsm_size": 24}}
     facts = read(
-        tiny.compute(tiny.book(tmp_path, {"science": science}, tasks=("food", "film"))), "metrics/summary.json"
+        tiny.compute(tiny.make_run(tmp_path, {"science": science}, tasks=("food", "film"))), "metrics/summary.json"
     )
     assert [len(facts["plugins"][name]) for name in ("mask_use", "mask_shared", "free_units")] == [2] * 3
     assert facts["plugins"]["gate_open"] == [None, None]
@@ -119,12 +119,12 @@ def test_a_hat_summary_tells_masks_and_no_gates(tmp_path: Path) -> None:
 
 
 def test_a_run_is_running_until_it_is_finished(tmp_path: Path) -> None:
-    book = tiny.book(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
-    assert read_state(book.config.folder) == {}
-    watching = Watching(book.config.folder)
-    tiny.compute(book, watching)
+    run = tiny.make_run(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
+    assert read_state(run.config.folder) == {}
+    watching = Watching(run.config.folder)
+    tiny.compute(run, watching)
     assert [state["status"] for state in watching.seen] == ["running", "running"]
-    state = read_state(book.config.folder)
+    state = read_state(run.config.folder)
     assert state["status"] == "finished"
     (attempt,) = state["attempts"]
     assert attempt["stages_done"] == 0
@@ -132,21 +132,21 @@ def test_a_run_is_running_until_it_is_finished(tmp_path: Path) -> None:
 
 
 def test_every_attempt_is_noted_with_what_it_found_done_and_how_it_ended(tmp_path: Path) -> None:
-    book = tiny.book(tmp_path, {"science": SEQUENTIAL}, tasks=("food", "film"))
-    folder = book.config.folder
-    tracker = Tracker(book, command="cl-dist train tiny")
+    run = tiny.make_run(tmp_path, {"science": SEQUENTIAL}, tasks=("food", "film"))
+    folder = run.config.folder
+    tracker = Tracker(run, command="cl-dist train tiny")
     with pytest.raises(InterruptedError):
-        run(book, Watching(folder, fail_at=3), tracker)
+        run_stages(run, Watching(folder, fail_at=3), tracker)
     assert read_state(folder)["status"] == "running"  # as after a power cut
     tracker.finish("failed")
     assert read_state(folder)["status"] == "failed"
-    partial = read(book, "metrics/summary.json")
+    partial = read(run, "metrics/summary.json")
     assert partial["status"] == "failed"
     assert partial["matrix"]["accuracy"][1] == [None, None]
     assert partial["metrics"]["cl/avg_acc"]["value"] == partial["matrix"]["accuracy"][0][0]
 
-    again = Workbook(book.config)
-    run(again, LocalDispatcher(), Tracker(again, command="cl-dist resume tiny"))
+    again = Run(run.config)
+    run_stages(again, LocalDispatcher(), Tracker(again, command="cl-dist resume tiny"))
     state = read_state(folder)
     assert (state["status"], state["command"]) == ("finished", "cl-dist train tiny")
     assert [attempt["stages_done"] for attempt in state["attempts"]] == [0, 2]
@@ -157,11 +157,11 @@ def test_every_attempt_is_noted_with_what_it_found_done_and_how_it_ended(tmp_pat
 def test_killed_while_it_notes_its_end_a_run_is_finished_by_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    book = tiny.compute(tiny.book(tmp_path, {"science": SEQUENTIAL}, tasks=("food",)))
-    folder, replace = book.config.folder, Path.replace
-    matrix_file, stored = (folder / "metrics/R.csv").read_bytes(), read(book, "metrics/summary.json")
+    run = tiny.compute(tiny.make_run(tmp_path, {"science": SEQUENTIAL}, tasks=("food",)))
+    folder, replace = run.config.folder, Path.replace
+    matrix_file, stored = (folder / "metrics/R.csv").read_bytes(), read(run, "metrics/summary.json")
     (folder / "run.json").unlink()
-    tracker = Tracker(book)
+    tracker = Tracker(run)
     tracker.begin([], set())
 
     def killed(self: Path, target: Path) -> Path:
@@ -181,41 +181,41 @@ def test_killed_while_it_notes_its_end_a_run_is_finished_by_a_resume(
         return lambda event: told.append(f"{event['event']} {read_state(folder)['status']}")
 
     monkeypatch.setattr(runs, "_watched", watched)
-    runs.execute(book.config, "cl-dist resume")
+    runs.execute(run.config, "cl-dist resume")
     assert told == ["begin running", "finished finished"]  # a mirror copies what is there by then
     assert (folder / "metrics/R.csv").read_bytes() == matrix_file
-    assert read(book, "metrics/summary.json")["status"] == "finished"
-    assert read(book, "metrics/summary.json")["matrix"] == stored["matrix"]
+    assert read(run, "metrics/summary.json")["status"] == "finished"
+    assert read(run, "metrics/summary.json")["matrix"] == stored["matrix"]
 
 
 def test_a_run_that_is_stopped_before_it_begins_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped() -> None:
         raise StoppedError("told to")
 
-    book = tiny.book(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
+    run = tiny.make_run(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
     monkeypatch.setattr("cl_dist.run_events._git", stopped)
     with pytest.raises(StoppedError, match="told to"):
-        runs.execute(book.config, "cl-dist train")
-    assert read_state(book.config.folder) == {}
+        runs.execute(run.config, "cl-dist train")
+    assert read_state(run.config.folder) == {}
 
 
 def test_an_event_after_a_line_that_was_cut_off_is_on_a_line_of_its_own(tmp_path: Path) -> None:
-    book = tiny.book(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
-    path = book.config.folder / "metrics" / "events.jsonl"
+    run = tiny.make_run(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
+    path = run.config.folder / "metrics" / "events.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text('{"event": "begin"}\n{"event": "rou')
-    Tracker(book).event({"event": "saved"})
-    Tracker(book).event({"event": "saved"})
+    Tracker(run).event({"event": "saved"})
+    Tracker(run).event({"event": "saved"})
     whole, cut, *rest = path.read_text().splitlines()
     assert (whole, cut) == ('{"event": "begin"}', '{"event": "rou')
     assert [json.loads(line)["event"] for line in rest] == ["saved", "saved"]
 
 
 def test_events_frame_each_stage_and_steps_are_shown_but_not_stored(tmp_path: Path) -> None:
-    book = tiny.book(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
+    run = tiny.make_run(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
     shown: list[Mapping[str, Any]] = []
-    run(book, LocalDispatcher(), Tracker(book, watch=shown.append))
-    stored = events(book)
+    run_stages(run, LocalDispatcher(), Tracker(run, watch=shown.append))
+    stored = events(run)
     assert [event["event"] for event in stored if event["event"] != "round"] == [
         "begin", "stage_start", "stage_end", "stage_done", "stage_start", "stage_end", "stage_done", "finished",
     ]  # fmt: skip
@@ -224,7 +224,7 @@ def test_events_frame_each_stage_and_steps_are_shown_but_not_stored(tmp_path: Pa
     assert steps == [1, 2, 3]  # 20 rows in batches of 8
     training = [event for event in shown if event.get("kind") == "train"]
     assert {(event["stage"], event["task"]) for event in training} == {("00-food/train", 0)}
-    assert stored[-2]["accuracy"] == {"food": matrix(book, "accuracy")[0][0]}
+    assert stored[-2]["accuracy"] == {"food": matrix(run, "accuracy")[0][0]}
 
 
 WHOLE = {"status": "running", "command": "", "versions": {}, "attempts": [{"pid": 1, "host": "x"}]}

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError
-from cl_dist.stage import Evaluate, Ref, Train, TrainConfig, digest_of, flat, model_after, ref
+from cl_dist.stage import Evaluate, StageRef, Train, TrainConfig, digest_of, flat, model_after, ref
 
 KEYS = st.text("abc", min_size=1, max_size=3)
 TREES = st.dictionaries(
@@ -14,15 +14,15 @@ TREES = st.dictionaries(
 
 def test_a_stage_needs_the_stages_that_it_refers_to() -> None:
     assert Train(task=0, data=(0,)).inputs == ()
-    assert Train(task=2, data=(2,), init=model_after(1)).inputs == (Ref(task=1, stage="train"),)
-    earlier = Ref(task=0, stage="evaluate")
+    assert Train(task=2, data=(2,), init=model_after(1)).inputs == (StageRef(task=1, stage="train"),)
+    earlier = StageRef(task=0, stage="evaluate")
     assert Evaluate(task=1, model=model_after(1), tasks=(1,)).inputs == (model_after(1),)
     assert Evaluate(task=1, model=model_after(1), tasks=(1,), previous=earlier).inputs == (model_after(1), earlier)
 
 
 def test_a_stage_is_named_by_its_task_and_kind() -> None:
-    assert ref(Train(task=3, data=(3,))) == model_after(3) == Ref(task=3, stage="train")
-    assert ref(Evaluate(task=3, model=model_after(3), tasks=(0,))) == Ref(task=3, stage="evaluate")
+    assert ref(Train(task=3, data=(3,))) == model_after(3) == StageRef(task=3, stage="train")
+    assert ref(Evaluate(task=3, model=model_after(3), tasks=(0,))) == StageRef(task=3, stage="evaluate")
 
 
 def test_the_digest_is_that_of_canonical_json() -> None:

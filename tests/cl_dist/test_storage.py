@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from cl_dist.errors import RunInUseError, StorageError
-from cl_dist.storage import LOCK, only_driver, told_when_full
+from cl_dist.storage import LOCK, run_lock, storage_errors
 
 ROOM, PLACE = "Make room, or remove runs", "Make it writable, or move the run folder"
 
 
 def hold(folder: Path) -> None:
-    with only_driver(folder):
+    with run_lock(folder):
         pass
 
 
@@ -30,7 +30,7 @@ def test_a_file_system_without_locks_is_not_taken_for_another_driver(
 
 
 def test_another_driver_is_named(tmp_path: Path) -> None:
-    with only_driver(tmp_path), pytest.raises(RunInUseError, match=f"process {os.getpid()} on .* is at work"):
+    with run_lock(tmp_path), pytest.raises(RunInUseError, match=f"process {os.getpid()} on .* is at work"):
         hold(tmp_path)
 
 
@@ -93,7 +93,7 @@ def test_what_cannot_be_written_in_a_run_folder_comes_with_a_remedy(
     monkeypatch.chdir(tmp_path)
     error = OSError(number, os.strerror(number), *([] if name is None else [str(tmp_path / name)]))
     told = pytest.raises(type(error)) if remedy is None else pytest.raises(StorageError, match=remedy)
-    with told as caught, told_when_full(Path("run")):
+    with told as caught, storage_errors(Path("run")):
         raise error
     if remedy is None:
         assert caught.value is error

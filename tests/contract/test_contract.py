@@ -19,13 +19,13 @@ from cl_dist.methods import METHODS
 from cl_dist.methods.base import Learner
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.parallel.engine import TorchEngine
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_events import Tracker
-from cl_dist.stage import Evaluate, Ref, Train, ref
+from cl_dist.stage import Evaluate, StageRef, Train, ref
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.stage_job import Job, task_data
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.stages.weights import ShardedWeights
 from tests import parity, tiny
 from tests.pool import Ranks
 
@@ -47,7 +47,7 @@ class OneStage(LocalDispatcher):
     """Runs one stage, then fails."""
 
     def __init__(self) -> None:
-        self.ran: list[Ref] = []
+        self.ran: list[StageRef] = []
 
     def run(self, job: Job, out: str, tracker: Tracker) -> None:
         if self.ran:
@@ -61,15 +61,15 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.finished: Callable[[str], Workbook] = cache(lambda method: tiny.compute(self.book(method, "whole")))
+        self.finished: Callable[[str], Run] = cache(lambda method: tiny.compute(self.run(method, "whole")))
 
-    def book(self, method: str, name: str) -> Workbook:
-        return tiny.book(self.folder, {"run": {"name": f"{name}-{method}"}, "science": science(method)})
+    def run(self, method: str, name: str) -> Run:
+        return tiny.make_run(self.folder, {"run": {"name": f"{name}-{method}"}, "science": science(method)})
 
     def job(self, method: str, kind: str) -> Job:
         """Return the job of the last Train or Evaluate stage."""
-        book = self.finished(method)
-        return next(book.job(stage) for stage in reversed(book.plan(len(book.tasks) - 1)) if stage.kind == kind)
+        run = self.finished(method)
+        return next(run.job(stage) for stage in reversed(run.plan(len(run.tasks) - 1)) if stage.kind == kind)
 
 
 def science(method: str) -> dict[str, Any]:
@@ -89,16 +89,16 @@ def three() -> Iterator[Ranks]:
     pool.close()
 
 
-def results(book: Workbook) -> dict[str, bytes]:
+def results(run: Run) -> dict[str, bytes]:
     """Return what a run found: weights, learner state, scores, predictions and matrix; not its timings."""
-    folder = book.config.folder
+    folder = run.config.folder
     kept = [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".csv") or p.name == "scores.json"]
     kept += folder.rglob("predictions/*.jsonl")
     return {str(p.relative_to(folder)): p.read_bytes() for p in kept}
 
 
-def planned(book: Workbook) -> list[Ref]:
-    return [ref(stage) for task in range(len(book.tasks)) for stage in book.plan(task)]
+def planned(run: Run) -> list[StageRef]:
+    return [ref(stage) for task in range(len(run.tasks)) for stage in run.plan(task)]
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def logits(learner: Learner, job: Job, task: int, numbers: list[int], pad: int =
     batch: dict[str, Any] = rows.batch(numbers)
     if learner.answers == "text":
         learner.activate(task)
-        return learner.judge(learner.model.eval()(batch), batch)[0][:, None]
+        return learner.score_examples(learner.model.eval()(batch), batch)[0][:, None]
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         if name in batch:
             batch[name] = torch.nn.functional.pad(batch[name], (0, pad))
@@ -130,21 +130,21 @@ def test_every_method_has_settings_to_be_tested_with() -> None:
 @each_method
 def test_interrupted_before_every_stage_a_run_ends_with_the_same_bytes(runs: Runs, method: str) -> None:
     expected = runs.finished(method)
-    ran: list[Ref] = []
+    ran: list[StageRef] = []
     for _ in planned(expected)[1:]:
         dispatcher = OneStage()
         with pytest.raises(PowerCutError):
-            tiny.compute(runs.book(method, "cut"), dispatcher)
+            tiny.compute(runs.run(method, "cut"), dispatcher)
         ran += dispatcher.ran
     last = OneStage()
-    found = tiny.compute(runs.book(method, "cut"), last)
+    found = tiny.compute(runs.run(method, "cut"), last)
     assert ran + last.ran == planned(expected)  # each stage once, in order
     assert results(found) == results(expected)
 
 
 def difference(runs: Runs, ranks: Ranks, cell: parity.Cell, out: Path) -> dict[str, float]:
     """Train the second task on a gang and in this process, and compare."""
-    made = parity.book(runs.folder / "parity", cell.method)
+    made = parity.run(runs.folder / "parity", cell.method)
     reference = runs.folder / "parity" / f"reference-{cell.method}"
     if not reference.exists():
         parity.train_here(made.job(made.stage(parity.SECOND)), reference)
@@ -264,12 +264,12 @@ def test_an_answer_depends_neither_on_the_batch_nor_on_padding(runs: Runs, metho
 
 @each_method
 def test_earlier_tasks_keep_every_bit_of_their_logits_where_that_is_promised(runs: Runs, method: str) -> None:
-    book = runs.finished(method)
+    run = runs.finished(method)
     digests: dict[str, set[str]] = {}
-    for stage in (stage for t in range(len(book.tasks)) for stage in book.plan(t) if stage.kind == "evaluate"):
-        for task, scores in book.ledger.read(ref(stage), "scores.json")["tasks"].items():
+    for stage in (stage for t in range(len(run.tasks)) for stage in run.plan(t) if stage.kind == "evaluate"):
+        for task, scores in run.ledger.read(ref(stage), "scores.json")["tasks"].items():
             digests.setdefault(task, set()).add(scores["output_sha256"])
-    assert len(digests) == len(book.tasks)
+    assert len(digests) == len(run.tasks)
     changed = any(len(found) > 1 for found in digests.values())
     assert changed == (method not in ISOLATED | {"joint"})  # joint scores once, at the end
 
@@ -278,15 +278,15 @@ def test_earlier_tasks_keep_every_bit_of_their_logits_where_that_is_promised(run
 def test_a_task_appended_to_a_finished_run_is_learned_as_if_it_had_been_there(runs: Runs, method: str) -> None:
     expected = runs.finished(method)
     over = {"run": {"name": f"grown-{method}"}, "science": science(method) | {"order": list(tiny.TASKS[:2])}}
-    tiny.compute(tiny.book(runs.folder, over))
-    found = tiny.compute(runs.book(method, "grown"))
+    tiny.compute(tiny.make_run(runs.folder, over))
+    found = tiny.compute(runs.run(method, "grown"))
     assert results(found) == results(expected)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"joint"}))  # which trains once
 def test_what_a_task_stores_does_not_grow_with_the_tasks_before_it(runs: Runs, method: str) -> None:
-    book = runs.finished(method)
-    stored = [StoredWeights(book.ledger.path(Ref(task=task, stage="train"))) for task in (1, 2)]
+    run = runs.finished(method)
+    stored = [ShardedWeights(run.ledger.path(StageRef(task=task, stage="train"))) for task in (1, 2)]
     sizes = [sum(w[name].numel() for name in w if not name.startswith("heads.")) for w in stored]
     assert sizes[0] == sizes[1] > 0
 

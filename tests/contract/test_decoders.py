@@ -19,7 +19,7 @@ from cl_dist.data.classify import ClassifyRows
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.config import ModelConfig
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import ref
 from cl_dist.stages import train
@@ -46,14 +46,14 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.finished = cache(lambda method, kind: tiny.compute(self.book(method, kind)))
+        self.finished = cache(lambda method, kind: tiny.compute(self.run(method, kind)))
 
-    def book(self, method: str, kind: str, **train_: Any) -> Workbook:
+    def run(self, method: str, kind: str, **train_: Any) -> Run:
         spelling = tiny.save_tokenizer(self.folder / "decoder", tiny.SPOKEN)
         model = {"source": str(spelling), "config": dict(DECODERS[kind])}
         science = {"method": dict(tiny.METHODS[method]), "model": model, "train": train_, "seed": parity.SEED}
         over = {"run": {"name": f"{method}-{kind}"}, "science": science}
-        return Workbook(parse(RunConfig, tiny.tree(self.folder, over, tasks=("food", "film"), train=parity.ROWS)))
+        return Run(parse(RunConfig, tiny.tree(self.folder, over, tasks=("food", "film"), train=parity.ROWS)))
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @each_case
 def test_the_first_task_keeps_every_bit_of_its_logits(runs: Runs, method: str, kind: str) -> None:
-    book = runs.finished(method, kind)
-    stages = [stage for t in range(2) for stage in book.plan(t) if stage.kind == "evaluate"]
-    found = [book.ledger.read(ref(stage), "scores.json")["tasks"] for stage in stages]
+    run = runs.finished(method, kind)
+    stages = [stage for t in range(2) for stage in run.plan(t) if stage.kind == "evaluate"]
+    found = [run.ledger.read(ref(stage), "scores.json")["tasks"] for stage in stages]
     assert [set(tasks) for tasks in found] == [{"0"}, {"0", "1"}]
     assert found[0]["0"]["output_sha256"] == found[1]["0"]["output_sha256"]
 
@@ -73,8 +73,8 @@ def test_the_first_task_keeps_every_bit_of_its_logits(runs: Runs, method: str, k
 @each_case
 @torch.no_grad()
 def test_an_answer_depends_neither_on_the_batch_nor_on_padding(runs: Runs, method: str, kind: str) -> None:
-    book = runs.finished(method, kind)
-    job = next(book.job(stage) for stage in book.plan(1) if stage.kind == "evaluate")
+    run = runs.finished(method, kind)
+    job = next(run.job(stage) for stage in run.plan(1) if stage.kind == "evaluate")
     learner = build_learner(job)
     data = task_data(job, 1)
     rows = ClassifyRows(load_tokenizer(job.model), 16)
@@ -94,8 +94,8 @@ def test_an_answer_depends_neither_on_the_batch_nor_on_padding(runs: Runs, metho
 def test_ctr_on_a_decoder_is_trained_by_two_workers_as_by_one(
     runs: Runs, ranks: Ranks, tmp_path: Path, kind: str, zero_stage: Any
 ) -> None:
-    book = runs.finished("ctr", kind)
-    job = book.job(book.stage(parity.SECOND))
+    run = runs.finished("ctr", kind)
+    job = run.job(run.stage(parity.SECOND))
     expected = parity.train_here(job, tmp_path / "here")
     out = tmp_path / "ranks"
     out.mkdir()

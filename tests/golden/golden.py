@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import load_run
-from cl_dist.stage import Ref, Stage, digest_of, ref
+from cl_dist.stage import Stage, StageRef, digest_of, ref
 from launcher.runs import recipes
 from tests import tiny
 
@@ -67,22 +67,22 @@ def fingerprints(recipe: str) -> dict[str, str]:
     """Return the fingerprint of every stage of a recipe and of its baselines, by 'run/task/stage'."""
     config = load_run(recipes()[recipe], list(SETTINGS.get(recipe, ())))
     return {
-        f"{name}/{book.ledger.key(stage_ref)}": found
+        f"{name}/{opened.ledger.key(stage_ref)}": found
         for name, run in {"main": config, **{b: config.baseline(b) for b in config.baselines}}.items()
-        for book in [Workbook(run)]
-        for stage_ref, found in _fingerprints(book).items()
+        for opened in [Run(run)]
+        for stage_ref, found in _fingerprints(opened).items()
     }
 
 
-def _fingerprints(book: Workbook) -> dict[Ref, str]:
+def _fingerprints(opened: Run) -> dict[StageRef, str]:
     @cache
     def old(task: int, name: str) -> str:
-        stage: Stage = book.stage(next(ref(s) for s in book.plan(task) if s.name == name))
-        facts = {_old_name(key): value for key, value in book.facts(stage).items() if not key.startswith("inputs.")}
-        facts |= {f"inputs.{book.ledger.key(r)}": old(r.task, r.stage) for r in stage.inputs}
+        stage: Stage = opened.stage(next(ref(s) for s in opened.plan(task) if s.name == name))
+        facts = {_old_name(key): value for key, value in opened.facts(stage).items() if not key.startswith("inputs.")}
+        facts |= {f"inputs.{opened.ledger.key(r)}": old(r.task, r.stage) for r in stage.inputs}
         return digest_of(facts)
 
-    return {ref(s): old(s.task, s.name) for t in range(len(book.tasks)) for s in book.plan(t)}
+    return {ref(s): old(s.task, s.name) for t in range(len(opened.tasks)) for s in opened.plan(t)}
 
 
 def _old_name(key: str) -> str:
@@ -109,18 +109,20 @@ def result(folder: Path, name: str) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of float32 sums depends on it
     try:
-        book = tiny.compute(tiny.book(folder, over))
+        opened = tiny.compute(tiny.make_run(folder, over))
     finally:
         torch.set_num_threads(threads)
     found = sorted(
         p
-        for p in book.config.folder.rglob("*")
+        for p in opened.config.folder.rglob("*")
         if p.suffix in (".safetensors", ".csv") or p.name in ("scores.json", "samples.jsonl")
     )
     return {
-        "bytes": {str(p.relative_to(book.config.folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found},
+        "bytes": {str(p.relative_to(opened.config.folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found},
         "scores": {
-            str(p.relative_to(book.config.folder)): json.loads(p.read_text()) for p in found if p.name == "scores.json"
+            str(p.relative_to(opened.config.folder)): json.loads(p.read_text())
+            for p in found
+            if p.name == "scores.json"
         },
     }
 

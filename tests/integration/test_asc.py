@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import load_run
 from launcher.runs import recipes
 
@@ -17,15 +17,15 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_the_recipe_reads_all_19_domains_as_published() -> None:
-    book = Workbook(load_run(recipes()["ctr-asc19"]))
-    book.check_data()
+    run = Run(load_run(recipes()["ctr-asc19"]))
+    run.check_data()
     sizes = {
-        task.id: [len(book.data(t).rows(split)) for split in ("train", "dev", "test")]
-        for t, task in enumerate(book.tasks.tasks)
+        task.id: [len(run.data(t).rows(split)) for split in ("train", "dev", "test")]
+        for t, task in enumerate(run.tasks.tasks)
     }
     assert len(sizes) == 19
     assert sizes["Bing3domains_Speaker"] == [352, 44, 44]
     assert sizes["XuSemEval14_rest"] == [3452, 150, 1120]
     assert sum(size[0] for size in sizes.values()) == 10_241
-    assert {len(book.data(t).labels) for t in range(17)} == {2}
-    assert {len(book.data(t).labels) for t in (17, 18)} == {3}
+    assert {len(run.data(t).labels) for t in range(17)} == {2}
+    assert {len(run.data(t).labels) for t in (17, 18)} == {3}

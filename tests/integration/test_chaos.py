@@ -15,11 +15,11 @@ from cl_dist import ledger, sequence
 from cl_dist import run_events as tracking
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.errors import CheckpointError, ClDistError, OrderError, RunInUseError, StoppedError, StorageError
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_events import Tracker
-from cl_dist.stage import Ref
+from cl_dist.stage import StageRef
 from cl_dist.stages import checkpoint
-from cl_dist.storage import only_driver
+from cl_dist.storage import run_lock
 from tests import chaos, tiny
 
 pytestmark = pytest.mark.timeout(600)
@@ -57,12 +57,12 @@ def test_a_checkpoint_without_moments_would_be_noticed(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return tiny.compute(chaos.made(tmp_path_factory.mktemp("finished"), "lamol", "whole"))
 
 
 @pytest.fixture
-def run(finished: Workbook, tmp_path: Path) -> Workbook:
+def run(finished: Run, tmp_path: Path) -> Run:
     """A copy of a finished LAMOL run whose second task has still to be trained and scored."""
     folder = tmp_path / "run"
     shutil.copytree(finished.config.folder, folder)
@@ -71,11 +71,11 @@ def run(finished: Workbook, tmp_path: Path) -> Workbook:
     tree = finished.config.model_copy(
         update={"run": finished.config.run.model_copy(update={"name": "run", "dir": str(tmp_path)})}
     )
-    return Workbook(tree)
+    return Run(tree)
 
 
-def go_on(book: Workbook) -> None:
-    sequence.run(book, LocalDispatcher(), Tracker(book))
+def go_on(opened: Run) -> None:
+    sequence.run_stages(opened, LocalDispatcher(), Tracker(opened))
 
 
 def flip(path: Path) -> None:
@@ -84,7 +84,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_an_unharmed_copy_ends_as_the_run_did(run: Workbook, finished: Workbook) -> None:
+def test_an_unharmed_copy_ends_as_the_run_did(run: Run, finished: Run) -> None:
     go_on(run)
     assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
 
@@ -99,7 +99,7 @@ HARM: Mapping[str, tuple[str, Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("harm", list(HARM))
-def test_what_is_damaged_is_named_with_the_remedy_which_works(run: Workbook, finished: Workbook, harm: str) -> None:
+def test_what_is_damaged_is_named_with_the_remedy_which_works(run: Run, finished: Run, harm: str) -> None:
     name, damage, message = HARM[harm]
     path = run.config.folder / "stages" / name
     damage(path)
@@ -109,17 +109,17 @@ def test_what_is_damaged_is_named_with_the_remedy_which_works(run: Workbook, fin
     assert caught.value.exit_code == 6
     assert str(path.parent) in str(caught.value)
     shutil.rmtree(path.parent)  # as the message says
-    go_on(Workbook(run.config))
+    go_on(Run(run.config))
     assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
 
 
-def test_a_stage_whose_manifest_is_gone_is_computed_again(run: Workbook, finished: Workbook) -> None:
+def test_a_stage_whose_manifest_is_gone_is_computed_again(run: Run, finished: Run) -> None:
     (run.config.folder / "stages/00-food/evaluate/manifest.json").unlink()
     go_on(run)
     assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
 
 
-def test_a_clock_set_back_changes_nothing(run: Workbook, finished: Workbook, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_set_back_changes_nothing(run: Run, finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class Early(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> "Early":
@@ -133,9 +133,7 @@ def test_a_clock_set_back_changes_nothing(run: Workbook, finished: Workbook, mon
 
 
 @pytest.mark.parametrize("limit", [2000, 40_000])
-def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(
-    run: Workbook, finished: Workbook, limit: int
-) -> None:
+def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(run: Run, finished: Run, limit: int) -> None:
     """Stood in for by a limit on the size of files: the system's error then is another number of the same kind."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -147,13 +145,13 @@ def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert str(run.config.folder) in str(caught.value)
-    go_on(Workbook(run.config))
+    go_on(Run(run.config))
     assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
 
 
 @pytest.mark.parametrize("damage", [flip, lambda path: path.write_text("[" * 100_000)], ids=["one bit", "deep"])
 def test_a_damaged_shard_is_computed_again(
-    run: Workbook, finished: Workbook, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object]
+    run: Run, finished: Run, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object]
 ) -> None:
     shutil.rmtree(run.config.folder / "stages/01-film/generate")
     merge = "cl_dist.stages.shards.Finished.merge"
@@ -169,24 +167,24 @@ def test_a_damaged_shard_is_computed_again(
     before = [path.stat().st_mtime_ns for path in kept]
     damage(kept[0])
     with pytest.raises(ClDistError, match="killed before the merge"):
-        go_on(Workbook(run.config))
+        go_on(Run(run.config))
     after = [path.stat().st_mtime_ns for path in kept]
     assert [a == b for a, b in zip(after, before, strict=True)] == [False, *[True] * (len(kept) - 1)]
     monkeypatch.undo()
-    go_on(Workbook(run.config))
+    go_on(Run(run.config))
     assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
 
 
 def test_a_second_driver_is_refused_while_the_first_is_at_work(tmp_path: Path) -> None:
     refused = pytest.raises(RunInUseError, match=f"process {os.getpid()} on .* is at work")
-    with only_driver(tmp_path), refused as caught, only_driver(tmp_path):
+    with run_lock(tmp_path), refused as caught, run_lock(tmp_path):
         pass
     assert caught.value.exit_code == 2
-    with only_driver(tmp_path):
+    with run_lock(tmp_path):
         pass
 
 
-def test_finished_tasks_keep_their_places(finished: Workbook) -> None:
+def test_finished_tasks_keep_their_places(finished: Run) -> None:
     tree = finished.config.model_dump(mode="json", exclude_unset=True)
     kind = type(finished.config)
     for order in (["film", "food"], ["food"]):
@@ -194,14 +192,14 @@ def test_finished_tasks_keep_their_places(finished: Workbook) -> None:
         with pytest.raises(
             OrderError, match=r"01-film.* is finished, but the tasks are now .*finished tasks keep their places"
         ):
-            Workbook(kind.model_validate(tree)).ledger.check_order()
+            Run(kind.model_validate(tree)).ledger.check_order()
     finished.ledger.check_order()
-    assert finished.ledger.manifest(Ref(task=1, stage="train")) is not None
+    assert finished.ledger.manifest(StageRef(task=1, stage="train")) is not None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_a_stage_is_saved_first(
-    finished: Workbook, run: Workbook, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    finished: Run, run: Run, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     def handler(received: int, frame: Any) -> None:
         raise StoppedError("told to")
@@ -217,19 +215,19 @@ def test_told_to_stop_a_stage_is_saved_first(
     before = signal.signal(number, handler)
     try:
         with pytest.raises(StoppedError, match="told to"):
-            sequence.run(run, LocalDispatcher(), Tracker(run, watch=watch))
+            sequence.run_stages(run, LocalDispatcher(), Tracker(run, watch=watch))
         assert signal.getsignal(number) is handler
     finally:
         signal.signal(number, before)
     assert seen[-1] == "saved"
     assert len(list(run.config.folder.rglob("checkpoint.json"))) >= 1
     seen.clear()
-    go_on(Workbook(run.config))
+    go_on(Run(run.config))
     assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)
 
 
 def test_told_to_stop_at_its_end_a_stage_is_published_first(
-    finished: Workbook, run: Workbook, monkeypatch: pytest.MonkeyPatch
+    finished: Run, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def handler(received: int, frame: Any) -> None:
         raise StoppedError("told to")
@@ -241,10 +239,10 @@ def test_told_to_stop_at_its_end_a_stage_is_published_first(
     before = signal.signal(signal.SIGTERM, handler)
     try:
         with pytest.raises(StoppedError, match="told to"):
-            sequence.run(run, LocalDispatcher(), Tracker(run, watch=watch))
+            sequence.run_stages(run, LocalDispatcher(), Tracker(run, watch=watch))
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert run.ledger.manifest(Ref(task=1, stage="train")) is not None
-    assert run.ledger.manifest(Ref(task=1, stage="evaluate")) is None
-    go_on(Workbook(run.config))
+    assert run.ledger.manifest(StageRef(task=1, stage="train")) is not None
+    assert run.ledger.manifest(StageRef(task=1, stage="evaluate")) is None
+    go_on(Run(run.config))
     assert chaos.digests(run.config.folder) == chaos.digests(finished.config.folder)

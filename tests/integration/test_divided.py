@@ -22,13 +22,13 @@ from cl_dist.models.architectures import layers_of
 from cl_dist.models.lowrank import own_parameters
 from cl_dist.models.plugin import CtrClassifier
 from cl_dist.parallel.config import EngineConfig
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import Ref
+from cl_dist.stage import StageRef
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.stage_job import Job
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.stages.weights import ShardedWeights
 from tests import parity, tiny
 from tests.architectures import TINY
 from tests.parity import Trained
@@ -43,7 +43,7 @@ TRAIN = {"epochs": 1, "global_batch": 4, "min_round_steps": 1, "select": "last",
 DEEP = {"num_hidden_layers": LAYERS, "hidden_size": 128, "intermediate_size": 2048, "initializer_range": 0.1}
 
 
-class Alive(TorchDispatchMode):
+class Watchdog(TorchDispatchMode):
     """Counts the bytes of tensors that are alive, and the most there were."""
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ def observe(rank: int, world: int, job: Job, out: str) -> Seen:
     module.build_learner = built
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # tensors made by other threads would not be counted
     try:
-        with Alive() as alive:
+        with Watchdog() as alive:
             train.run(job, Path(out), lambda event: None)
     finally:
         module.build_learner = build
@@ -132,16 +132,16 @@ TRAINED: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module", params=FROZEN)
-def book(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return made(tmp_path_factory.mktemp("divided"), FROZEN[request.param])
 
 
 @pytest.fixture(scope="module", params=TRAINED)
-def trained_book(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+def trained_book(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return made(tmp_path_factory.mktemp("trained"), TRAINED[request.param])
 
 
-def made(folder: Path, method: Any, **over: Any) -> Workbook:
+def made(folder: Path, method: Any, **over: Any) -> Run:
     """Return a run on a deep backbone in a folder, whose first task is trained."""
     sizes = {**TINY["llama"], **DEEP, "vocab_size": len(tiny.SPOKEN), "pad_token_id": 0, **over}
     maker: Any = AutoModelForCausalLM if tiny.writes(method["name"]) else AutoModel
@@ -153,15 +153,15 @@ def made(folder: Path, method: Any, **over: Any) -> Workbook:
     science = {"method": method, "seed": parity.SEED, "model": {"source": str(folder / "deep")}, "train": dict(TRAIN)}
     tree = tiny.tree(folder, {"science": science}, tasks=("food", "film"), train=8)
     tree["science"]["model"].pop("config", None)
-    book = Workbook(parse(RunConfig, tree))
-    first = Ref(task=0, stage="train")
-    parity.train_here(book.job(book.stage(first)), book.ledger.path(first))
-    return book
+    run = Run(parse(RunConfig, tree))
+    first = StageRef(task=0, stage="train")
+    parity.train_here(run.job(run.stage(first)), run.ledger.path(first))
+    return run
 
 
-def second(book: Workbook, **engine: Any) -> Job:
+def second(run: Run, **engine: Any) -> Job:
     engine = {"zero_stage": 3, "micro_batch": 1, **engine}
-    return replace(book.job(book.stage(parity.SECOND)), engine=EngineConfig(**engine))
+    return replace(run.job(run.stage(parity.SECOND)), engine=EngineConfig(**engine))
 
 
 def backbone_bytes(job: Job) -> int:
@@ -174,12 +174,12 @@ def backbone_of(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if name not in own and ".heads." not in f".{name}"]
 
 
-def test_no_rank_holds_the_whole_model_from_building_to_saving(ranks: Ranks, book: Workbook, tmp_path: Path) -> None:
+def test_no_rank_holds_the_whole_model_from_building_to_saving(ranks: Ranks, run: Run, tmp_path: Path) -> None:
     """Otherwise loaded it would, so that the count can fail; what is trained is the same to the bit.
 
     The most that is alive, 0.92 of the backbone here, is half of it, what is gathered, plugins, moments, activations.
     """
-    job = second(book, activation_checkpointing=tiny.writes(book.config.science.method.name))  # LAMOL reads rows twice
+    job = second(run, activation_checkpointing=tiny.writes(run.config.science.method.name))  # LAMOL reads rows twice
     size = backbone_bytes(job)
     divided, whole = trained_both_ways(ranks, job, tmp_path)
     assert max(seen.whole for seen in divided) < size / 4  # what is gathered for a layer or two
@@ -208,21 +208,21 @@ def _observe_whole(rank: int, world: int, job: Job, out: str) -> Seen:
 
 def _undivided(function: Any, *args: Any) -> Any:
     module: Any = train
-    before = module.divides
-    module.divides = lambda config, world: False
+    before = module.partitions
+    module.partitions = lambda config, world: False
     try:
         return function(*args)
     finally:
-        module.divides = before
+        module.partitions = before
 
 
 def test_plugins_alone_are_saved_by_the_ranks_that_own_them_and_loaded_on_any_number(
-    ranks: Ranks, book: Workbook, tmp_path: Path
+    ranks: Ranks, run: Run, tmp_path: Path
 ) -> None:
-    job = second(book)
+    job = second(run)
     (tmp_path / "out").mkdir()
     ranks.run(_train, job, str(tmp_path / "out"), timeout_s=250.0)
-    stored = StoredWeights(tmp_path / "out")
+    stored = ShardedWeights(tmp_path / "out")
     model = _started(job)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert set(stored) == names
@@ -245,8 +245,8 @@ def _train(rank: int, world: int, job: Job, out: str) -> None:
     train.run(job, Path(out), lambda event: None)
 
 
-def test_in_bfloat16_a_divided_backbone_is_rounded_as_a_whole_one(ranks: Ranks, book: Workbook, tmp_path: Path) -> None:
-    job = second(book)
+def test_in_bfloat16_a_divided_backbone_is_rounded_as_a_whole_one(ranks: Ranks, run: Run, tmp_path: Path) -> None:
+    job = second(run)
     job = replace(job, model=job.model.model_copy(update={"dtype": "bfloat16"}))
     found = []
     for name, function in (("divided", _train), ("whole", _train_whole)):
@@ -261,9 +261,7 @@ def _train_whole(rank: int, world: int, job: Job, out: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_backbone_that_is_trained_is_cut_up_too(
-    ranks: Ranks, trained_book: Workbook, dtype: str, tmp_path: Path
-) -> None:
+def test_a_backbone_that_is_trained_is_cut_up_too(ranks: Ranks, trained_book: Run, dtype: str, tmp_path: Path) -> None:
     """Loaded, with the weights of the task before, and trained: never whole, and the same bits as one loaded whole."""
     job = second(trained_book)
     job = replace(job, model=job.model.model_copy(update={"dtype": dtype}))

@@ -10,11 +10,11 @@ import torch
 
 from cl_dist.errors import ProtectionError
 from cl_dist.parallel import engine
-from cl_dist.stage import Ref, Train
+from cl_dist.stage import StageRef, Train
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.stage_job import Job
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.stages.weights import ShardedWeights
 from tests import tiny
 from tests.parity import Cell, train_here
 from tests.pool import Ranks
@@ -28,10 +28,10 @@ def frozen_job(folder: Path, over: dict[str, Any]) -> Job:
     """Return the second task's training with one unit frozen, after a first one."""
     frozen = {"freeze": "list", "frozen_units": [[1, 0]], "freeze_output": True}
     method = {**tiny.METHODS["rational_lamol"], **frozen, **over}
-    book = tiny.book(folder, {"science": {"method": method, "train": TRAIN}}, tasks=("food", "film"))
-    train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
-    stage = next(stage for stage in book.plan(1) if isinstance(stage, Train))
-    return book.job(stage.model_copy(update={"samples": None}))
+    run = tiny.make_run(folder, {"science": {"method": method, "train": TRAIN}}, tasks=("food", "film"))
+    train_here(run.job(run.plan(0)[0]), run.ledger.path(StageRef(task=0, stage="train")))
+    stage = next(stage for stage in run.plan(1) if isinstance(stage, Train))
+    return run.job(stage.model_copy(update={"samples": None}))
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,12 @@ def _train(rank: int, world: int, job: Job, out: str) -> None:
 
 
 def _train_without_putting_back(rank: int, world: int, job: Job, out: str) -> None:
-    put_back = engine._Held.put_back
-    engine._Held.put_back = lambda self: None  # type: ignore[method-assign]
+    put_back = engine._FrozenEntries.put_back
+    engine._FrozenEntries.put_back = lambda self: None  # type: ignore[method-assign]
     try:
         train.run(job, Path(out), lambda event: None)
     finally:
-        engine._Held.put_back = put_back  # type: ignore[method-assign]
+        engine._FrozenEntries.put_back = put_back  # type: ignore[method-assign]
 
 
 FLOAT, BRAIN = "float32", "bfloat16"
@@ -73,7 +73,7 @@ def test_what_is_frozen_keeps_every_bit(
     out = tmp_path / "out"
     out.mkdir()
     ranks.run(_train, job, str(out), timeout_s=200.0)
-    after, before = StoredWeights(out), StoredWeights(job.chain[-1])
+    after, before = ShardedWeights(out), ShardedWeights(job.chain[-1])
     learner = build_learner(job)
     train.start(job, learner)
     facts = json.loads((out / "train.json").read_text())

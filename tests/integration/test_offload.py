@@ -20,13 +20,13 @@ from cl_dist.config import parse
 from cl_dist.errors import ConfigError
 from cl_dist.parallel import files, params
 from cl_dist.parallel.config import EngineConfig
-from cl_dist.partition import whole_shape
-from cl_dist.run import Workbook
+from cl_dist.partition import full_shape
+from cl_dist.run import Run
 from cl_dist.run_config import ClusterConfig, RunConfig
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.stage_job import Job
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.stages.weights import ShardedWeights
 from tests import parity
 from tests.architectures import TINY
 from tests.integration import test_divided
@@ -49,12 +49,12 @@ WAYS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def books(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return cache(lambda method: parity.book(tmp_path_factory.mktemp("offload"), method))
+def all_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return cache(lambda method: parity.run(tmp_path_factory.mktemp("offload"), method))
 
 
-def second(book: Workbook, dtype: str = "float32", **engine: Any) -> Job:
-    job = replace(book.job(book.stage(parity.SECOND)), engine=EngineConfig(micro_batch=8, **engine))
+def second(run: Run, dtype: str = "float32", **engine: Any) -> Job:
+    job = replace(run.job(run.stage(parity.SECOND)), engine=EngineConfig(micro_batch=8, **engine))
     return replace(job, model=job.model.model_copy(update={"dtype": dtype}))
 
 
@@ -77,7 +77,7 @@ def look(rank: int, world: int, job: Job, out: str) -> dict[str, Any]:
         own = Path(folder).glob(f"cl-dist-*-{os.getpid()}/**/*.swp") if folder else ()
         seen["files"] = sum(path.stat().st_size for path in own)
         frozen = [parameter for parameter in engine.module.parameters() if not parameter.requires_grad]
-        pieces = [(whole_shape(parameter).numel(), *params.local(parameter, rank)) for parameter in frozen]
+        pieces = [(full_shape(parameter).numel(), *params.local(parameter, rank)) for parameter in frozen]
         seen["frozen"] = [piece[: size - start].detach().double().sum().item() for size, piece, start in pieces]
         return engine
 
@@ -93,14 +93,14 @@ def look(rank: int, world: int, job: Job, out: str) -> dict[str, Any]:
     ("method", "way"), [*(("ctr", way) for way in WAYS), ("rational_lamol", WAYS[1]), ("rational_lamol-lora", WAYS[3])]
 )
 def test_what_is_trained_is_what_one_worker_trains(
-    ranks: Ranks, books: Any, tmp_path: Path, method: str, way: Mapping[str, Any]
+    ranks: Ranks, all_runs: Any, tmp_path: Path, method: str, way: Mapping[str, Any]
 ) -> None:
-    book = books(method)
-    reference = book.config.folder / "reference"
+    run = all_runs(method)
+    reference = run.config.folder / "reference"
     expected = (
-        Trained.read(reference) if reference.exists() else parity.train_here(second(book, engine="torch"), reference)
+        Trained.read(reference) if reference.exists() else parity.train_here(second(run, engine="torch"), reference)
     )
-    for seen in ranks.run(look, second(book, **way), str(_new(tmp_path / "out")), timeout_s=250.0):
+    for seen in ranks.run(look, second(run, **way), str(_new(tmp_path / "out")), timeout_s=250.0):
         assert seen["states"]
         assert seen["parameters"] == (way["offload"] == "all")
     found = Trained.read(tmp_path / "out").difference(expected)
@@ -110,33 +110,35 @@ def test_what_is_trained_is_what_one_worker_trains(
 
 
 @pytest.mark.parametrize("way", [WAYS[1], WAYS[3]])
-def test_in_bfloat16_the_masters_are_the_same(ranks: Ranks, books: Any, tmp_path: Path, way: Mapping[str, Any]) -> None:
-    book = books("ctr")
+def test_in_bfloat16_the_masters_are_the_same(
+    ranks: Ranks, all_runs: Any, tmp_path: Path, way: Mapping[str, Any]
+) -> None:
+    run = all_runs("ctr")
     plain = {**way, "offload": None}
     for name, settings in (("plain", plain), ("offload", way)):
-        ranks.run(look, second(book, "bfloat16", **settings), str(_new(tmp_path / name)), timeout_s=250.0)
+        ranks.run(look, second(run, "bfloat16", **settings), str(_new(tmp_path / name)), timeout_s=250.0)
     found = Trained.read(tmp_path / "offload").difference(Trained.read(tmp_path / "plain"))
     assert found["weights"] <= 1e-5, found
     assert found["mask_bits"] == 0, found
 
 
-def test_a_stage_goes_on_from_a_checkpoint_with_and_without(ranks: Ranks, books: Any, tmp_path: Path) -> None:
-    book = books("ctr")
-    whole = parity.train_here(second(book, engine="torch"), tmp_path / "whole").weights
+def test_a_stage_goes_on_from_a_checkpoint_with_and_without(ranks: Ranks, all_runs: Any, tmp_path: Path) -> None:
+    run = all_runs("ctr")
+    whole = parity.train_here(second(run, engine="torch"), tmp_path / "whole").weights
     out = _new(tmp_path / "out")
     for way, steps in (({"zero_stage": 2}, 3), (WAYS[3], 8), (WAYS[0], 12), ({"zero_stage": 3}, None)):
-        ranks.run(train_until, second(book, **way), str(out), steps, timeout_s=250.0)
-    torch.testing.assert_close(dict(StoredWeights(out)), whole, rtol=0.0, atol=1e-5)
+        ranks.run(train_until, second(run, **way), str(out), steps, timeout_s=250.0)
+    torch.testing.assert_close(dict(ShardedWeights(out)), whole, rtol=0.0, atol=1e-5)
 
 
-def test_penalties_need_stage_3(ranks: Ranks, books: Any, tmp_path: Path) -> None:
-    book = books("ewc")
-    tree = book.config.tree()
+def test_penalties_need_stage_3(ranks: Ranks, all_runs: Any, tmp_path: Path) -> None:
+    run = all_runs("ewc")
+    tree = run.config.tree()
     tree["cluster"] = {"workers": 2, **WAYS[1]}
     with pytest.raises(ConfigError, match=r"method 'ewc' adds penalties.*zero_stage 2; expected zero_stage 3"):
         parse(RunConfig, tree)
-    expected = parity.train_here(second(book, engine="torch"), tmp_path / "here")
-    ranks.run(look, second(book, **WAYS[2]), str(_new(tmp_path / "out")), timeout_s=250.0)
+    expected = parity.train_here(second(run, engine="torch"), tmp_path / "here")
+    ranks.run(look, second(run, **WAYS[2]), str(_new(tmp_path / "out")), timeout_s=250.0)
     assert Trained.read(tmp_path / "out").difference(expected)["weights"] <= 1e-5
 
 
@@ -174,7 +176,7 @@ def test_frozen_heads_keep_their_bits_and_checkpoints_are_written(
     job = frozen_job(tmp_path / "made", {"level": "head", "lora": lora})
     config = EngineConfig(micro_batch=2, checkpoint_steps=2, verify_protection_every=1, **way)
     ranks.run(hold, replace(job, engine=config), str(_new(tmp_path / "out")), timeout_s=250.0)
-    after, before = StoredWeights(tmp_path / "out"), StoredWeights(job.chain[-1])
+    after, before = ShardedWeights(tmp_path / "out"), ShardedWeights(job.chain[-1])
     learner = build_learner(job)
     train.start(job, learner)
     held = {name: scale for name, scale in learner.grad_scales().items() if scale.decay}
@@ -252,9 +254,9 @@ def small_files(rank: int, world: int, function: Any, *args: Any) -> Any:
 def test_parameters_in_files_train_the_same_and_leave_no_files(ranks: Ranks, tmp_path: Path, case: str) -> None:
     """A deep model has more pieces than DeepSpeed has buffers. The stage is stopped, and goes on, in between."""
     method, dtype, settings = IN_FILES[case]
-    book = test_divided.made(tmp_path, method, intermediate_size=256, num_hidden_layers=16)
+    run = test_divided.made(tmp_path, method, intermediate_size=256, num_hidden_layers=16)
     folder = _new(tmp_path / "files")
-    job = test_divided.second(book, offload="all", **settings)
+    job = test_divided.second(run, offload="all", **settings)
     job = replace(job, model=job.model.model_copy(update={"dtype": dtype}))
     watched = {"offload_folder": str(folder), "verify_protection_every": 1}
     in_files = replace(job, engine=job.engine.model_copy(update=watched))
@@ -279,8 +281,8 @@ def test_parameters_in_files_train_the_same_and_leave_no_files(ranks: Ranks, tmp
 @pytest.mark.usefixtures("aio")
 def test_pieces_of_a_megabyte_lie_in_files(ranks: Ranks, tmp_path: Path) -> None:
     """Of 2 MB, here; attention's, of 32 KB, do not."""
-    book = test_divided.made(tmp_path, test_divided.FROZEN["ctr"], intermediate_size=WIDE, num_hidden_layers=2)
-    job = test_divided.second(book, offload="all", offload_folder=str(_new(tmp_path / "files")))
+    run = test_divided.made(tmp_path, test_divided.FROZEN["ctr"], intermediate_size=WIDE, num_hidden_layers=2)
+    job = test_divided.second(run, offload="all", offload_folder=str(_new(tmp_path / "files")))
     for seen in ranks.run(look, job, str(_new(tmp_path / "out")), timeout_s=400.0):
         assert seen["files"] == 2 * 3 * 128 * WIDE // 2 * 4  # half of the feed-forward weights
 

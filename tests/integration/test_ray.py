@@ -23,11 +23,11 @@ from cl_dist.dispatch_ray.dispatcher import RayDispatcher
 from cl_dist.dispatch_ray.gang import Gang
 from cl_dist.dispatch_ray.nodes import alive, check_storage, probe
 from cl_dist.errors import ClDistError, ClusterError, DataError, TrainingError
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.run_events import Tracker
-from cl_dist.sequence import run
-from cl_dist.stage import Ref, ref
+from cl_dist.sequence import run_stages
+from cl_dist.stage import StageRef, ref
 from tests import tiny
 from tests.integration import ray_runs
 
@@ -60,15 +60,15 @@ def folder(undisturbed: Path) -> Iterator[Path]:
         yield undisturbed.parents[1]
 
 
-def book(folder: Path, name: str, cluster: Mapping[str, Any]) -> Workbook:
-    return Workbook(parse(RunConfig, ray_runs.tree(folder, {"run": {"name": name}, "cluster": cluster})))
+def make_run(folder: Path, name: str, cluster: Mapping[str, Any]) -> Run:
+    return Run(parse(RunConfig, ray_runs.tree(folder, {"run": {"name": name}, "cluster": cluster})))
 
 
-def compute(workbook: Workbook, watch: Callable[[RayDispatcher, Event], None] = lambda ray, event: None) -> None:
+def compute(run: Run, watch: Callable[[RayDispatcher, Event], None] = lambda ray, event: None) -> None:
     """Compute what is missing of a run on Ray; watch sees every event, with the dispatcher."""
-    dispatcher = RayDispatcher(workbook.config.cluster, workbook.config.folder)
+    dispatcher = RayDispatcher(run.config.cluster, run.config.folder)
     try:
-        run(workbook, dispatcher, Tracker(workbook, watch=lambda event: watch(dispatcher, event)))
+        run_stages(run, dispatcher, Tracker(run, watch=lambda event: watch(dispatcher, event)))
     finally:
         dispatcher.close()
 
@@ -93,7 +93,7 @@ class GangStory:
 
 @pytest.fixture(scope="module")
 def gang(address: str, folder: Path) -> GangStory:
-    workbook = book(folder, "gang", {"address": address, "max_failures": 1})
+    run = make_run(folder, "gang", {"address": address, "max_failures": 1})
     pids: dict[str, list[int]] = {}
 
     def watch(dispatcher: RayDispatcher, event: Event) -> None:
@@ -104,8 +104,8 @@ def gang(address: str, folder: Path) -> GangStory:
             pids[event["stage"]] = gang_pids(dispatcher)
 
     with pytest.raises(TrainingError) as caught:
-        compute(workbook, watch)
-    return GangStory(workbook.config.folder, pids, caught.value)
+        compute(run, watch)
+    return GangStory(run.config.folder, pids, caught.value)
 
 
 def test_a_stage_whose_rank_was_killed_is_trained_again_to_equal_bytes(gang: GangStory, undisturbed: Path) -> None:
@@ -137,12 +137,12 @@ def test_more_failures_than_allowed_end_the_run_with_their_cause(gang: GangStory
 
 def test_an_error_that_no_restart_would_cure_arrives_as_it_was_raised(address: str, tmp_path: Path) -> None:
     settings = {"dispatcher": "ray", "engine": "deepspeed", "address": address}
-    workbook = tiny.book(tmp_path, {"cluster": settings}, tasks=("food",))
-    workbook.check_data()  # the driver has read it
+    run = tiny.make_run(tmp_path, {"cluster": settings}, tasks=("food",))
+    run.check_data()  # the driver has read it
     tiny.save_rows(tmp_path / "food.jsonl", tiny.rows("food", train=23))
     seen: list[str] = []
     with pytest.raises(DataError, match=r"^task food: its files differ between machines, or changed") as caught:
-        compute(workbook, lambda _, event: seen.append(event["event"]))
+        compute(run, lambda _, event: seen.append(event["event"]))
     assert type(caught.value) is DataError  # not Ray's wrapping of it
     assert seen == ["begin", "stage_start"]
 
@@ -156,7 +156,7 @@ class Late:
 
 
 def test_a_gang_given_up_in_a_stage_takes_nothing_of_the_cluster_with_it(address: str, tmp_path: Path) -> None:
-    config = tiny.book(tmp_path, {"cluster": {"dispatcher": "ray", "address": address, "workers": 1}}).config
+    config = tiny.make_run(tmp_path, {"cluster": {"dispatcher": "ray", "address": address, "workers": 1}}).config
     connect(config.cluster)
     try:
         gang = Gang(config.cluster, config.folder)
@@ -196,9 +196,9 @@ class PoolStory:
 
 @pytest.fixture(scope="module")
 def pool(address: str, folder: Path, undisturbed: Path) -> PoolStory:
-    workbook = book(folder, "pool", {"address": address})
-    copytree(undisturbed / "stages", workbook.config.folder / "stages")
-    rmtree(workbook.config.folder / "stages/02-topic/evaluate")
+    run = make_run(folder, "pool", {"address": address})
+    copytree(undisturbed / "stages", run.config.folder / "stages")
+    rmtree(run.config.folder / "stages/02-topic/evaluate")
     seen: list[Event] = []
     gangs: list[bool] = []
 
@@ -211,8 +211,8 @@ def pool(address: str, folder: Path, undisturbed: Path) -> PoolStory:
             for pid in ray.get(pids, timeout=60):
                 os.kill(pid, signal.SIGKILL)
 
-    compute(workbook, watch)
-    return PoolStory(workbook.config.folder, seen, gangs)
+    compute(run, watch)
+    return PoolStory(run.config.folder, seen, gangs)
 
 
 def test_shards_of_dead_actors_are_scored_again_and_counted_once(pool: PoolStory) -> None:
@@ -226,10 +226,10 @@ def test_shards_of_dead_actors_are_scored_again_and_counted_once(pool: PoolStory
 def test_scores_are_those_of_an_undisturbed_pool_and_of_one_worker(
     pool: PoolStory, undisturbed: Path, folder: Path
 ) -> None:
-    alone = book(folder, "alone", {"dispatcher": "local", "engine": "torch", "workers": 1})
+    alone = make_run(folder, "alone", {"dispatcher": "local", "engine": "torch", "workers": 1})
     copytree(undisturbed / "stages", alone.config.folder / "stages")
     rmtree(alone.config.folder / "stages/02-topic/evaluate")
-    run(alone, LocalDispatcher(), Tracker(alone))
+    run_stages(alone, LocalDispatcher(), Tracker(alone))
     for name in ("scores.json", *(f"predictions/{task}.jsonl" for task in tiny.TASKS)):
         scored = (pool.run / "stages/02-topic/evaluate" / name).read_bytes()
         assert scored == (undisturbed / "stages/02-topic/evaluate" / name).read_bytes()
@@ -243,24 +243,24 @@ def test_a_run_that_only_has_an_evaluate_stage_left_starts_no_gang(pool: PoolSto
 
 
 @pytest.fixture
-def only_scores(address: str, folder: Path, undisturbed: Path, request: pytest.FixtureRequest) -> Workbook:
+def only_scores(address: str, folder: Path, undisturbed: Path, request: pytest.FixtureRequest) -> Run:
     """A run that only has an Evaluate stage left, with other settings of the cluster."""
     number = sum(1 for _ in (folder / "runs").glob("scores-*"))
-    workbook = book(folder, f"scores-{number}", {"address": address, **request.param})
-    copytree(undisturbed / "stages", workbook.config.folder / "stages")
-    rmtree(workbook.config.folder / "stages/02-topic/evaluate")
-    return workbook
+    run = make_run(folder, f"scores-{number}", {"address": address, **request.param})
+    copytree(undisturbed / "stages", run.config.folder / "stages")
+    rmtree(run.config.folder / "stages/02-topic/evaluate")
+    return run
 
 
 @pytest.mark.parametrize("only_scores", [{"workers": 3, "min_workers": 1}], indirect=True)
-def test_a_pool_works_with_the_actors_that_the_cluster_can_hold(only_scores: Workbook, undisturbed: Path) -> None:
+def test_a_pool_works_with_the_actors_that_the_cluster_can_hold(only_scores: Run, undisturbed: Path) -> None:
     compute(only_scores)
     scores = "stages/02-topic/evaluate/scores.json"
     assert (only_scores.config.folder / scores).read_bytes() == (undisturbed / scores).read_bytes()
 
 
 @pytest.mark.parametrize("only_scores", [{"start_timeout_s": 3.0}], indirect=True)
-def test_a_pool_that_others_leave_no_room_says_so(only_scores: Workbook) -> None:
+def test_a_pool_that_others_leave_no_room_says_so(only_scores: Run) -> None:
     def watch(dispatcher: RayDispatcher, event: Event) -> None:
         if event["event"] == "stage_start":
             ray.get(ray.util.placement_group([{"CPU": 2}]).ready(), timeout=60)
@@ -279,7 +279,7 @@ def test_samples_of_a_zero3_model_are_the_same_whoever_dies_and_on_one_worker(ad
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         patch.setenv("PYTHONPATH", ray_runs.environment()["PYTHONPATH"])
-        made = Workbook(parse(RunConfig, tiny.tree(tmp_path, merged(ray_runs.SETTINGS, over), tasks=("food", "film"))))
+        made = Run(parse(RunConfig, tiny.tree(tmp_path, merged(ray_runs.SETTINGS, over), tasks=("food", "film"))))
         killed: list[int] = []
 
         def watch(dispatcher: RayDispatcher, event: Event) -> None:
@@ -291,7 +291,7 @@ def test_samples_of_a_zero3_model_are_the_same_whoever_dies_and_on_one_worker(ad
                     os.kill(pid, signal.SIGKILL)
 
         compute(made, watch)
-        stage = made.stage(Ref(task=1, stage="generate"))
+        stage = made.stage(StageRef(task=1, stage="generate"))
         again = tmp_path / "again"
         again.mkdir()
         LocalDispatcher().run(made.job(stage), str(again), Tracker(made))
@@ -317,16 +317,16 @@ def test_samples_of_a_zero3_model_are_the_same_whoever_dies_and_on_one_worker(ad
 def test_a_request_that_can_never_fit_fails_at_once(
     address: str, folder: Path, asked: Mapping[str, Any], message: str
 ) -> None:
-    workbook = book(folder, "large", {"address": address, **asked})
+    run = make_run(folder, "large", {"address": address, **asked})
     with pytest.raises(ClusterError, match=message):
-        RayDispatcher(workbook.config.cluster, workbook.config.folder)
+        RayDispatcher(run.config.cluster, run.config.folder)
     assert not ray.is_initialized()
 
 
 def test_a_node_that_has_just_died_is_left_out_and_not_called_blind(cluster: Cluster, folder: Path) -> None:
     node = cluster.add_node(num_cpus=0, node_ip_address="127.0.0.1")
-    workbook = book(folder, "left", {"address": str(cluster.address)})
-    connect(workbook.config.cluster)
+    run = make_run(folder, "left", {"address": str(cluster.address)})
+    connect(run.config.cluster)
     try:
         known = alive()
         cluster.remove_node(node, allow_graceful=False)

@@ -16,12 +16,12 @@ from ray.cluster_utils import Cluster
 from cl_dist.config import merged, parse
 from cl_dist.dispatch_ray.dispatcher import RayDispatcher
 from cl_dist.errors import ClusterError
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.run_events import Tracker
-from cl_dist.sequence import run
-from cl_dist.stage import Ref
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.sequence import run_stages
+from cl_dist.stage import StageRef
+from cl_dist.stages.weights import ShardedWeights
 from tests import tiny
 from tests.integration import ray_runs
 from tests.integration.ray_runs import Command, events
@@ -32,7 +32,7 @@ LONG = {"epochs": 60, "lr": 1e-4, "select": "last"}
 """180 steps, some seconds: a task with a middle."""
 PREEMPTION = 2
 """The reason that a node is drained for, in Ray's protocol."""
-TRAIN = Ref(task=0, stage="train")
+TRAIN = StageRef(task=0, stage="train")
 ALONE: Mapping[str, Any] = {"dispatcher": "local", "engine": "torch", "workers": 1}
 
 
@@ -64,9 +64,9 @@ def test_stopped_in_a_task_a_run_goes_on_with_another_gang_and_zero_stage(tmp_pa
     (continued,) = [event for event in events(folder) if event["event"] == "continued"]
     assert continued["step"] == step
 
-    alone = Workbook(parse(RunConfig, merged(tree, {"cluster": ALONE})))
+    alone = Run(parse(RunConfig, merged(tree, {"cluster": ALONE})))
     whole = train_here(alone.job(alone.plan(0)[0]), tmp_path / "alone").weights
-    found = dict(StoredWeights(folder / "stages/00-food/train"))
+    found = dict(ShardedWeights(folder / "stages/00-food/train"))
     torch.testing.assert_close(found, whole, rtol=0.0, atol=1e-5)
     assert not list(folder.rglob("checkpoints"))
 
@@ -91,10 +91,10 @@ def test_a_gang_outlives_a_rank_and_a_lost_node_is_told(
     monkeypatch.setattr("cl_dist.dispatch_ray.cluster.FITS_S", 1.0)
     asked = {"address": cluster.address, "checkpoint_steps": 20, "lost_node_timeout_s": 5.0, "max_failures": 5}
     asked["checkpoint_async"] = False  # the rank is killed some steps after the first
-    book = Workbook(parse(RunConfig, settings(tmp_path, "nodes", asked, LONG)))
+    run = Run(parse(RunConfig, settings(tmp_path, "nodes", asked, LONG)))
     seen: list[dict[str, Any]] = []
 
-    dispatcher = RayDispatcher(book.config.cluster, book.config.folder)
+    dispatcher = RayDispatcher(run.config.cluster, run.config.folder)
 
     def watch(event: Mapping[str, Any]) -> None:
         seen.append(dict(event))
@@ -107,7 +107,7 @@ def test_a_gang_outlives_a_rank_and_a_lost_node_is_told(
 
     try:
         with pytest.raises(ClusterError, match=r"(?s)lost nodes.*lost_node_timeout_s=5.*the last checkpoint") as caught:
-            run(book, dispatcher, Tracker(book, watch=watch))
+            run_stages(run, dispatcher, Tracker(run, watch=watch))
     finally:
         dispatcher.close()
     assert caught.value.exit_code == 4
@@ -125,8 +125,8 @@ def test_an_elastic_gang_shrinks_and_grows(cluster: Cluster, tmp_path: Path, mon
     asked = {"address": cluster.address, "checkpoint_steps": 10, "min_workers": 1, "elastic_interval_s": 1.0}
     asked["checkpoint_async"] = False
     train = {**LONG, "epochs": 700, "lr": 2e-5}
-    book = Workbook(parse(RunConfig, settings(tmp_path, "elastic", {**asked, "max_failures": 5}, train)))
-    dispatcher = RayDispatcher(book.config.cluster, book.config.folder)
+    run = Run(parse(RunConfig, settings(tmp_path, "elastic", {**asked, "max_failures": 5}, train)))
+    dispatcher = RayDispatcher(run.config.cluster, run.config.folder)
     sizes: list[int] = []
     continued: list[int] = []
 
@@ -142,16 +142,16 @@ def test_an_elastic_gang_shrinks_and_grows(cluster: Cluster, tmp_path: Path, mon
             nodes.append(cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1"))
 
     try:
-        run(book, dispatcher, Tracker(book, watch=watch))
+        run_stages(run, dispatcher, Tracker(run, watch=watch))
     finally:
         dispatcher.close()
     changes = [size for number, size in enumerate(sizes) if number == 0 or sizes[number - 1] != size]
     assert changes == [2, 1, 2]
     assert len(continued) == 2
     assert continued == sorted(continued)
-    alone = Workbook(parse(RunConfig, settings(tmp_path, "alone", ALONE, train)))
+    alone = Run(parse(RunConfig, settings(tmp_path, "alone", ALONE, train)))
     whole = train_here(alone.job(alone.plan(0)[0]), tmp_path / "alone").weights
-    torch.testing.assert_close(dict(StoredWeights(book.ledger.path(TRAIN))), whole, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(dict(ShardedWeights(run.ledger.path(TRAIN))), whole, rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.long
@@ -162,8 +162,8 @@ def test_notice_of_a_drained_node_saves_the_stage(cluster: Cluster, tmp_path: Pa
     monkeypatch.setattr("cl_dist.dispatch_ray.cluster.FITS_S", 1.0)
     asked = {"address": cluster.address, "checkpoint_minutes": 0, "max_failures": 5}
     train = {**LONG, "epochs": 300, "lr": 5e-5}
-    book = Workbook(parse(RunConfig, settings(tmp_path, "drained", asked, train)))
-    dispatcher = RayDispatcher(book.config.cluster, book.config.folder)
+    run = Run(parse(RunConfig, settings(tmp_path, "drained", asked, train)))
+    dispatcher = RayDispatcher(run.config.cluster, run.config.folder)
     seen: list[dict[str, Any]] = []
 
     def watch(event: Mapping[str, Any]) -> None:
@@ -173,12 +173,12 @@ def test_notice_of_a_drained_node_saves_the_stage(cluster: Cluster, tmp_path: Pa
             worker: Any = global_worker
             accepted, why = worker.gcs_client.drain_node(nodes[1].node_id, PREEMPTION, "planted", 0)
             assert accepted, why
-        if len(nodes) == 2 and list(book.config.folder.rglob("step-*[0-9]/checkpoint.json")):
+        if len(nodes) == 2 and list(run.config.folder.rglob("step-*[0-9]/checkpoint.json")):
             cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
             cluster.remove_node(nodes.pop(), allow_graceful=False)
 
     try:
-        run(book, dispatcher, Tracker(book, watch=watch))
+        run_stages(run, dispatcher, Tracker(run, watch=watch))
     finally:
         dispatcher.close()
     (notice,) = [event for event in seen if event["event"] == "notice"]
@@ -186,6 +186,6 @@ def test_notice_of_a_drained_node_saves_the_stage(cluster: Cluster, tmp_path: Pa
     continued = [event["step"] for event in seen if event["event"] == "continued"]
     assert continued
     assert continued[0] > 15
-    alone = Workbook(parse(RunConfig, settings(tmp_path, "alone", ALONE, train)))
+    alone = Run(parse(RunConfig, settings(tmp_path, "alone", ALONE, train)))
     whole = train_here(alone.job(alone.plan(0)[0]), tmp_path / "alone").weights
-    torch.testing.assert_close(dict(StoredWeights(book.ledger.path(TRAIN))), whole, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(dict(ShardedWeights(run.ledger.path(TRAIN))), whole, rtol=0.0, atol=1e-5)

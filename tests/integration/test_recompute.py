@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_dist.run import Workbook
-from cl_dist.stage import Ref, Train
+from cl_dist.run import Run
+from cl_dist.stage import StageRef, Train
 from cl_dist.stages.stage_job import Job
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.stages.weights import ShardedWeights
 from tests import tiny
 from tests.parity import train_here
 from tests.pool import Ranks
@@ -23,12 +23,12 @@ def made(folder: Path, method: str) -> Job:
     """Return the second task's training, after a first one."""
     settings = dict(tiny.TEXT_TRAIN) if tiny.writes(method) else {"epochs": 3}
     science: dict[str, Any] = {"method": dict(tiny.METHODS[method]), "train": settings}
-    book: Workbook = tiny.book(folder, {"science": science}, tasks=("food", "film"))
-    for stage in book.plan(0):
+    run: Run = tiny.make_run(folder, {"science": science}, tasks=("food", "film"))
+    for stage in run.plan(0):
         if isinstance(stage, Train):
-            train_here(book.job(stage), book.ledger.path(Ref(task=0, stage=stage.name)))
-    stage = next(stage for stage in reversed(book.plan(1)) if isinstance(stage, Train))
-    return book.job(stage.model_copy(update={"samples": None, "frozen": None}))
+            train_here(run.job(stage), run.ledger.path(StageRef(task=0, stage=stage.name)))
+    stage = next(stage for stage in reversed(run.plan(1)) if isinstance(stage, Train))
+    return run.job(stage.model_copy(update={"samples": None, "frozen": None}))
 
 
 def again(job: Job, **engine: Any) -> Job:
@@ -59,7 +59,7 @@ def test_under_zero_3_too(tmp_path: Path, ranks: Ranks) -> None:
     whole = train_here(job, tmp_path / "whole").weights
     (tmp_path / "out").mkdir()
     ranks.run(_train, again(job, engine="deepspeed", zero_stage=3), str(tmp_path / "out"), timeout_s=150.0)
-    torch.testing.assert_close(dict(StoredWeights(tmp_path / "out")), whole, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(dict(ShardedWeights(tmp_path / "out")), whole, rtol=0.0, atol=1e-5)
 
 
 def _train(rank: int, world: int, job: Job, out: str) -> None:

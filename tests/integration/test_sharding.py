@@ -16,7 +16,7 @@ from cl_dist.parallel import engine as engines
 from cl_dist.parallel import params
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.world import World
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.schedule import Schedule
@@ -76,12 +76,12 @@ def hold(rank: int, world: int, job: Job) -> Held:
 
 
 @pytest.fixture(scope="module")
-def book(tmp_path_factory: pytest.TempPathFactory) -> Workbook:
-    return parity.book(tmp_path_factory.mktemp("sharding"), "ctr")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return parity.run(tmp_path_factory.mktemp("sharding"), "ctr")
 
 
-def second(book: Workbook, **engine: Any) -> Job:
-    return replace(book.job(book.stage(parity.SECOND)), engine=EngineConfig(**engine))
+def second(run: Run, **engine: Any) -> Job:
+    return replace(run.job(run.stage(parity.SECOND)), engine=EngineConfig(**engine))
 
 
 def is_plugin(name: str) -> bool:
@@ -89,10 +89,8 @@ def is_plugin(name: str) -> bool:
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
-def test_masters_and_moments_of_plugins_are_divided_among_the_ranks(
-    ranks: Ranks, book: Workbook, zero_stage: int
-) -> None:
-    held: list[Held] = ranks.run(hold, second(book, zero_stage=zero_stage), timeout_s=120.0)
+def test_masters_and_moments_of_plugins_are_divided_among_the_ranks(ranks: Ranks, run: Run, zero_stage: int) -> None:
+    held: list[Held] = ranks.run(hold, second(run, zero_stage=zero_stage), timeout_s=120.0)
     total = sum(held[0].sizes[name] for name in held[0].trained)
     assert sum(sum(each.trained.values()) for each in held) == total
     for each in held:
@@ -101,22 +99,20 @@ def test_masters_and_moments_of_plugins_are_divided_among_the_ranks(
     assert sum(each.moments for each in held) >= total
 
 
-def test_without_zero_every_rank_holds_every_master(ranks: Ranks, book: Workbook) -> None:
-    held: list[Held] = ranks.run(hold, second(book, zero_stage=0), timeout_s=120.0)
+def test_without_zero_every_rank_holds_every_master(ranks: Ranks, run: Run) -> None:
+    held: list[Held] = ranks.run(hold, second(run, zero_stage=0), timeout_s=120.0)
     for each in held:
         assert each.moments == sum(each.trained.values()) == sum(each.sizes[name] for name in each.trained)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2])
-def test_a_forward_pass_in_training_goes_through_deepspeeds_wrapper(
-    ranks: Ranks, book: Workbook, zero_stage: int
-) -> None:
-    held: list[Held] = ranks.run(hold, second(book, zero_stage=zero_stage), timeout_s=120.0)
+def test_a_forward_pass_in_training_goes_through_deepspeeds_wrapper(ranks: Ranks, run: Run, zero_stage: int) -> None:
+    held: list[Held] = ranks.run(hold, second(run, zero_stage=zero_stage), timeout_s=120.0)
     assert [each.forwards for each in held] == [1, 1]
 
 
-def test_zero_3_partitions_every_plugin_tensor_frozen_old_capsules_included(ranks: Ranks, book: Workbook) -> None:
-    held: list[Held] = ranks.run(hold, second(book, zero_stage=3), timeout_s=120.0)
+def test_zero_3_partitions_every_plugin_tensor_frozen_old_capsules_included(ranks: Ranks, run: Run) -> None:
+    held: list[Held] = ranks.run(hold, second(run, zero_stage=3), timeout_s=120.0)
     plugins = {name: size for name, size in held[0].sizes.items() if is_plugin(name)}
     assert any(".capsule0_weight" in name and name not in held[0].trained for name in plugins)
     for name, size in plugins.items():
@@ -126,8 +122,8 @@ def test_zero_3_partitions_every_plugin_tensor_frozen_old_capsules_included(rank
     assert all(each.whole == () for each in held)
 
 
-def test_deepspeeds_threshold_would_keep_plugins_whole_on_every_rank(ranks: Ranks, book: Workbook) -> None:
-    held: list[Held] = ranks.run(hold, second(book, zero_stage=3, persistence_threshold=10**9), timeout_s=120.0)
+def test_deepspeeds_threshold_would_keep_plugins_whole_on_every_rank(ranks: Ranks, run: Run) -> None:
+    held: list[Held] = ranks.run(hold, second(run, zero_stage=3, persistence_threshold=10**9), timeout_s=120.0)
     assert {name for name in held[0].trained if is_plugin(name)} <= set(held[0].whole)
 
 
@@ -163,18 +159,16 @@ FAULTS: Mapping[str, str] = {"decay": "fc1.weight", "unmasked": "fc1.bias", "cap
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_the_guard_lets_an_honest_training_pass(ranks: Ranks, book: Workbook, tmp_path: Path, zero_stage: int) -> None:
-    job = second(book, zero_stage=zero_stage, verify_protection_every=1)
+def test_the_guard_lets_an_honest_training_pass(ranks: Ranks, run: Run, tmp_path: Path, zero_stage: int) -> None:
+    job = second(run, zero_stage=zero_stage, verify_protection_every=1)
     ranks.run(train_with, job, str(tmp_path), "", timeout_s=120.0)
     assert (tmp_path / "train.json").exists()
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_guard_names_what_has_moved(
-    ranks: Ranks, book: Workbook, tmp_path: Path, zero_stage: int, fault: str
-) -> None:
-    job = second(book, zero_stage=zero_stage, verify_protection_every=3)
+def test_the_guard_names_what_has_moved(ranks: Ranks, run: Run, tmp_path: Path, zero_stage: int, fault: str) -> None:
+    job = second(run, zero_stage=zero_stage, verify_protection_every=3)
     with pytest.raises(ProtectionError, match=rf"step [36]: .*{FAULTS[fault]}") as caught:
         ranks.run(train_with, job, str(tmp_path), fault, timeout_s=120.0)
     assert "report it" in str(caught.value)

@@ -15,13 +15,13 @@ from cl_dist.config import parse
 from cl_dist.errors import StoppedError, TrainingError
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.world import World
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import Ref, Train
+from cl_dist.stage import StageRef, Train
 from cl_dist.stages import checkpoint, train
 from cl_dist.stages import save_policy as pace
-from cl_dist.stages.stage_job import Due, Job
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.stages.stage_job import Job, SaveRequest
+from cl_dist.stages.weights import ShardedWeights
 from tests import tiny
 from tests.parity import train_here
 from tests.pool import Ranks
@@ -55,10 +55,10 @@ def made(folder: Path, method: str, select: str = "best_dev", dtype: str = "floa
     science: dict[str, Any] = {"method": dict(tiny.METHODS[method]), "train": {**TRAIN, "select": select}}
     if tiny.writes(method):
         science["train"] |= {**tiny.TEXT_TRAIN, "epochs": 4}
-    book: Workbook = tiny.book(folder, {"science": science}, tasks=("food", "film"))
-    train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
-    stage = next(stage for stage in book.plan(1) if isinstance(stage, Train)).model_copy(update={"samples": None})
-    job = book.job(stage)
+    run: Run = tiny.make_run(folder, {"science": science}, tasks=("food", "film"))
+    train_here(run.job(run.plan(0)[0]), run.ledger.path(StageRef(task=0, stage="train")))
+    stage = next(stage for stage in run.plan(1) if isinstance(stage, Train)).model_copy(update={"samples": None})
+    job = run.job(stage)
     return replace(job, model=job.model.model_copy(update={"dtype": dtype}))
 
 
@@ -83,7 +83,7 @@ def test_stopped_anywhere_one_worker_ends_in_the_same_bits(jobs: dict[str, Job],
         out.mkdir()
         for steps in (*stops, None):
             train_until(0, 1, jobs[method], str(out), steps)
-        after = dict(StoredWeights(out))
+        after = dict(ShardedWeights(out))
         assert after.keys() == whole.keys()
         assert all(torch.equal(after[name], whole[name]) for name in whole)
         assert results(out)["learner"] == results(tmp_path / "whole")["learner"]
@@ -114,7 +114,7 @@ def test_two_ranks_then_one_then_three_end_where_one_worker_ends(
     for gang, zero_stage, steps in zip((ranks, others[1], others[3]), stages, (3, 8, None), strict=True):
         engine = EngineConfig(zero_stage=zero_stage, micro_batch=2, persistence_threshold=0)
         gang.run(train_until, replace(jobs[method], engine=engine), str(out), steps, timeout_s=200.0)
-    after = dict(StoredWeights(out))
+    after = dict(ShardedWeights(out))
     torch.testing.assert_close(after, whole, rtol=0.0, atol=1e-5)
     assert results(out)["learner"] == results(tmp_path / "whole")["learner"]
 
@@ -128,7 +128,7 @@ def test_bfloat16_goes_on_from_its_float32_masters(ranks: Ranks, tmp_path: Path,
         (tmp_path / name).mkdir()
         for steps in stops:
             ranks.run(train_until, job, str(tmp_path / name), steps, timeout_s=200.0)
-    whole, cut = (dict(StoredWeights(tmp_path / name)) for name in ("whole", "cut"))
+    whole, cut = (dict(ShardedWeights(tmp_path / name)) for name in ("whole", "cut"))
     assert all(torch.equal(cut[name], whole[name]) for name in whole)
 
 
@@ -139,7 +139,7 @@ def test_lost_moments_are_noticed(jobs: dict[str, Job], tmp_path: Path, monkeypa
     train_until(0, 1, jobs["ctr"], str(tmp_path / "out"), 5)
     monkeypatch.setattr(checkpoint.Checkpoint, "load_moments", lambda self, engine: None)
     train_until(0, 1, jobs["ctr"], str(tmp_path / "out"), None)
-    after = dict(StoredWeights(tmp_path / "out"))
+    after = dict(ShardedWeights(tmp_path / "out"))
     assert max(float((after[name] - whole[name]).abs().max()) for name in whole) > 1e-4
 
 
@@ -166,7 +166,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert f"checkpoint damaged folder={newest}" in caplog.text
     whole = train_here(jobs["ctr"], tmp_path / "whole").weights
     train_until(0, 1, jobs["ctr"], str(out), None)
-    after = dict(StoredWeights(out))
+    after = dict(ShardedWeights(out))
     assert all(torch.equal(after[name], whole[name]) for name in whole)
     shutil.rmtree(out)
     out.mkdir()
@@ -196,10 +196,10 @@ def test_the_best_round_of_an_earlier_attempt_outlives_the_folder_it_lay_in(
     train_until(0, 1, jobs["ctr"], str(tmp_path), 4)  # the first round is the best
     best = checkpoint.latest(tmp_path, World.current())
     assert best is not None
-    wanted = dict(StoredWeights(best.folder / "best"))
+    wanted = dict(ShardedWeights(best.folder / "best"))
     for steps in (6, 7, 8, 9, None):
         train_until(0, 1, jobs["ctr"], str(tmp_path), steps)
-    found = dict(StoredWeights(tmp_path))
+    found = dict(ShardedWeights(tmp_path))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
@@ -218,7 +218,7 @@ def test_saved_after_every_step_a_resumed_stage_ends_as_undisturbed(
     train_until(0, 1, jobs["ctr"], str(tmp_path / "out"), 5)
     monkeypatch.setattr(train, "Pace", lambda *args: SaveAlways())
     train.run(jobs["ctr"], tmp_path / "out", lambda event: None)
-    after = dict(StoredWeights(tmp_path / "out"))
+    after = dict(ShardedWeights(tmp_path / "out"))
     assert all(torch.equal(after[name], whole[name]) for name in whole)
 
 
@@ -260,7 +260,7 @@ def test_what_is_written_while_training_goes_on_is_of_its_step(
         train_until(0, 1, job, str(out), None)
     else:
         ranks.run(train_until, job, str(out), None)
-    after = dict(StoredWeights(out))
+    after = dict(ShardedWeights(out))
     torch.testing.assert_close(after, whole, rtol=0.0, atol=0.0 if size == 1 else 1e-5)
 
 
@@ -307,11 +307,11 @@ def test_a_resumed_stage_is_asked_about_once_a_second_too(monkeypatch: pytest.Mo
     asked: list[float] = []
     stop = [False]
 
-    def wanted() -> Due:
+    def wanted() -> SaveRequest:
         asked.append(now[0])
         return "stop" if stop[0] else ""
 
-    watched = pace.Pace(EngineConfig(checkpoint_minutes=1.0), World.current(), wanted, 5000, NothingToWrite())
+    watched = pace.SavePolicy(EngineConfig(checkpoint_minutes=1.0), World.current(), wanted, 5000, NothingToWrite())
     dues = []
     for done in range(5001, 5200):  # of half a second each
         now[0] += 0.5
@@ -327,6 +327,6 @@ def test_one_task_without_dev_rows_is_left_out_of_the_dev_score(tmp_path: Path) 
     rows = [row for row in tiny.rows("film", 20) if row["split"] != "dev"]
     tiny.save_rows(tmp_path / "film.jsonl", rows)
     tree["science"]["tasks"][1]["source"]["split"]["dev"] = 0
-    book = tiny.compute(Workbook(parse(RunConfig, tree)))
-    facts = book.ledger.read(Ref(task=1, stage="train"), "train.json")
+    run = tiny.compute(Run(parse(RunConfig, tree)))
+    facts = run.ledger.read(StageRef(task=1, stage="train"), "train.json")
     assert 0 <= facts["metrics"]["dev/accuracy"] <= 1

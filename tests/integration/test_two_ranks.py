@@ -18,11 +18,11 @@ from torch import Tensor
 from cl_dist.models import capsules
 from cl_dist.models.plugin import unpack
 from cl_dist.parallel.config import EngineConfig
-from cl_dist.run import Workbook
-from cl_dist.stage import Ref
+from cl_dist.run import Run
+from cl_dist.stage import StageRef
 from cl_dist.stages import train
 from cl_dist.stages.stage_job import Job
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.stages.weights import ShardedWeights
 from tests import tiny
 from tests.pool import Ranks
 
@@ -36,7 +36,7 @@ SEED = 22
 """The router takes maxima over windows. Where two windows differ by less than rounding, each order of summation takes
 another one, and the weights of that filter go apart by whole steps (6e-4 was seen at a margin of 6e-8). Of the seeds 0
 to 24 this is one of the three with the widest margins, about 2e-6; a test below looks that there is one."""
-SECOND = Ref(task=1, stage="train")
+SECOND = StageRef(task=1, stage="train")
 
 
 def train_here(job: Job, out: Path) -> "Result":
@@ -57,7 +57,7 @@ class Result:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return dict(StoredWeights(self.folder))
+        return dict(ShardedWeights(self.folder))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -74,22 +74,22 @@ class Gang:
 
     def __init__(self, ranks: Ranks, folder: Path) -> None:
         self._ranks, self._folder = ranks, folder
-        self.book, self.reference = cache(self._book), cache(self._reference)
+        self.start, self.reference = cache(self._start), cache(self._reference)
 
-    def _book(self, method: str, select: str) -> Workbook:
+    def _start(self, method: str, select: str) -> Run:
         """Return a run whose first task is trained, on one worker."""
         settings = dict(tiny.CTR) if method == "ctr" else {"name": method}
         over = {
             "run": {"name": method},
             "science": {"method": settings, "seed": SEED, "train": TRAIN | {"select": select}},
         }
-        book = tiny.book(self._folder, over, tasks=("food", "film"), train=39)
-        first = Ref(task=0, stage="train")
-        train_here(book.job(book.stage(first)), book.ledger.path(first))
-        return book
+        run = tiny.make_run(self._folder, over, tasks=("food", "film"), train=39)
+        first = StageRef(task=0, stage="train")
+        train_here(run.job(run.stage(first)), run.ledger.path(first))
+        return run
 
     def first(self, method: str, select: str) -> Result:
-        return Result(self.book(method, select).ledger.path(Ref(task=0, stage="train")))
+        return Result(self.start(method, select).ledger.path(StageRef(task=0, stage="train")))
 
     def _reference(self, method: str, select: str) -> Result:
         return train_here(self._job(method, select), self._folder / "reference" / method)
@@ -106,8 +106,8 @@ class Gang:
         return Result(out)
 
     def _job(self, method: str, select: str) -> Job:
-        book = self.book(method, select)
-        return book.job(book.stage(SECOND))
+        run = self.start(method, select)
+        return run.job(run.stage(SECOND))
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +161,8 @@ def test_no_two_windows_are_so_close_that_rounding_chooses(
         return max_conv(u_XDL, weight_CDk, token_mask_XL)
 
     monkeypatch.setattr(capsules, "max_conv", watch)
-    book = gang.book("ctr", "last")
-    train_here(book.job(book.stage(SECOND)), tmp_path / "out")
+    run = gang.start("ctr", "last")
+    train_here(run.job(run.stage(SECOND)), tmp_path / "out")
     assert min(margins) > 2e-7
 
 
@@ -178,8 +178,8 @@ def test_ctr_on_two_ranks_is_that_of_one_worker(
 
 
 def test_plain_torch_accumulates_to_the_same_weights(gang: Gang, tmp_path: Path) -> None:
-    book = gang.book("ctr", "last")
-    job = replace(book.job(book.stage(SECOND)), engine=EngineConfig(engine="torch", micro_batch=4))
+    run = gang.start("ctr", "last")
+    job = replace(run.job(run.stage(SECOND)), engine=EngineConfig(engine="torch", micro_batch=4))
     found, expected = train_here(job, tmp_path / "out"), gang.reference("ctr", "last")
     assert_same_training(found, expected)
     assert found.masks == expected.masks
@@ -192,9 +192,9 @@ def test_bfloat16_does_not_move_protected_entries_by_one_bit(gang: Gang, tmp_pat
         "science": {"model": {"dtype": "bfloat16"}, "train": TRAIN | {"epochs": 1, "select": "last"}},
         "cluster": {"engine": "deepspeed", "zero_stage": zero_stage, "micro_batch": 4},
     }
-    book = tiny.book(tmp_path, over, tasks=("food", "film"), train=39)
-    stages = [Ref(task=t, stage="train") for t in (0, 1)]
-    first, second = (gang.run(book.job(book.stage(stage)), str(book.ledger.path(stage))) for stage in stages)
+    run = tiny.make_run(tmp_path, over, tasks=("food", "film"), train=39)
+    stages = [StageRef(task=t, stage="train") for t in (0, 1)]
+    first, second = (gang.run(run.job(run.stage(stage)), str(run.ledger.path(stage))) for stage in stages)
     gate = first.weights["backbone.encoder.layer.0.output.dropout.gate1_0"]
     assert not torch.equal(gate, gate.bfloat16().float()), "the masters are to be kept, not their rounded copies"
     assert_protected(first, second)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from cl_dist.errors import CheckpointError
 from cl_dist.models.plugin import unpack
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.stages.weights import ShardedWeights
 from launcher.inspect.tensors import groups, read_header, read_weights
 from tests.launcher.commands import Cli, fresh
 
@@ -114,7 +114,7 @@ def test_pieces_that_a_gang_has_written_count_as_the_tensors_they_make_up(tmp_pa
         {"name": "layer.*.fc1", "shape": [2, 3], "dtype": "F32", "count": 2, "bytes": 48},
         {"name": "norm", "shape": [5], "dtype": "F32", "count": 1, "bytes": 20},
     ]
-    assert dict(StoredWeights(tmp_path)).keys() == tensors.keys()  # what loads them reads the same files
+    assert dict(ShardedWeights(tmp_path)).keys() == tensors.keys()  # what loads them reads the same files
     (tmp_path / "trainable-00002-of-00004.safetensors").unlink()
     with pytest.raises(CheckpointError, match="3 pieces of it, which are not all"):
         read_weights(tmp_path)

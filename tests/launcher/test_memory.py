@@ -87,7 +87,7 @@ def test_penalties_stay_with_the_host_of_a_gpu() -> None:
 def test_what_building_a_model_takes_of_the_host() -> None:
     """Whole on every rank, in float32, unless it is cut up while it is loaded."""
     key, model = "host: a rank builds its model", replace(MODEL, item=2)
-    cut = replace(model, divides=True)
+    cut = replace(model, partitions=True)
     for found in (memory.host(model, Gang(2, 3)), memory.host(cut, Gang(2, 2)), memory.host(cut, Gang(1, 3))):
         assert parts(found) == {key: 4000, "host: its weights in bfloat16": 400}
     assert parts(memory.host(replace(model, trained=100), Gang(2, 2))) == {key: 4000}  # others are let go one by one

@@ -11,7 +11,7 @@ import pytest
 
 from cl_dist.config import merged, parse
 from cl_dist.errors import CheckpointError, ConfigError, StorageError
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from launcher import runs
 from launcher.mirror import Mirror, Mirroring
@@ -78,8 +78,8 @@ def test_a_damaged_copy_is_refused_by_name(tmp_path: Path, url: str) -> None:
 def bucket(tmp_path: Path) -> Iterator[tuple[RunConfig, Any]]:
     """A run, and the names and bytes of the store that holds its first stage: any names, as in a bucket."""
     run, memory = config(tmp_path / "here", "memory://bucket/runs"), fsspec.filesystem("memory")
-    book = Workbook(run)
-    with book.ledger.publish(book.plan(0)[0]) as out:
+    opened = Run(run)
+    with opened.ledger.publish(opened.plan(0)[0]) as out:
         (out / "train.json").write_text("{}")
     Mirror(run).push()
     shutil.rmtree(run.folder)

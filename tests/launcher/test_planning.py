@@ -9,7 +9,7 @@ import pytest
 
 from cl_dist.config import parse
 from cl_dist.planning.inputs import _longest_rows
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from tests import tiny
 from tests.launcher.commands import TASKS, Cli, fresh, save_run
@@ -164,5 +164,5 @@ def test_rows_of_earlier_tasks_are_planned_as_long_as_they_are(tmp_path: Path, m
     tree = tiny.tree(tmp_path, {"science": {"method": dict(tiny.METHODS[method])}}, tasks=("food", "film"))
     for task, length in zip(tree["science"]["tasks"], (24, 12), strict=True):
         task["train"] = {"max_length": length}
-    book = Workbook(parse(RunConfig, tree))
-    assert [_longest_rows(book, task).max_length for task in (0, 1)] == [24, expected]
+    opened = Run(parse(RunConfig, tree))
+    assert [_longest_rows(opened, task).max_length for task in (0, 1)] == [24, expected]

@@ -14,7 +14,7 @@ from cl_dist.config import parse, read_yaml
 from cl_dist.dispatch_ray.nodes import NodeFacts
 from cl_dist.run_config import RunConfig
 from cl_dist.run_events import versions
-from cl_dist.storage import Room
+from cl_dist.storage import NodeResources
 from launcher.cluster import preflight
 from tests import tiny
 from tests.launcher.commands import Cli, save_run
@@ -25,7 +25,7 @@ SOUND = NodeFacts(
     versions=versions(),
     reads=True,
     writes=True,
-    room=Room(free_gb=100.0, shm_gb=8.0, open_files=65536),
+    room=NodeResources(free_gb=100.0, shm_gb=8.0, open_files=65536),
 )
 
 

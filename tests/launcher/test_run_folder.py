@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cl_dist import run as jobs
-from cl_dist.storage import only_driver
+from cl_dist.storage import run_lock
 from tests import tiny
 from tests.launcher.commands import Cli, save_run
 
@@ -35,7 +35,7 @@ def test_a_run_folder_is_itself_however_it_is_spelled(
 
 def test_a_run_does_not_share_its_baseline_with_another_driver(cli: Cli, tmp_path: Path) -> None:
     run = trained(cli, tmp_path)
-    with only_driver(run / "baselines" / "other"):
+    with run_lock(run / "baselines" / "other"):
         ended = cli("resume", run)
         assert ended.code == 2
         assert "at work on this run" in ended.err.replace("\n", " ")

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cl_dist.methods.base import Progress
 from cl_dist.models.backbone import load_backbone, load_tokenizer, recompute_activations
-from cl_dist.planning.scaling import Machine, Work, on_paper, stages_on_paper, work_of
-from cl_dist.run import Workbook
+from cl_dist.planning.scaling import Machine, Work, stages_on_paper, step_costs, work_of
+from cl_dist.run import Run
 from cl_dist.stages.build import new_learner
 from launcher.verbs.plan import planned
 from tests import tiny
@@ -36,7 +36,7 @@ LENGTH, ROWS = 48, 8
 
 
 def test_operations_and_seconds_of_a_step() -> None:
-    (eight,) = on_paper(WORK, MACHINE, (8,))
+    (eight,) = step_costs(WORK, MACHINE, (8,))
     assert eight["rows"] == 8
     assert eight["compute_s"] == 8 * 42_000 / 0.5e12
     assert eight["moved_bytes"] == 2 * 3 * 100 * 7 // 8  # two micro-batches reduced, one gathering
@@ -48,12 +48,12 @@ def test_operations_and_seconds_of_a_step() -> None:
 
 @pytest.mark.parametrize(("stage", "elements"), [(0, 200), (1, 200), (2, 300), (3, 2 * 2100)])
 def test_bytes_by_zero_stage(stage: int, elements: int) -> None:
-    (eight,) = on_paper(replace(WORK, zero_stage=stage), MACHINE, (8,))
+    (eight,) = step_costs(replace(WORK, zero_stage=stage), MACHINE, (8,))
     assert eight["moved_bytes"] == 2 * elements * 7 // 8
 
 
 def test_more_nodes_use_the_slower_link_and_more_ranks_than_rows_idle() -> None:
-    eight, sixteen, many = on_paper(replace(WORK, zero_stage=3), MACHINE, (8, 16, 128))
+    eight, sixteen, many = step_costs(replace(WORK, zero_stage=3), MACHINE, (8, 16, 128))
     assert eight["link_s"] < sixteen["link_s"]
     assert sixteen["share_of_first"] < 1
     assert "links take longer" in sixteen["note"]
@@ -61,7 +61,7 @@ def test_more_nodes_use_the_slower_link_and_more_ranks_than_rows_idle() -> None:
     assert "64 ranks have no row" in many["note"]
 
 
-def book(folder: Path, name: str, again: bool = False, **over: Any) -> Workbook:
+def make_run(folder: Path, name: str, again: bool = False, **over: Any) -> Run:
     """Return a run of rows that are all of the greatest length."""
     sizes = LLAMA if tiny.writes(name) else BERT
     settings = {"science": {"method": dict(tiny.METHODS[name]), "model": {"config": sizes}, **over}}
@@ -72,10 +72,10 @@ def book(folder: Path, name: str, again: bool = False, **over: Any) -> Workbook:
     for task in tasks:
         rows = [row | {"text": row["text"] + " the" * LENGTH} for row in tiny.rows(task, 20)]
         tiny.save_rows(folder / f"{task}.jsonl", rows)
-    return tiny.book(folder, settings, tasks=tasks)
+    return tiny.make_run(folder, settings, tasks=tasks)
 
 
-def counted(run: Workbook) -> float:
+def counted(run: Run) -> float:
     """Return the operations of a row in a real step of the second task, as torch counts them, attention written out."""
     science, data = run.config.science, run.data(1)
     learner = new_learner(science.method, science.model, (2, 2), 0)
@@ -97,7 +97,7 @@ def counted(run: Workbook) -> float:
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("method", ["lamol", "ctr", "sequential", "lora"])
 def test_the_operations_on_paper_are_those_of_a_real_step(tmp_path: Path, method: str, again: bool) -> None:
-    run = book(tmp_path, method, again)
+    run = make_run(tmp_path, method, again)
     work = work_of(run.config, planned(run.config, (80.0,)))
     assert work.operations == pytest.approx(counted(run), rel=0.05)
 
@@ -106,7 +106,7 @@ def test_lamol_reads_a_row_twice_and_without_its_second_loss_once(tmp_path: Path
     twice, once = (
         work_of(run.config, planned(run.config, (80.0,)))
         for weight in (0.25, 0.0)
-        for run in [book(tmp_path, "lamol", method={"name": "lamol", "lm_weight": weight})]
+        for run in [make_run(tmp_path, "lamol", method={"name": "lamol", "lm_weight": weight})]
     )
     assert twice.operations / once.operations == pytest.approx(2.0, rel=0.05)
     trained = 4 * (4 * 64 * 64 + 3 * 64 * 256)  # of the layers: what the embeddings hold multiplies nothing
@@ -118,7 +118,7 @@ def test_lamol_reads_a_row_twice_and_without_its_second_loss_once(tmp_path: Path
 def test_seconds_of_stages_by_hand(tmp_path: Path) -> None:
     """Loading at 1 MB/s. A pass takes the longer of its operations at 0.5 T/s and of the weights at 1 GB/s."""
     settings: dict[str, Any] = {"evaluate": {"batch": 4, "shard_rows": 8}, "generate": {"slots": 3, "shard_samples": 4}}
-    run = book(tmp_path, "rational_lamol", **settings)
+    run = make_run(tmp_path, "rational_lamol", **settings)
     plan = planned(run.config, (80.0,))
     work = work_of(run.config, plan)
     found = {line["stage"]: line for line in stages_on_paper(run.config, plan, MACHINE, (1, 2, 64))}
@@ -143,12 +143,12 @@ def test_seconds_of_stages_by_hand(tmp_path: Path) -> None:
     batch = max(4 * LENGTH * token, weights) + weights
     assert [shards * 2 * batch for shards in (3, 2, 1)] == seconds("01-film/evaluate")
     # 30 rows are 4 steps, 3 times
-    steps = [step["step_s"] for step in on_paper(work, MACHINE, (1, 2, 64))]
+    steps = [step["step_s"] for step in step_costs(work, MACHINE, (1, 2, 64))]
     assert [12 * step for step in steps] == seconds("01-film/train")
 
 
 def test_workers_that_hold_a_model_together_are_one(tmp_path: Path) -> None:
-    run = book(tmp_path, "lamol", evaluate={"batch": 4, "shard_rows": 1})
+    run = make_run(tmp_path, "lamol", evaluate={"batch": 4, "shard_rows": 1})
     plan = planned(run.config, (80.0,))
     cluster = {"dispatcher": "ray", "engine": "deepspeed", "workers": 4, "gpus_per_worker": 1.0}
     together = run.config.model_copy(
@@ -166,5 +166,5 @@ def test_a_plan_shows_stages_by_gpus_and_says_where_it_cannot(cli: Cli, tmp_path
     assert all(len(line["seconds"]) == len(found["scaling"]) == 7 for line in found["stage_seconds"])
     assert "seconds of a stage on paper" in cli("plan", path, "--scaling").out
     (tmp_path / "film.jsonl").unlink()
-    untold = cli("plan", path, "--scaling", "--json").json()["stage_seconds"]
-    assert {line["seconds"] for line in untold} == {None}
+    assumptions = cli("plan", path, "--scaling", "--json").json()["stage_seconds"]
+    assert {line["seconds"] for line in assumptions} == {None}

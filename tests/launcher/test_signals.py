@@ -121,8 +121,8 @@ def test_a_pause_is_no_end(tmp_path: Path) -> None:
 
 def test_a_stage_that_was_stopped_is_never_taken_for_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the handler of a caller does: here it lets the program go on."""
-    book = tiny.book(tmp_path)
-    job, heard = book.job(book.plan(0)[0]), list[int]()
+    opened = tiny.make_run(tmp_path)
+    job, heard = opened.job(opened.plan(0)[0]), list[int]()
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
 

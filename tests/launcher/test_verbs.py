@@ -14,7 +14,7 @@ from tokenizers import normalizers
 
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.config import ModelConfig
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.stages.export import load_exported
 from launcher import runs
 from tests import tiny
@@ -237,8 +237,8 @@ def test_export_writes_a_model_that_answers_as_predict_does(cli: Cli, run: Path,
     scores = torch.tensor([list(answer["scores"].values()) for answer in answers])
     torch.testing.assert_close(logits_BK.softmax(-1), scores)
     card = json.loads((tmp_path / "out" / "film" / "cl_dist.json").read_text("utf8"))
-    book = Workbook(runs.reopen(run, []))
-    assert card["fingerprint"] == book.ledger.fingerprint(book.plan(1)[0])
+    opened = Run(runs.reopen(run, []))
+    assert card["fingerprint"] == opened.ledger.fingerprint(opened.plan(1)[0])
 
 
 def test_export_lists_its_files_and_refuses_the_folder_the_next_time(cli: Cli, run: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from cl_dist.data.language import LM, QA, LanguageRows, Speller, spell
+from cl_dist.data.language import LM, QA, LanguageRows, TextCodec, encode_row
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.data.text_metrics import TEXT_METRICS, exact_match, joint_state, token_f1, turn_state
 from cl_dist.errors import ConfigError, DataError
@@ -47,13 +47,13 @@ def test_a_row_is_a_question_and_a_sample(tokenizer: Any) -> None:
 
 
 def test_only_the_context_is_cut(tokenizer: Any) -> None:
-    speller = Speller(tokenizer)
-    context, asked, answer = spell(speller, row("the cake is the table", "good", "soup"), "which one ?", 9)
+    codec = TextCodec(tokenizer)
+    context, asked, answer = encode_row(codec, row("the cake is the table", "good", "soup"), "which one ?", 9)
     assert context == number("the", "cake")
     assert asked == number("soup", "which", "one", "?")
     assert answer == number("good")
     with pytest.raises(DataError, match="row r: question and answer have 4 tokens"):
-        spell(speller, row("the cake", "good"), "which one ?", 5)
+        encode_row(codec, row("the cake", "good"), "which one ?", 5)
 
 
 def test_the_token_that_asks_may_be_shared(tokenizer: Any) -> None:
@@ -72,7 +72,7 @@ def test_a_dummy_has_no_weight(tokenizer: Any) -> None:
 
 
 def test_special_tokens_grow_by_whole_blocks(tokenizer: Any) -> None:
-    known = Speller(tokenizer).special
+    known = TextCodec(tokenizer).special
     assert known.base == len(tiny.SPOKEN)
     assert [known.size(tasks, 4) - known.base for tasks in (0, 1, 4, 5)] == [8, 8, 8, 12]
     assert known.size(4, 4) > known.task(3)
@@ -160,10 +160,10 @@ def test_a_byte_level_vocabulary_gets_its_leading_space(tmp_path: Path) -> None:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     fast: Any = PreTrainedTokenizerFast
-    speller = Speller(fast(tokenizer_object=bpe, eos_token="<end>"))
-    assert speller.special.eos == 5
-    assert speller.encode("a b") == [1, 4]
-    assert speller.decode([1, 4, 5, speller.special.ans]) == "a b"
+    codec = TextCodec(fast(tokenizer_object=bpe, eos_token="<end>"))
+    assert codec.special.eos == 5
+    assert codec.encode("a b") == [1, 4]
+    assert codec.decode([1, 4, 5, codec.special.ans]) == "a b"
 
 
 def test_joint_state_follows_each_dialogue() -> None:
@@ -190,6 +190,6 @@ def gappy() -> Any:
 
 def test_special_tokens_stand_behind_the_largest_id_in_use() -> None:
     assert len(gappy()) == 5
-    speller = Speller(gappy())
-    assert speller.special.base == 6
-    assert speller.decode(speller.encode("the tasty")) == "the tasty"
+    codec = TextCodec(gappy())
+    assert codec.special.base == 6
+    assert codec.decode(codec.encode("the tasty")) == "the tasty"

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from cl_dist.data.language import Speller
+from cl_dist.data.language import TextCodec
 from cl_dist.data.load import check_task
 from cl_dist.data.rationales import read_spans, token_mask
 from cl_dist.data.tasks import DataConfig, TaskConfig
@@ -33,18 +33,18 @@ def test_what_is_no_span_is_named(given: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def speller(tmp_path_factory: pytest.TempPathFactory) -> Speller:
+def codec(tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
     folder = tiny.save_tokenizer(tmp_path_factory.mktemp("words"), tiny.SPOKEN)
-    return Speller(AutoTokenizer.from_pretrained(folder))
+    return TextCodec(AutoTokenizer.from_pretrained(folder))
 
 
 @pytest.mark.parametrize(
     "text", ["the cake was tasty", "  the  cake\u00a0was \u0085 tasty ", "the \U0001f370 cake was tasty\n"]
 )
-def test_a_rationale_finds_its_tokens_through_odd_white_space(speller: Speller, text: str) -> None:
+def test_a_rationale_finds_its_tokens_through_odd_white_space(codec: TextCodec, text: str) -> None:
     start = text.index("tasty")
-    tokens, places = speller.encode_places(text)
-    assert tokens == speller.encode(text)
+    tokens, places = codec.encode_places(text)
+    assert tokens == codec.encode(text)
     found = token_mask(places, [(start, start + 5)])
     assert [token for token, is_in in zip(tokens, found, strict=True) if is_in] == [tiny.SPOKEN.index("tasty")]
     assert [text[a:b] for (a, b), is_in in zip(places, found, strict=True) if is_in] == ["tasty"]

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cl_dist.config import parse
-from cl_dist.data.language import Speller, spell
+from cl_dist.data.language import TextCodec, encode_row
 from cl_dist.data.rows import Row, TaskData, Where
 from cl_dist.data.spelling import label_faults, length_faults
 from cl_dist.data.tasks import TaskConfig
@@ -16,10 +16,10 @@ from tests import tiny
 
 
 @pytest.fixture(scope="module")
-def speller(tmp_path_factory: pytest.TempPathFactory) -> Speller:
+def codec(tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny.save_tokenizer(tmp_path_factory.mktemp("words"), tiny.SPOKEN))
     tokenizer.eos_token = "[SEP]"
-    return Speller(tokenizer)
+    return TextCodec(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def speller(tmp_path_factory: pytest.TempPathFactory) -> Speller:
         (("+", "-", "*"), ["labels '+' and '-'", "labels '+' and '*'"]),
     ],
 )
-def test_labels_are_told_apart_as_an_answer_is_read(speller: Speller, labels: tuple[str, ...], told: list[str]) -> None:
-    found = label_faults(labels, speller)
+def test_labels_are_told_apart_as_an_answer_is_read(codec: TextCodec, labels: tuple[str, ...], told: list[str]) -> None:
+    found = label_faults(labels, codec)
     assert len(found) == len(told)
     assert all(fault.startswith(start) for fault, start in zip(found, told, strict=True))
 
@@ -45,7 +45,7 @@ def row(number: int, pair: str, label: str) -> Row:
 
 
 @pytest.mark.parametrize("length", [5, 6, 7, 8, 9])
-def test_a_row_is_told_exactly_where_it_cannot_be_laid_out(speller: Speller, length: int) -> None:
+def test_a_row_is_told_exactly_where_it_cannot_be_laid_out(codec: TextCodec, length: int) -> None:
     """Expected: words and two special tokens, counted; of test rows with the longest answer of the train rows."""
     task = parse(
         TaskConfig,
@@ -58,7 +58,7 @@ def test_a_row_is_told_exactly_where_it_cannot_be_laid_out(speller: Speller, len
         for split, part in splits.items()
     )
     data = TaskData("t", (), "?", train, dev, test, {}, 0)
-    found = [(fault.file, fault.line) for fault in length_faults(task, data, speller, length)]
+    found = [(fault.file, fault.line) for fault in length_faults(task, data, codec, length)]
     expected = []
     for split, reserved in (("train", 0), ("dev", 0), ("test", 3)):
         for number, each in enumerate(data.rows(split)):
@@ -66,5 +66,5 @@ def test_a_row_is_told_exactly_where_it_cannot_be_laid_out(speller: Speller, len
             if len((each.text_pair or "").split()) + 1 + answer + 2 > length:
                 expected.append((split, number))
                 with pytest.raises(DataError, match=rf"max_length={length} leaves room for .{length - 2}."):
-                    spell(speller, replace(each, label="") if reserved else each, "?", length, reserved)
+                    encode_row(codec, replace(each, label="") if reserved else each, "?", length, reserved)
     assert found == expected

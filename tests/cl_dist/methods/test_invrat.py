@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from cl_dist.data.environments import ReasonedRows, environments
+from cl_dist.data.environments import RationaleExamples, environments
 from cl_dist.data.rows import Row
 from cl_dist.errors import DataError
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.parallel.config import EngineConfig
-from cl_dist.run import Workbook
-from cl_dist.stage import Ref
+from cl_dist.run import Run
+from cl_dist.stage import StageRef
 from cl_dist.stages import rationalise, train
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.shards import SHARDED
 from cl_dist.stages.stage_job import Job
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.stages.weights import ShardedWeights
 from tests import tiny
 from tests.parity import train_here
 from tests.pool import Ranks
@@ -28,32 +28,32 @@ pytestmark = pytest.mark.timeout(300)
 INVRAT = {"size": 16, "restarts": 2, "share": 0.15, "breaks_weight": 0.5}
 
 
-def made(folder: Path, over: dict[str, Any] | None = None, rows: int = 60, **training: Any) -> Workbook:
+def made(folder: Path, over: dict[str, Any] | None = None, rows: int = 60, **training: Any) -> Run:
     method = {**tiny.METHODS["rational_lamol"], "rationales": "invrat", "invrat": {**INVRAT, "train": training}}
     science = {"method": method, "train": tiny.TEXT_TRAIN, **(over or {})}
-    return tiny.book(folder, {"science": science}, tasks=("food", "film"), train=rows)
+    return tiny.make_run(folder, {"science": science}, tasks=("food", "film"), train=rows)
 
 
-def stage_job(book: Workbook, name: str) -> Job:
-    return book.job(book.stage(Ref(task=1, stage=name)))
+def stage_job(run: Run, name: str) -> Job:
+    return run.job(run.stage(StageRef(task=1, stage=name)))
 
 
 @pytest.fixture(scope="module")
-def book(tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run whose rationales were found, not given."""
     return tiny.compute(made(tmp_path_factory.mktemp("invrat"), epochs=40, lr=0.01, global_batch=16))
 
 
-def test_words_that_give_the_label_away_are_found_and_vote(book: Workbook) -> None:
-    names = [stage.name for stage in book.plan(1)]
+def test_words_that_give_the_label_away_are_found_and_vote(run: Run) -> None:
+    names = [stage.name for stage in run.plan(1)]
     wanted = ["generate", "invrat-0", "invrat-1", "rationalise", "record", "free", "vote", "train", "evaluate"]
     assert names == wanted
-    assert [stage.name for stage in book.plan(0)] == ["train", "evaluate"]
-    vote = book.ledger.read(Ref(task=1, stage="vote"), "critical.json")
+    assert [stage.name for stage in run.plan(0)] == ["train", "evaluate"]
+    vote = run.ledger.read(StageRef(task=1, stage="vote"), "critical.json")
     assert vote["agreement"]["f1"] > 0.8  # people have marked these rows too
     assert vote["used"] + sum(vote["skipped"].values()) == 6
-    lines = (book.ledger.path(Ref(task=1, stage="rationalise")) / "rationales.jsonl").read_text().splitlines()
-    texts = {row.id: row.text for row in book.data(0).dev}
+    lines = (run.ledger.path(StageRef(task=1, stage="rationalise")) / "rationales.jsonl").read_text().splitlines()
+    texts = {row.id: row.text for row in run.data(0).dev}
     marked = {row: [texts[row][start:end] for start, end in spans] for row, spans in map(json.loads, lines)}
     assert marked.keys() == texts.keys()
     words = [" ".join(spans).split() for spans in marked.values()]
@@ -61,36 +61,36 @@ def test_words_that_give_the_label_away_are_found_and_vote(book: Workbook) -> No
     assert all(len(found) <= 2 for found in words)
 
 
-def test_restarts_differ_and_the_best_on_dev_rows_is_taken(book: Workbook, tmp_path: Path) -> None:
-    job = stage_job(book, "rationalise")
-    weights = [StoredWeights(job.folder(Ref(task=1, stage=f"invrat-{n}"))) for n in (0, 1)]
+def test_restarts_differ_and_the_best_on_dev_rows_is_taken(run: Run, tmp_path: Path) -> None:
+    job = stage_job(run, "rationalise")
+    weights = [ShardedWeights(job.folder(StageRef(task=1, stage=f"invrat-{n}"))) for n in (0, 1)]
     assert not torch.equal(weights[0]["choice.weight"], weights[1]["choice.weight"])
     scores = []
     for number, accuracy in enumerate((0.4, 0.9)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        for path in job.folder(Ref(task=1, stage=f"invrat-{number}")).iterdir():
+        for path in job.folder(StageRef(task=1, stage=f"invrat-{number}")).iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
         facts = json.loads((folder / "train.json").read_text())
         facts["metrics"]["dev/accuracy"] = accuracy
         (folder / "train.json").write_text(json.dumps(facts))
         scores.append(accuracy)
-    here = replace(job, folders={Ref(task=1, stage=f"invrat-{n}"): str(tmp_path / str(n)) for n in (0, 1)})
-    assert rationalise.standings(here) == scores
-    used = rationalise.Marker(here)._model.state_dict()
+    here = replace(job, folders={StageRef(task=1, stage=f"invrat-{n}"): str(tmp_path / str(n)) for n in (0, 1)})
+    assert rationalise.dev_scores(here) == scores
+    used = rationalise.RationaliseWorker(here)._model.state_dict()
     assert torch.equal(used["choice.weight"], weights[1]["choice.weight"])
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])
-def test_any_number_of_shards_marks_the_same(book: Workbook, tmp_path: Path, size: int) -> None:
-    job = stage_job(book, "rationalise")
+def test_any_number_of_shards_marks_the_same(run: Run, tmp_path: Path, size: int) -> None:
+    job = stage_job(run, "rationalise")
     changed = job.stage.vote.model_copy(update={"shard_samples": size})  # type: ignore[union-attr]
     job = replace(job, stage=job.stage.model_copy(update={"vote": changed}))
     kind = SHARDED["rationalise"]
     worker = kind.worker(job)
     kind.merge(job, [(shard, worker.run(shard)) for shard in reversed(kind.cut(job))], tmp_path)
     for path in tmp_path.iterdir():
-        assert path.read_bytes() == (book.ledger.path(Ref(task=1, stage="rationalise")) / path.name).read_bytes()
+        assert path.read_bytes() == (run.ledger.path(StageRef(task=1, stage="rationalise")) / path.name).read_bytes()
 
 
 def _train(rank: int, world: int, job: Job, out: str) -> None:
@@ -113,7 +113,7 @@ def test_two_ranks_train_what_one_trains(
     job, here = short
     engine = EngineConfig(zero_stage=zero_stage, micro_batch=4, persistence_threshold=0)
     ranks.run(_train, replace(job, engine=engine), str(tmp_path), timeout_s=200.0)
-    found, wanted = dict(StoredWeights(tmp_path)), dict(StoredWeights(here))
+    found, wanted = dict(ShardedWeights(tmp_path)), dict(ShardedWeights(here))
     start = build_learner(job).model.state_dict()
     assert max(float((wanted[name] - start[name]).abs().max()) for name in wanted) > 1e-3
     torch.testing.assert_close(found, wanted, rtol=0.0, atol=1e-5)
@@ -151,16 +151,16 @@ def test_an_environment_column_enters_the_fingerprints_of_invrat_alone(tmp_path:
     plain = made(tmp_path)
     tree = plain.config.model_dump(mode="json", exclude_unset=True)
     tree["science"]["tasks"][0]["environment"] = "split"
-    other = Workbook(type(plain.config).model_validate(tree))
+    other = Run(type(plain.config).model_validate(tree))
     before, after = ({s.name: b.ledger.fingerprint(s) for s in b.plan(1)} for b in (plain, other))
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"invrat-0", "invrat-1", "rationalise", "record", "vote", "train", "evaluate"}
 
 
-def test_a_long_text_loses_its_end_and_keeps_its_pair(book: Workbook) -> None:
-    job = stage_job(book, "rationalise")
-    encoded = ReasonedRows(load_tokenizer(job.model), 6, 2)
-    data = book.data(0)
+def test_a_long_text_loses_its_end_and_keeps_its_pair(run: Run) -> None:
+    job = stage_job(run, "rationalise")
+    encoded = RationaleExamples(load_tokenizer(job.model), 6, 2)
+    data = run.data(0)
     long = replace(data.dev[0], text="the soup was very tasty and here again", text_pair="which one ?")
     encoded.add(0, data, [long, data.dev[1]])
     batch = encoded.batch([0, 1])

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from cl_dist.data.rows import Row
 from cl_dist.errors import CheckpointError, ConfigError, DataError
-from cl_dist.planning.trace import Dry
-from cl_dist.run import Workbook
+from cl_dist.planning.trace import TracedLearner
+from cl_dist.run import Run
 from cl_dist.run_events import _vote_facts
-from cl_dist.stage import Record, Ref, Train, Vote, ref
+from cl_dist.stage import Record, StageRef, Train, Vote, ref
 from cl_dist.stages import train, vote
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.predict import Predictor
@@ -25,17 +25,17 @@ from cl_dist.stages.voting_shards import Shard
 from tests import tiny
 from tests.parity import train_here
 
-FINAL = Ref(task=1, stage="train")
+FINAL = StageRef(task=1, stage="train")
 
 
-def made(folder: Path, name: str = "tiny", train: dict[str, Any] | None = None, **method: Any) -> Workbook:
+def made(folder: Path, name: str = "tiny", train: dict[str, Any] | None = None, **method: Any) -> Run:
     settings = {**tiny.METHODS["rational_lamol"], **method}
     science: dict[str, Any] = {"method": settings, "train": {**tiny.TEXT_TRAIN, **(train or {})}}
-    return tiny.book(folder, {"run": {"name": name}, "science": science}, tasks=("food", "film"))
+    return tiny.make_run(folder, {"run": {"name": name}, "science": science}, tasks=("food", "film"))
 
 
 @pytest.fixture(scope="module")
-def book(tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run with votes of heads."""
     return tiny.compute(made(tmp_path_factory.mktemp("rational")))
 
@@ -54,33 +54,33 @@ def results(job: Job, out: Path, size: int) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_the_plan_is_the_papers_four_steps(book: Workbook) -> None:
-    names = [[stage.name for stage in book.plan(task)] for task in (0, 1)]
+def test_the_plan_is_the_papers_four_steps(run: Run) -> None:
+    names = [[stage.name for stage in run.plan(task)] for task in (0, 1)]
     assert names == [["train", "evaluate"], ["generate", "record", "free", "vote", "train", "evaluate"]]
-    free, final = (book.stage(Ref(task=1, stage=name)) for name in ("free", "train"))
+    free, final = (run.stage(StageRef(task=1, stage=name)) for name in ("free", "train"))
     assert isinstance(free, Train)
     assert isinstance(final, Train)
-    first = Ref(task=0, stage="train")
+    first = StageRef(task=0, stage="train")
     assert free.init == final.init == first  # the second time from the model before the task, not from the free one
-    assert book.job(final).chain == (str(book.ledger.path(first).absolute()),)
+    assert run.job(final).chain == (str(run.ledger.path(first).absolute()),)
     assert free.frozen is None
-    assert final.frozen == Ref(task=1, stage="vote")
-    evaluate = book.plan(1)[-1]
-    assert str(book.ledger.path(FINAL).absolute()) in book.job(evaluate).chain
+    assert final.frozen == StageRef(task=1, stage="vote")
+    evaluate = run.plan(1)[-1]
+    assert str(run.ledger.path(FINAL).absolute()) in run.job(evaluate).chain
 
 
 @pytest.mark.parametrize("kind", ["record", "vote"])
 @pytest.mark.parametrize("size", [1, 4, 100])
-def test_any_number_of_shards_finds_the_same(book: Workbook, tmp_path: Path, kind: str, size: int) -> None:
-    stage = book.stage(Ref(task=1, stage=kind))
-    found = results(book.job(stage), tmp_path / "out", size)
-    assert len(SHARDED[kind].cut(book.job(stage))) == 2  # of six dev rows four at a time
+def test_any_number_of_shards_finds_the_same(run: Run, tmp_path: Path, kind: str, size: int) -> None:
+    stage = run.stage(StageRef(task=1, stage=kind))
+    found = results(run.job(stage), tmp_path / "out", size)
+    assert len(SHARDED[kind].cut(run.job(stage))) == 2  # of six dev rows four at a time
     for name, content in found.items():
-        assert content == (book.ledger.path(ref(stage)) / name).read_bytes()
+        assert content == (run.ledger.path(ref(stage)) / name).read_bytes()
 
 
-def test_the_vote_tells_what_it_rests_on(book: Workbook) -> None:
-    found = book.ledger.read(Ref(task=1, stage="vote"), "critical.json")
+def test_the_vote_tells_what_it_rests_on(run: Run) -> None:
+    found = run.ledger.read(StageRef(task=1, stage="vote"), "critical.json")
     assert found["used"] == 6
     assert found["voters"] == ["food"]
     assert found["skipped"] == {}
@@ -91,14 +91,14 @@ def test_the_vote_tells_what_it_rests_on(book: Workbook) -> None:
     assert 0 <= found["margin"] <= 1
     layer, unit = found["chosen"][0]
     assert found["votes"][layer][unit] == np.array(found["votes"]).max()
-    facts = book.ledger.read(FINAL, "train.json")["learner"]
+    facts = run.ledger.read(FINAL, "train.json")["learner"]
     assert facts["frozen_units"] == found["chosen"]
     assert 0 < facts["freeze/params_frac"] < 0.2
 
 
-def test_the_summary_keeps_how_c_is_distributed(book: Workbook) -> None:
-    (found,) = _vote_facts(book)
-    stored = book.ledger.read(Ref(task=1, stage="vote"), "critical.json")
+def test_the_summary_keeps_how_c_is_distributed(run: Run) -> None:
+    (found,) = _vote_facts(run)
+    stored = run.ledger.read(StageRef(task=1, stage="vote"), "critical.json")
     ((layer, unit),) = stored["chosen"]
     assert found["distribution"]["chosen"] == [stored["histogram"][layer][unit]]
     assert sum(found["distribution"]["others"]) == 3 * 6  # of 2 x 2 heads the others, six rows each
@@ -108,10 +108,10 @@ def test_the_summary_keeps_how_c_is_distributed(book: Workbook) -> None:
     )
 
 
-def test_rows_without_a_rationale_and_rows_that_are_cut_off_do_not_vote(book: Workbook) -> None:
-    job = book.job(book.stage(Ref(task=1, stage="record")))
-    data = book.data(0)
-    reader = vote.Recording(job)
+def test_rows_without_a_rationale_and_rows_that_are_cut_off_do_not_vote(run: Run) -> None:
+    job = run.job(run.stage(StageRef(task=1, stage="record")))
+    data = run.data(0)
+    reader = vote.RecordWorker(job)
 
     def skipped(row: Row) -> str | None:
         return reader._rationale(0, data, row, reader._tokens(data, row)[1])[1]
@@ -127,33 +127,33 @@ def test_rows_without_a_rationale_and_rows_that_are_cut_off_do_not_vote(book: Wo
         vote.merge_record(job, [(Shard(0, 0, 1), [{"skipped": "no_rationale"}])], Path())
 
 
-def test_question_and_answer_are_read_only_if_asked_for(book: Workbook) -> None:
-    job = book.job(book.stage(Ref(task=1, stage="record")))
+def test_question_and_answer_are_read_only_if_asked_for(run: Run) -> None:
+    job = run.job(run.stage(StageRef(task=1, stage="record")))
     assert isinstance(job.stage, Record)
     whole = replace(job, stage=job.stage.model_copy(update={"vote": job.stage.vote.model_copy(update={"rows": "all"})}))
-    data = book.data(0)
-    short, kept = vote.Recording(job)._tokens(data, data.dev[0])
-    long, same = vote.Recording(whole)._tokens(data, data.dev[0])
+    data = run.data(0)
+    short, kept = vote.RecordWorker(job)._tokens(data, data.dev[0])
+    long, same = vote.RecordWorker(whole)._tokens(data, data.dev[0])
     assert kept == same == len(short)
     assert long[:kept] == short
     assert len(long) == len(short) + 3 + 1 + 1  # question, ans, answer
 
 
-def test_a_record_of_other_tokens_is_refused(book: Workbook, tmp_path: Path) -> None:
-    job = book.job(book.stage(Ref(task=1, stage="vote")))
+def test_a_record_of_other_tokens_is_refused(run: Run, tmp_path: Path) -> None:
+    job = run.job(run.stage(StageRef(task=1, stage="vote")))
     assert isinstance(job.stage, Vote)
     recorded = job.folder(job.stage.recorded) / "recorded.jsonl"
     lines = [json.loads(line) for line in recorded.read_text().splitlines()]
     lines[2]["tokens"] = "0" * 64
     (tmp_path / "recorded.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    worker = vote.Comparing(replace(job, folders={**job.folders, job.stage.recorded: str(tmp_path)}))
+    worker = vote.VoteWorker(replace(job, folders={**job.folders, job.stage.recorded: str(tmp_path)}))
     with pytest.raises(CheckpointError, match="was recorded with other tokens"):
         worker.run(Shard(0, 0, 4))
 
 
 def test_gradients_stand_in_for_people(tmp_path: Path) -> None:
-    book = tiny.compute(made(tmp_path, rationales="gradient", rationale_share=0.2))
-    found = book.ledger.read(Ref(task=1, stage="vote"), "critical.json")
+    run = tiny.compute(made(tmp_path, rationales="gradient", rationale_share=0.2))
+    found = run.ledger.read(StageRef(task=1, stage="vote"), "critical.json")
     assert found["used"] == 6
     assert 0 < found["agreement"]["iou"] <= found["agreement"]["f1"] <= 1
     example = found["example"]
@@ -165,10 +165,10 @@ def test_gradients_keep_no_attention_maps(tmp_path: Path, monkeypatch: pytest.Mo
     """What the backward pass needs grows with a text, not with its square, and holds nothing for weights."""
     model = {"config": {"n_positions": 600}}
     over = {"model": model, "method": {**tiny.METHODS["rational_lamol"], "rationales": "gradient"}}
-    book = tiny.book(tmp_path, {"science": {**over, "train": {"max_length": 600}}}, tasks=("food", "film"))
-    train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
-    reader = vote.Recording(book.job(book.stage(Ref(task=1, stage="record"))))
-    row, found = book.data(0).dev[0], []
+    run = tiny.make_run(tmp_path, {"science": {**over, "train": {"max_length": 600}}}, tasks=("food", "film"))
+    train_here(run.job(run.plan(0)[0]), run.ledger.path(StageRef(task=0, stage="train")))
+    reader = vote.RecordWorker(run.job(run.stage(StageRef(task=1, stage="record"))))
+    row, found = run.data(0).dev[0], []
     for length in (250, 500):
         long = replace(row, text="the " * length)
         monkeypatch.setattr(vote, "voting_rows", lambda data, samples, long=long: [long])
@@ -186,18 +186,18 @@ def test_gradients_keep_no_attention_maps(tmp_path: Path, monkeypatch: pytest.Mo
     assert not any(parameter.requires_grad for parameter in reader._model.parameters())
 
 
-def test_the_example_shows_the_rationale_in_words(book: Workbook) -> None:
-    example = book.ledger.read(Ref(task=1, stage="vote"), "critical.json")["example"]
+def test_the_example_shows_the_rationale_in_words(run: Run) -> None:
+    example = run.ledger.read(StageRef(task=1, stage="vote"), "critical.json")["example"]
     assert [example["words"][place] for place in example["rationale"]] in (["tasty"], ["bland"])
 
 
 @pytest.mark.parametrize("level", ["block", "group", "head"])
 def test_what_is_frozen_keeps_every_bit_through_decay_and_clipping(tmp_path: Path, level: str) -> None:
     settings = {"weight_decay": 0.1, "clip": 0.5, "epochs": 3}
-    book = made(tmp_path, train=settings, level=level, freeze="list", frozen_units=[[1, 0]], freeze_output=True)
-    first = train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train"))).weights
-    stage = next(stage for stage in book.plan(1) if isinstance(stage, Train)).model_copy(update={"samples": None})
-    job = book.job(stage)
+    run = made(tmp_path, train=settings, level=level, freeze="list", frozen_units=[[1, 0]], freeze_output=True)
+    first = train_here(run.job(run.plan(0)[0]), run.ledger.path(StageRef(task=0, stage="train"))).weights
+    stage = next(stage for stage in run.plan(1) if isinstance(stage, Train)).model_copy(update={"samples": None})
+    job = run.job(stage)
     after = train_here(job, tmp_path / "out").weights
     learner = build_learner(job)
     train.start(job, learner)
@@ -220,10 +220,10 @@ def test_all_else_is_updated_as_without_freezing(tmp_path: Path) -> None:
     settings = {"weight_decay": 0.1, "clip": 0.0, "epochs": 1, "global_batch": 64, "warmup": 0.0}
     found = {}
     for freeze, units in (("none", []), ("list", [[0, 1]])):
-        book = made(tmp_path, freeze, settings, freeze=freeze, frozen_units=units)
-        train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
-        stage = next(stage for stage in book.plan(1) if isinstance(stage, Train)).model_copy(update={"samples": None})
-        job = book.job(stage)
+        run = made(tmp_path, freeze, settings, freeze=freeze, frozen_units=units)
+        train_here(run.job(run.plan(0)[0]), run.ledger.path(StageRef(task=0, stage="train")))
+        stage = next(stage for stage in run.plan(1) if isinstance(stage, Train)).model_copy(update={"samples": None})
+        job = run.job(stage)
         found[freeze] = train_here(job, tmp_path / f"out-{freeze}").weights
     learner = build_learner(job)
     train.start(job, learner)
@@ -240,19 +240,19 @@ def test_all_else_is_updated_as_without_freezing(tmp_path: Path) -> None:
     [("first", [(0, 0), (0, 1)]), ("last", [(1, 0), (1, 1)]), ("list", [(1, 1)]), ("none", [])],
 )
 def test_controls_freeze_as_much_without_a_vote(tmp_path: Path, freeze: str, units: list[tuple[int, int]]) -> None:
-    book = made(tmp_path, freeze=freeze, top_k=2, frozen_units=units if freeze == "list" else [])
-    assert [stage.name for stage in book.plan(1)] == ["generate", "train", "evaluate"]
-    train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
-    stage = next(stage for stage in book.plan(1) if isinstance(stage, Train))
-    learner: Any = build_learner(book.job(stage))
+    run = made(tmp_path, freeze=freeze, top_k=2, frozen_units=units if freeze == "list" else [])
+    assert [stage.name for stage in run.plan(1)] == ["generate", "train", "evaluate"]
+    train_here(run.job(run.plan(0)[0]), run.ledger.path(StageRef(task=0, stage="train")))
+    stage = next(stage for stage in run.plan(1) if isinstance(stage, Train))
+    learner: Any = build_learner(run.job(stage))
     learner.start_task(1, (1,))
     assert learner._frozen == units
 
 
 def test_a_random_control_is_drawn_by_seed_and_task(tmp_path: Path) -> None:
-    book = made(tmp_path, freeze="random", top_k=2)
-    train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
-    job = book.job(next(stage for stage in book.plan(1) if isinstance(stage, Train)))
+    run = made(tmp_path, freeze="random", top_k=2)
+    train_here(run.job(run.plan(0)[0]), run.ledger.path(StageRef(task=0, stage="train")))
+    job = run.job(next(stage for stage in run.plan(1) if isinstance(stage, Train)))
     drawn = []
     for seed in (0, 0, 1, 2, 3, 4):
         learner: Any = build_learner(replace(job, seed=seed))
@@ -264,9 +264,9 @@ def test_a_random_control_is_drawn_by_seed_and_task(tmp_path: Path) -> None:
 
 
 def test_a_unit_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
-    book = made(tmp_path, freeze="list", frozen_units=[[1, 1], [1, 2]])
-    train_here(book.job(book.plan(0)[0]), book.ledger.path(Ref(task=0, stage="train")))
-    job = book.job(next(stage for stage in book.plan(1) if isinstance(stage, Train)))
+    run = made(tmp_path, freeze="list", frozen_units=[[1, 1], [1, 2]])
+    train_here(run.job(run.plan(0)[0]), run.ledger.path(StageRef(task=0, stage="train")))
+    job = run.job(next(stage for stage in run.plan(1) if isinstance(stage, Train)))
     with pytest.raises(ConfigError, match=r"frozen_units=\[1, 2\]: this model has layers 0..1, each with 2 unit"):
         build_learner(job).start_task(1, (1,))
     with pytest.raises(ConfigError, match="frozen_units belong to freeze: list or brute_force"):
@@ -279,9 +279,9 @@ def test_a_unit_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
 def test_updates_of_which_nothing_can_be_frozen_are_refused(tmp_path: Path, level: Any) -> None:
     def build(*targets: str, **over: Any) -> None:
         lora = {"r": 2, "target_modules": targets}
-        book = made(tmp_path, **{"level": level, "lora": lora, **over})
-        build_learner(book.job(book.plan(0)[0]))
-        Dry(book.config.science.method, book.config.science.model, (2, 2))  # what a plan does
+        run = made(tmp_path, **{"level": level, "lora": lora, **over})
+        build_learner(run.job(run.plan(0)[0]))
+        TracedLearner(run.config.science.method, run.config.science.model, (2, 2))  # what a plan does
 
     for targets in (("c_fc",), ("c_fc", "c_proj")):
         with pytest.raises(ConfigError, match=rf"target_modules=\('c_fc'.*level: {level} .* add c_attn, or"):
@@ -293,26 +293,26 @@ def test_updates_of_which_nothing_can_be_frozen_are_refused(tmp_path: Path, leve
 
 
 def test_brute_force_tries_every_unit_and_keeps_the_best(tmp_path: Path) -> None:
-    book = tiny.compute(made(tmp_path, level="block", freeze="brute_force", frozen_units=[[0, 0], [1, 0]]))
-    names = [stage.name for stage in book.plan(1)]
+    run = tiny.compute(made(tmp_path, level="block", freeze="brute_force", frozen_units=[[0, 0], [1, 0]]))
+    names = [stage.name for stage in run.plan(1)]
     assert names == ["generate", "try-0", "try-1", "choose", "train", "evaluate"]
-    found = book.ledger.read(Ref(task=1, stage="choose"), "critical.json")
+    found = run.ledger.read(StageRef(task=1, stage="choose"), "critical.json")
     scores = [tried["accuracy"] for tried in found["tried"]]
     assert found["chosen"] == [found["tried"][scores.index(max(scores))]["unit"]]
     number = scores.index(max(scores))
-    best, final = (book.ledger.path(Ref(task=1, stage=name)) for name in (f"try-{number}", "train"))
+    best, final = (run.ledger.path(StageRef(task=1, stage=name)) for name in (f"try-{number}", "train"))
     assert (best / "trainable.safetensors").read_bytes() == (final / "trainable.safetensors").read_bytes()
     frozen = [
-        book.ledger.read(Ref(task=1, stage=name), "train.json")["learner"]["frozen_units"]
+        run.ledger.read(StageRef(task=1, stage=name), "train.json")["learner"]["frozen_units"]
         for name in ("try-0", "try-1", "train")
     ]
     assert frozen == [[[0, 0]], [[1, 0]], found["chosen"]]
     # Each candidate's score is that of its own weights: the same rows, answered by a predictor over its chain.
-    job = book.job(book.stage(Ref(task=1, stage="choose")))
+    job = run.job(run.stage(StageRef(task=1, stage="choose")))
     for tried, name in zip(found["tried"], ("try-0", "try-1"), strict=True):
-        predictor = Predictor(replace(job, chain=(*job.chain, str(book.ledger.path(Ref(task=1, stage=name))))))
+        predictor = Predictor(replace(job, chain=(*job.chain, str(run.ledger.path(StageRef(task=1, stage=name))))))
         shares = []
         for task in (1, 0):
-            rows = book.data(task).dev
+            rows = run.data(task).dev
             shares.append(np.mean([a == r.label for a, r in zip(predictor.answers(task, rows), rows, strict=True)]))
         assert tried["accuracy"] == pytest.approx(np.mean(shares))

@@ -10,13 +10,13 @@ from cl_dist.config import parse
 from cl_dist.data.rows import Row
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import ConfigError, DataError
-from cl_dist.planning.trace import Dry
-from cl_dist.run import Workbook
+from cl_dist.planning.trace import TracedLearner
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import Ref, ref
+from cl_dist.stage import StageRef, ref
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.evaluate import compared
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.stages.weights import ShardedWeights
 from tests import tiny
 from tests.architectures import TINY
 from tests.parity import train_here
@@ -24,16 +24,16 @@ from tests.parity import train_here
 TEXT = {"model": {"answers": "text"}}
 
 
-def made(folder: Path, method: dict[str, Any], name: str = "tiny", **science: Any) -> Workbook:
+def made(folder: Path, method: dict[str, Any], name: str = "tiny", **science: Any) -> Run:
     over = {"run": {"name": name}, "science": {**TEXT, "method": method, **science}}
-    return tiny.book(folder, over, tasks=("food", "film"))
+    return tiny.make_run(folder, over, tasks=("food", "film"))
 
 
 @pytest.mark.parametrize("method", ["sequential", "individual", "joint", "replay"])
 def test_baselines_learn_to_answer_in_text(tmp_path: Path, method: str) -> None:
-    book = tiny.compute(made(tmp_path, {"name": method}))
-    last = book.plan(1)[-1]
-    scores = book.ledger.read(ref(last), "scores.json")["tasks"]["1"]
+    run = tiny.compute(made(tmp_path, {"name": method}))
+    last = run.plan(1)[-1]
+    scores = run.ledger.read(ref(last), "scores.json")["tasks"]["1"]
     assert scores["accuracy"] >= 0.8  # the answers are spelled out, and mostly right
     assert scores["score"] == scores["accuracy"]
     assert 0 <= scores["f1_macro"] <= 1
@@ -60,11 +60,11 @@ def test_free_text_needs_a_method_that_writes(tmp_path: Path) -> None:
 def test_a_task_with_free_text_is_scored_by_its_metric(tmp_path: Path) -> None:
     tree = tiny.tree(tmp_path, {"science": {**TEXT, "method": {"name": "sequential"}}}, tasks=("food",))
     tree["science"]["tasks"][0] |= {"answer": "text", "metric": "f1"}
-    book = tiny.compute(Workbook(parse(RunConfig, tree)))
-    scores = book.ledger.read(Ref(task=0, stage="evaluate"), "scores.json")["tasks"]["0"]
+    run = tiny.compute(Run(parse(RunConfig, tree)))
+    scores = run.ledger.read(StageRef(task=0, stage="evaluate"), "scores.json")["tasks"]["0"]
     assert scores["score"] == scores["f1"] >= scores["exact_match"] >= 0.8
     assert scores["f1_macro"] is None
-    assert book.data(0).labels == ()
+    assert run.data(0).labels == ()
 
 
 def test_turns_are_followed_through_their_dialogues() -> None:
@@ -90,62 +90,62 @@ def test_an_encoder_is_not_asked_to_write(tmp_path: Path, method: str, kind: str
     sizes = {"model_type": kind, **TINY[kind]}
     tree = tiny.tree(tmp_path, {"science": {**TEXT, "method": dict(tiny.METHODS[method])}}, tasks=("food",))
     tree["science"]["model"]["config"] = sizes
-    book = Workbook(parse(RunConfig, tree))
-    science = book.config.science
+    run = Run(parse(RunConfig, tree))
+    science = run.config.science
     for build in (
-        lambda: build_learner(book.job(book.plan(0)[0])),
-        lambda: Dry(science.method, science.model, (2,)),  # what a plan does
+        lambda: build_learner(run.job(run.plan(0)[0])),
+        lambda: TracedLearner(science.method, science.model, (2,)),  # what a plan does
     ):
         with pytest.raises(ConfigError, match=rf"model_type='{kind}' is an encoder, which writes no answers; .* gpt2,"):
             build()
 
 
 def test_rows_longer_than_the_model_reads_are_refused(tmp_path: Path) -> None:
-    book = made(tmp_path, {"name": "sequential"}, train={"max_length": 64})
+    run = made(tmp_path, {"name": "sequential"}, train={"max_length": 64})
     with pytest.raises(ConfigError, match="max_length=64: this model reads at most 32 tokens"):
-        train_here(book.job(book.plan(0)[0]), tmp_path / "out")
+        train_here(run.job(run.plan(0)[0]), tmp_path / "out")
 
 
 def test_distillation_follows_the_model_before_the_task(tmp_path: Path) -> None:
     """Learned wholly from a teacher that is the model itself, replayed rows pull no weight anywhere at the start."""
     found = []
     for share in (0.0, 1.0):
-        book = made(tmp_path, {"name": "lamol_real", "gamma": 1.0, "distill": share}, f"share{share:g}")
-        tiny.compute(book)
-        stage = book.stage(Ref(task=1, stage="train"))
-        learner = build_learner(book.job(stage))
+        run = made(tmp_path, {"name": "lamol_real", "gamma": 1.0, "distill": share}, f"share{share:g}")
+        tiny.compute(run)
+        stage = run.stage(StageRef(task=1, stage="train"))
+        learner = build_learner(run.job(stage))
         learner.start_task(1, (0, 1))
-        found.append(book)
-        data = book.data(0)
-        rows = learner.rows(_tokenizer(book), 16, training=True)
+        found.append(run)
+        data = run.data(0)
+        rows = learner.rows(_tokenizer(run), 16, training=True)
         rows.add(0, data, data.train[:4], replayed=True)
         loss = learner.loss(learner.model.train(), rows.batch([0, 1, 2, 3]), None)  # type: ignore[arg-type]
         total = sum(float(term.sum()) for term in loss.rows.values())
         assert (total < 1e-4) == (share == 1.0)
-    weights = [StoredWeights(book.ledger.path(Ref(task=1, stage="train"))) for book in found]
+    weights = [ShardedWeights(run.ledger.path(StageRef(task=1, stage="train"))) for run in found]
     name = min(weights[0])
     assert not torch.equal(weights[0][name], weights[1][name])
 
 
 def test_a_vocabulary_that_is_used_up_grows_at_the_next_task(tmp_path: Path) -> None:
     science = {"model": {"answers": "text", "spare_task_tokens": 1}, "method": {"name": "lamol", "gamma": 0.5}}
-    book = tiny.compute(tiny.book(tmp_path, {"science": science}, tasks=("food", "film")))
-    stored = [StoredWeights(book.ledger.path(Ref(task=t, stage="train"))) for t in (0, 1)]
+    run = tiny.compute(tiny.make_run(tmp_path, {"science": science}, tasks=("food", "film")))
+    stored = [ShardedWeights(run.ledger.path(StageRef(task=t, stage="train"))) for t in (0, 1)]
     name = next(name for name in stored[0] if name.endswith("wte.weight"))
     sizes = [len(weights[name]) for weights in stored]
     assert sizes == [len(tiny.SPOKEN) + 5, len(tiny.SPOKEN) + 6]
-    fresh = build_learner(book.job(book.stage(Ref(task=1, stage="train"))))
+    fresh = build_learner(run.job(run.stage(StageRef(task=1, stage="train"))))
     assert torch.equal(fresh.model.get_parameter(name)[: sizes[0]], stored[0][name])
-    job = book.job(book.stage(Ref(task=1, stage="evaluate")))
+    job = run.job(run.stage(StageRef(task=1, stage="evaluate")))
     early = build_learner(job, up_to=0)  # as a worker that is given an early task's shards first
     assert torch.equal(early.model.get_parameter(name), stored[1][name][: sizes[0]])
 
 
 def test_the_keys_biases_of_gpt2_keep_every_bit(tmp_path: Path) -> None:
-    book = made(tmp_path, {"name": "sequential"}, train={"weight_decay": 0.1})
-    stage = book.plan(0)[0]
-    before = build_learner(book.job(stage))
-    after = train_here(book.job(stage), tmp_path / "out").weights
+    run = made(tmp_path, {"name": "sequential"}, train={"weight_decay": 0.1})
+    stage = run.plan(0)[0]
+    before = build_learner(run.job(stage))
+    after = train_here(run.job(stage), tmp_path / "out").weights
     name = next(name for name in after if name.endswith("0.attn.c_attn.bias"))
     start = before.model.get_parameter(name).detach()
     size = len(start) // 3
@@ -153,7 +153,7 @@ def test_the_keys_biases_of_gpt2_keep_every_bit(tmp_path: Path) -> None:
     assert not torch.equal(after[name][:size], start[:size])
 
 
-def _tokenizer(book: Workbook) -> Any:
+def _tokenizer(run: Run) -> Any:
     from cl_dist.models.backbone import load_tokenizer
 
-    return load_tokenizer(book.config.science.model)
+    return load_tokenizer(run.config.science.model)

@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModel
 
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError
-from cl_dist.methods.lora import Lora, LoraSettings
+from cl_dist.methods.lora import Lora, LoraConfig
 from cl_dist.models import cci
 from cl_dist.models.adapters import TaskNorms
 from cl_dist.models.architectures import ARCHITECTURES, architecture, embedding_names, layers_of
-from cl_dist.models.attention_slices import block_parameters, idle_biases, shape_of
+from cl_dist.models.attention_slices import block_parameters, no_effect_biases, shape_of
 from cl_dist.models.backbone import load_backbone
 from cl_dist.models.config import ModelConfig, PluginShape, max_positions
 from cl_dist.models.decode import answer_all
@@ -238,7 +238,7 @@ def test_biases_are_idle_where_their_gradient_is_rounding_noise_and_nowhere_else
     over = {"attention_bias": True} if kind in ("llama", "gemma", "olmo", "modernbert") else {}
     model = tiny(kind, **over)
     (hidden(model) * torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(2))).sum().backward()
-    idle = idle_biases(model)
+    idle = no_effect_biases(model)
     paths = tuple(f".{path}.bias" for path in architecture(model).attention.projections)
     biases = {name: p for name, p in model.named_parameters() if name.endswith(paths)}
     assert idle.keys() <= biases.keys()
@@ -281,7 +281,7 @@ def test_a_model_reads_as_many_tokens_as_its_positions_say_and_no_more(kind: str
 
 @each
 def test_lora_changes_queries_and_values_of_every_attention(kind: str) -> None:
-    learner = Lora(LoraSettings(r=2), (2,), ModelConfig(source="."), 0)
+    learner = Lora(LoraConfig(r=2), (2,), ModelConfig(source="."), 0)
     learner.build(tiny(kind), 0)
     learner.start_task(0, (0,))
     names = [name for name, p in learner.model.backbone.named_parameters() if p.requires_grad]

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from cl_dist.models import cci
 from cl_dist.models.attention_slices import kept, shape_of, units_of
 from cl_dist.models.cci import Comparer, Recorder, Watcher, highest, watch, watched
-from cl_dist.planning.live import Live
+from cl_dist.planning.live import LiveTensorBytes
 from cl_dist.stage import VoteConfig
 from cl_dist.stages.vote import tally
 from tests.cl_dist.models.test_decode import decoder
@@ -276,7 +276,7 @@ def test_eight_thousand_tokens_take_a_part_of_one_layers_map() -> None:
     model = maker.from_config(config).eval()
     rationale = np.zeros(length, dtype=bool)
     rationale[100:200] = True
-    recorder, live = Recorder(rationale, heads, BETA), Live()
+    recorder, live = Recorder(rationale, heads, BETA), LiveTensorBytes()
     tracemalloc.start()
     with watched(model), live:
         watch(model, [number % 60 for number in range(length)], recorder)

@@ -13,9 +13,9 @@ from cl_dist.methods.base import Learner
 from cl_dist.methods.ctr import Ctr, CtrConfig
 from cl_dist.methods.finetune import Finetune, FinetuneConfig
 from cl_dist.methods.hat import Hat, HatConfig
-from cl_dist.methods.lora import Lora, LoraSettings
+from cl_dist.methods.lora import Lora, LoraConfig
 from cl_dist.models.architectures import embedding_names
-from cl_dist.models.attention_slices import idle_biases
+from cl_dist.models.attention_slices import no_effect_biases
 from cl_dist.models.classifier import Batch, Classifier
 from cl_dist.models.config import ModelConfig
 from tests.architectures import DECODERS, KINDS, PAD, WORDS, tiny
@@ -25,7 +25,7 @@ LEARNERS: dict[str, tuple[type[Learner], Any]] = {
     "ctr": (Ctr, CtrConfig(**SHAPE.changed())),
     "hat": (Hat, HatConfig(tsm_size=24, s_max=50.0)),
     "adapter": (Adapter, AdapterConfig(size=8)),
-    "lora": (Lora, LoraSettings(r=4)),
+    "lora": (Lora, LoraConfig(r=4)),
 }
 BATCHES = [batch_of(seed=seed) for seed in range(6)]
 
@@ -143,7 +143,7 @@ def test_an_unprotected_decoder_trains_what_tune_says_and_no_idle_bias(kind: str
     learner.build(tiny(kind), 0)
     start = {name: p.detach().clone() for name, p in learner.model.backbone.named_parameters()}
     train(learner, 0, BATCHES[:2])
-    idle = idle_biases(learner.model.backbone)
+    idle = no_effect_biases(learner.model.backbone)
     inside = embedding_names(learner.model.backbone)
     for name, parameter in learner.model.backbone.named_parameters():
         moved = parameter != start[name]

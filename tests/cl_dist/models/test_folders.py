@@ -13,7 +13,7 @@ from cl_dist.config import parse
 from cl_dist.errors import ClDistError, ConfigError, DataError
 from cl_dist.models.backbone import load_backbone, load_config, load_tokenizer
 from cl_dist.models.config import ModelConfig
-from cl_dist.run import Workbook, model_digest
+from cl_dist.run import Run, model_digest
 from cl_dist.run_config import RunConfig
 from launcher import runs
 from tests import tiny
@@ -97,10 +97,10 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
         task["source"]["path"] = Path(task["source"]["path"]).name
     monkeypatch.chdir(tmp_path)
     model_digest.cache_clear()
-    book = Workbook(parse(RunConfig, tree))
-    with book.ledger.publish(book.plan(0)[0]) as out:
+    run = Run(parse(RunConfig, tree))
+    with run.ledger.publish(run.plan(0)[0]) as out:
         (out / "train.json").write_text("{}")
-    runs.save(book.config)
+    runs.save(run.config)
     (tmp_path / "sub").mkdir()
     for path in tmp_path.glob("*.jsonl"):
         shutil.copy(path, tmp_path / "sub")
@@ -113,9 +113,9 @@ def test_a_relative_model_that_is_not_here_is_named_and_not_a_conflict(
     begun: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    book = Workbook(begun)
+    run = Run(begun)
     with pytest.raises(DataError, match=r"science.model.source='model': no such folder here"):
-        book.ledger.is_done(book.plan(0)[0])
+        run.ledger.is_done(run.plan(0)[0])
     with pytest.raises(DataError, match=r"no such folder here"):
         runs.execute(begun, "resume")
     hub = ModelConfig(source="model")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cl_dist.data.language import Speller
+from cl_dist.data.language import TextCodec
 from cl_dist.errors import ConfigError
 from cl_dist.models.backbone import load_backbone, load_tokenizer
 from cl_dist.models.config import ModelConfig
@@ -33,10 +33,10 @@ def test_a_gguf_model_is_unpacked_once_and_answers(tmp_path: Path, monkeypatch: 
     assert len(list(tmp_path.iterdir())) == 1
     assert torch.equal(model.lm_head.weight, again.lm_head.weight)
     assert model.lm_head.weight is model.model.embed_tokens.weight  # tied
-    speller = Speller(load_tokenizer(SMOLLM2))
-    known = speller.special
-    (tokens,) = answer_all(model.eval(), [speller.encode("The capital of France is")], 0, known.eos, 2)
-    assert speller.decode(tokens).startswith("Paris")
+    codec = TextCodec(load_tokenizer(SMOLLM2))
+    known = codec.special
+    (tokens,) = answer_all(model.eval(), [codec.encode("The capital of France is")], 0, known.eos, 2)
+    assert codec.decode(tokens).startswith("Paris")
 
 
 def _unpack(rank: int, world: int, folder: str) -> float:

@@ -14,7 +14,7 @@ from transformers.masking_utils import eager_mask
 from cl_dist.methods.rational_lamol import held
 from cl_dist.models.architectures import architecture, layers_of
 from cl_dist.models.attention_slices import Level, block_parameters, kept, shape_of
-from cl_dist.parallel.engine import Optimizing, TorchEngine, _Held, attach
+from cl_dist.parallel.engine import Optimizing, TorchEngine, _FrozenEntries, attach
 from cl_dist.parallel.world import World
 from tests.architectures import IDS, KINDS, hidden, tiny
 
@@ -190,7 +190,7 @@ def train(model: PreTrainedModel, scales: dict[str, Any]) -> None:
     attach(model, scales)
     optimizing = Optimizing(0.02, {}, frozenset(), weight_decay=0.1, clip=0.5, total_steps=4, warmup_steps=0)
     engine = TorchEngine(model, optimizing, 1, World(0, 1, torch.device("cpu")), {})
-    engine.optimizer.hold = _Held(model, scales, 0).put_back
+    engine.optimizer.hold = _FrozenEntries(model, scales, 0).put_back
     target = torch.randn(IDS.shape[1], model.config.hidden_size, generator=torch.Generator().manual_seed(2))
     for _ in range(4):
         engine.backward((engine(IDS).last_hidden_state[0] * target).sum(), torch.zeros(()))

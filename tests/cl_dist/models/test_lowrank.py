@@ -12,7 +12,7 @@ from cl_dist.models.architectures import ARCHITECTURES
 from cl_dist.models.attention_slices import Level, kept
 from cl_dist.models.config import LoraShape
 from cl_dist.models.lowrank import add_update, kept_updates, layers_with_updates, merge_updates, own_parameters
-from cl_dist.models.vocabulary import extend, logits, own_rows
+from cl_dist.models.vocabulary import add_trainable_rows, extend, logits
 from tests.architectures import DECODERS, IDS, WORDS, tiny
 
 KNOWN, SIZE, SEED = WORDS - 4, WORDS + 6, 5  # tables often have more rows than the tokenizer has tokens
@@ -24,7 +24,7 @@ each = pytest.mark.parametrize("kind", DECODERS)
 
 def updated(kind: str, shape: LoraShape = SHAPE) -> Any:
     model: Any = tiny(kind, causal=True)
-    own_rows(model, SIZE, KNOWN, SEED)
+    add_trainable_rows(model, SIZE, KNOWN, SEED)
     add_update(model, shape, "it")
     return model.eval()
 
@@ -51,7 +51,7 @@ def test_a_new_update_changes_nothing_and_new_rows_are_those_of_an_extended_voca
     plain = tiny(kind, causal=True, tie_word_embeddings=tied)
     extend(plain, SIZE, KNOWN, SEED)
     model = tiny(kind, causal=True, tie_word_embeddings=tied)
-    own_rows(model, SIZE, KNOWN, SEED)
+    add_trainable_rows(model, SIZE, KNOWN, SEED)
     add_update(model, SHAPE, "it")
     torch.testing.assert_close(all_logits(model), all_logits(plain), rtol=1e-5, atol=1e-5)
     rows = sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith(".rows"))

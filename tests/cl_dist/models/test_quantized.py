@@ -17,8 +17,8 @@ from cl_dist.models.backbone import load_backbone
 from cl_dist.models.config import ModelConfig
 from cl_dist.models.quantized import QuantizedLinear
 from cl_dist.parallel.config import EngineConfig
-from cl_dist.planning.trace import Dry
-from cl_dist.run import Workbook
+from cl_dist.planning.trace import TracedLearner
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
@@ -81,15 +81,15 @@ def test_a_layer_is_the_product_with_its_rounded_weights_forward_and_backward(ki
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_learns_beside_quantized_weights_and_is_exported(tmp_path: Path, method: str, bits: int) -> None:
-    book = tiny.compute(Workbook(parse(RunConfig, tree(tmp_path, method, bits))))
-    facts = book.ledger.read(parity.SECOND, "train.json")
+    run = tiny.compute(Run(parse(RunConfig, tree(tmp_path, method, bits))))
+    facts = run.ledger.read(parity.SECOND, "train.json")
     losses = [line["train/loss"] for line in facts["rounds"]]
     assert losses[-1] < losses[0]
 
-    job = book.job(book.plan(1)[-1])
+    job = run.job(run.plan(1)[-1])
     quantized = [module for module in build_learner(job).model.modules() if isinstance(module, QuantizedLinear)]
     assert len(quantized) == 2 * 6  # of BERT's two layers
-    rows = book.data(1).test
+    rows = run.data(1).test
     export(job, 1, tmp_path / "exported", "")
     model, tokenizer, _ = load_exported(tmp_path / "exported")
     assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == len(quantized)
@@ -108,8 +108,8 @@ def test_a_run_learns_beside_quantized_weights_and_is_exported(tmp_path: Path, m
 def test_two_ranks_train_what_one_does(
     ranks: Ranks, tmp_path: Path, method: str, bits: int, zero_stage: Any, dtype: str, apart: float
 ) -> None:
-    book = Workbook(parse(RunConfig, tree(tmp_path, method, bits, dtype)))
-    job = replace(book.job(book.plan(0)[0]), engine=EngineConfig(zero_stage=zero_stage))
+    run = Run(parse(RunConfig, tree(tmp_path, method, bits, dtype)))
+    job = replace(run.job(run.plan(0)[0]), engine=EngineConfig(zero_stage=zero_stage))
     if dtype == "float32":
         train_here(0, 1, replace(job, engine=EngineConfig(engine="torch")), str(tmp_path / "one"))
     else:
@@ -139,7 +139,10 @@ def test_a_plan_counts_the_bits(bits: Any, each: float) -> None:
     sizes = {"model_type": "bert", "vocab_size": 100, "hidden_size": 128, "intermediate_size": 256}
     model = ModelConfig(source=".", config={**sizes, "num_hidden_layers": 2, "num_attention_heads": 4})
     method = AdapterConfig(name="adapter", size=4)
-    whole, cut = Dry(method, model, (2,)), Dry(method, model.model_copy(update={"weight_bits": bits}), (2,))
+    whole, cut = (
+        TracedLearner(method, model, (2,)),
+        TracedLearner(method, model.model_copy(update={"weight_bits": bits}), (2,)),
+    )
     weights = 2 * (4 * 128 * 128 + 2 * 128 * 256)
     assert whole.backbone.elements - cut.backbone.elements == cut.quantized == weights
     tables = 12 * 256 * 4 if bits == 8 else 0

@@ -7,26 +7,26 @@ import pytest
 
 from cl_dist.config import parse
 from cl_dist.parallel.config import EngineConfig
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import ClusterConfig
-from cl_dist.stage import Ref
-from cl_dist.stages.evaluate import Scorer, Shard, merge, shards
+from cl_dist.stage import StageRef
+from cl_dist.stages.evaluate import EvaluateWorker, Shard, merge, shards
 from cl_dist.stages.stage_job import Job
 from tests import tiny
 
-LAST = Ref(task=1, stage="evaluate")
+LAST = StageRef(task=1, stage="evaluate")
 
 
 @pytest.fixture(scope="module")
-def book(tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished CTR run over two tasks with ten test rows each, scored in shards of six rows, four at a time."""
     over = {"science": {"train": {"epochs": 1, "min_round_steps": 1}}}
-    return tiny.compute(tiny.book(tmp_path_factory.mktemp("evaluate"), over, tasks=("food", "film")))
+    return tiny.compute(tiny.make_run(tmp_path_factory.mktemp("evaluate"), over, tasks=("food", "film")))
 
 
 @pytest.fixture(scope="module")
-def job(book: Workbook) -> Job:
-    return book.job(book.stage(LAST))
+def job(run: Run) -> Job:
+    return run.job(run.stage(LAST))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -35,7 +35,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def scored(job: Job, of: list[Shard]) -> list[tuple[Shard, dict[str, Any]]]:
-    scorer = Scorer(job)
+    scorer = EvaluateWorker(job)
     return [(shard, scorer.run(shard)) for shard in of]
 
 
@@ -63,17 +63,15 @@ def test_a_shard_scored_alone_gives_the_bytes_it_gives_among_others(job: Job) ->
         assert alone == expected
 
 
-def test_shards_scored_in_any_order_by_any_scorer_merge_to_the_same_bytes(
-    book: Workbook, job: Job, tmp_path: Path
-) -> None:
+def test_shards_scored_in_any_order_by_any_scorer_merge_to_the_same_bytes(run: Run, job: Job, tmp_path: Path) -> None:
     of = shards(job)[::-1]
     parts = scored(job, of[:3]) + scored(job, of[3:])
     merge(job, parts, tmp_path)
-    assert files(tmp_path) == files(book.ledger.path(LAST))
+    assert files(tmp_path) == files(run.ledger.path(LAST))
 
 
-def test_predictions_stand_in_row_order_beside_their_labels_and_give_the_accuracy(book: Workbook) -> None:
-    folder = book.ledger.path(LAST)
+def test_predictions_stand_in_row_order_beside_their_labels_and_give_the_accuracy(run: Run) -> None:
+    folder = run.ledger.path(LAST)
     scores = json.loads((folder / "scores.json").read_text())["tasks"]
     for number, task in enumerate(("food", "film")):
         lines = [json.loads(line) for line in (folder / "predictions" / f"{task}.jsonl").read_text().splitlines()]
@@ -84,7 +82,7 @@ def test_predictions_stand_in_row_order_beside_their_labels_and_give_the_accurac
         assert scores[str(number)]["rows"] == 10
 
 
-def test_the_unit_of_work_is_science_but_rows_do_not_see_each_other(book: Workbook, job: Job) -> None:
+def test_the_unit_of_work_is_science_but_rows_do_not_see_each_other(run: Run, job: Job) -> None:
     """Other batches round otherwise, and no more than that."""
     import numpy as np
 

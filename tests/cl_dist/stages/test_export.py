@@ -30,7 +30,7 @@ from cl_dist.errors import CheckpointError, ConfigError
 from cl_dist.methods import METHODS
 from cl_dist.models.backbone import load_backbone, load_tokenizer
 from cl_dist.models.classifier import Batch
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Evaluate
 from cl_dist.stages.build import build_learner
@@ -43,50 +43,50 @@ from tests.architectures import TINY
 TASKS = ("food", "topic")
 
 
-def compute(folder: Path, name: str) -> Workbook:
+def compute(folder: Path, name: str) -> Run:
     """Compute a run of a method over two tasks, with the sizes of tiny.CTR where the method has such settings."""
     fields = METHODS[name].config.model_fields
     method = {key: value for key, value in tiny.CTR.items() if key in fields} | {"name": name}
     over = {"science": {"method": method, "train": {"epochs": 1, "min_round_steps": 1}}}
-    return tiny.compute(tiny.book(folder, over, tasks=TASKS))
+    return tiny.compute(tiny.make_run(folder, over, tasks=TASKS))
 
 
-def last_job(book: Workbook, task: int) -> Job:
+def last_job(run: Run, task: int) -> Job:
     """Return the job of the stage that scored a task last."""
-    stages = [stage for t in range(2) for stage in book.plan(t) if isinstance(stage, Evaluate) and task in stage.tasks]
-    return book.job(stages[-1])
+    stages = [stage for t in range(2) for stage in run.plan(t) if isinstance(stage, Evaluate) and task in stage.tasks]
+    return run.job(stages[-1])
 
 
-def batch(book: Workbook, job: Job, task: int) -> Batch:
+def batch(run: Run, job: Job, task: int) -> Batch:
     rows = ClassifyRows(load_tokenizer(job.model), job.max_length[task])
-    rows.add(task, book.data(task), book.data(task).test)
+    rows.add(task, run.data(task), run.data(task).test)
     return rows.batch(range(len(rows)))
 
 
 @torch.no_grad()
-def logits_of_run(book: Workbook, job: Job, task: int) -> Tensor:
+def logits_of_run(run: Run, job: Job, task: int) -> Tensor:
     learner = build_learner(job)
     learner.model.eval()
     if job.model.dtype == "bfloat16":
         learner.model.to(torch.bfloat16)
     learner.activate(task)
-    return learner.model(batch(book, job, task))
+    return learner.model(batch(run, job, task))
 
 
 @torch.no_grad()
-def logits_of_export(book: Workbook, job: Job, task: int, folder: Path, ask: str | None = None) -> Tensor:
-    return load_exported(folder, ask)[0](batch(book, job, task))
+def logits_of_export(run: Run, job: Job, task: int, folder: Path, ask: str | None = None) -> Tensor:
+    return load_exported(folder, ask)[0](batch(run, job, task))
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not tiny.writes(name)])
 def test_every_method_exported_answers_to_the_bit_as_in_its_run(name: str, tmp_path: Path) -> None:
-    book = compute(tmp_path / "run", name)
+    run = compute(tmp_path / "run", name)
     for task, labels in enumerate((["bad", "good"], ["garden", "kitchen", "office"])):
-        job, folder = last_job(book, task), tmp_path / f"export{task}"
+        job, folder = last_job(run, task), tmp_path / f"export{task}"
         export(job, task, folder, "f00d")
-        expected = logits_of_run(book, job, task)
+        expected = logits_of_run(run, job, task)
         assert expected.shape == (10, len(labels))
-        assert torch.equal(logits_of_export(book, job, task, folder), expected)
+        assert torch.equal(logits_of_export(run, job, task, folder), expected)
         assert load_exported(folder)[2] == labels
         plain = AutoModel.from_pretrained(folder / BACKBONE)
         assert plain.config.model_type == "bert"
@@ -96,36 +96,36 @@ def test_every_method_exported_answers_to_the_bit_as_in_its_run(name: str, tmp_p
 
 
 @pytest.fixture(scope="module")
-def book(tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return compute(tmp_path_factory.mktemp("ctr"), "ctr")
 
 
 @pytest.fixture(scope="module")
-def exported(book: Workbook, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model of a CTR run after its second task, exported for the first."""
     folder = tmp_path_factory.mktemp("exported")  # empty
-    export(last_job(book, 0), 0, folder, "f00d")
+    export(last_job(run, 0), 0, folder, "f00d")
     return folder
 
 
-def test_the_other_tasks_of_the_model_can_be_asked_too(book: Workbook, exported: Path) -> None:
-    job = last_job(book, 1)
-    assert torch.equal(logits_of_export(book, job, 1, exported, "topic"), logits_of_run(book, job, 1))
+def test_the_other_tasks_of_the_model_can_be_asked_too(run: Run, exported: Path) -> None:
+    job = last_job(run, 1)
+    assert torch.equal(logits_of_export(run, job, 1, exported, "topic"), logits_of_run(run, job, 1))
     with pytest.raises(ConfigError, match=r"task='fod': this model does not answer for it; did you mean 'food'"):
         load_exported(exported, "fod")
 
 
 def test_a_model_of_one_task_alone_answers_for_no_other(tmp_path: Path) -> None:
-    book = compute(tmp_path / "run", "individual")
-    export(last_job(book, 1), 1, tmp_path / "x", "f00d")
+    run = compute(tmp_path / "run", "individual")
+    export(last_job(run, 1), 1, tmp_path / "x", "f00d")
     with pytest.raises(ConfigError, match=r"task='food': this model does not answer for it"):
         load_exported(tmp_path / "x", "food")
 
 
 def test_a_frozen_backbone_is_exported_as_it_came_and_a_tuned_one_as_it_is(
-    book: Workbook, exported: Path, tmp_path: Path
+    run: Run, exported: Path, tmp_path: Path
 ) -> None:
-    source = load_backbone(book.config.science.model).state_dict()
+    source = load_backbone(run.config.science.model).state_dict()
     frozen = AutoModel.from_pretrained(exported / BACKBONE).state_dict()
     assert all(torch.equal(frozen[name], tensor) for name, tensor in source.items())
 
@@ -139,13 +139,13 @@ def test_a_frozen_backbone_is_exported_as_it_came_and_a_tuned_one_as_it_is(
     assert {name.split(".")[1] for name in load_file(tmp_path / "x" / PARTS)} == {"heads"}
 
 
-def test_the_precision_of_the_run_is_kept(book: Workbook, tmp_path: Path) -> None:
-    job = last_job(book, 1)
+def test_the_precision_of_the_run_is_kept(run: Run, tmp_path: Path) -> None:
+    job = last_job(run, 1)
     job = replace(job, model=job.model.updated({"dtype": "bfloat16"}))
     export(job, 1, tmp_path / "x", "f00d")
-    found = logits_of_export(book, job, 1, tmp_path / "x")
+    found = logits_of_export(run, job, 1, tmp_path / "x")
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found, logits_of_run(book, job, 1))
+    assert torch.equal(found, logits_of_run(run, job, 1))
     assert {tensor.dtype for tensor in load_file(tmp_path / "x" / BACKBONE / "model.safetensors").values()} == {
         torch.float32
     }
@@ -166,8 +166,8 @@ def test_a_decoder_whose_tokenizer_does_not_pad_is_given_texts_of_any_length(tmp
     settings = tmp_path / "model" / "tokenizer_config.json"
     known = {key: value for key, value in json.loads(settings.read_text("utf8")).items() if key != "pad_token"}
     settings.write_text(json.dumps(known | ({"eos_token": end} if end else {})), "utf8")
-    book = tiny.compute(Workbook(parse(RunConfig, tree)))
-    job = last_job(book, 1)
+    run = tiny.compute(Run(parse(RunConfig, tree)))
+    job = last_job(run, 1)
     spelling = load_tokenizer(job.model)
     assert spelling.pad_token is None
     export(job, 1, tmp_path / "x", "f00d")
@@ -175,23 +175,23 @@ def test_a_decoder_whose_tokenizer_does_not_pad_is_given_texts_of_any_length(tmp
     assert tokenizer.pad_token == end or (end is None and tokenizer.pad_token in spelling.all_special_tokens)
     assert len(tokenizer) == len(spelling)
 
-    texts = [row.text for row in book.data(1).test]
+    texts = [row.text for row in run.data(1).test]
     encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     assert not encoded["attention_mask"].all()
     together = model(encoded).detach()
-    torch.testing.assert_close(together, logits_of_run(book, job, 1))
+    torch.testing.assert_close(together, logits_of_run(run, job, 1))
     for number, text in enumerate(texts):
         alone = spelling(text, return_tensors="pt")
         torch.testing.assert_close(model(alone)[0].detach(), together[number])
 
 
-def test_a_folder_of_the_version_before_is_still_read(book: Workbook, exported: Path, tmp_path: Path) -> None:
+def test_a_folder_of_the_version_before_is_still_read(run: Run, exported: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exported, tmp_path / "x")
     for path in (folder / BACKBONE).iterdir():
         path.replace(folder / path.name)
     edited_card(folder, format_version=1)
-    job = last_job(book, 0)
-    assert torch.equal(logits_of_export(book, job, 0, folder), logits_of_run(book, job, 0))
+    job = last_job(run, 0)
+    assert torch.equal(logits_of_export(run, job, 0, folder), logits_of_run(run, job, 0))
 
 
 def code(folder: Path) -> str:
@@ -208,9 +208,9 @@ def test_a_classifier_is_refused_by_all_that_would_answer_without_its_parts(
     model = {"config": {"model_type": kind, **TINY[kind], "vocab_size": len(tiny.WORDS)}} if kind != "bert" else {}
     settings = {key: value for key, value in tiny.CTR.items() if key in METHODS[method].config.model_fields}
     science = {"method": settings | {"name": method}, "train": {"epochs": 1, "min_round_steps": 1}, "model": model}
-    book = tiny.compute(tiny.book(tmp_path / "run", {"science": science}, tasks=TASKS))
+    run = tiny.compute(tiny.make_run(tmp_path / "run", {"science": science}, tasks=TASKS))
     folder = tmp_path / "exported"
-    export(last_job(book, 1), 1, folder, "f00d")
+    export(last_job(run, 1), 1, folder, "f00d")
     loaders: list[Any] = [
         *(AutoModel, AutoModelForSequenceClassification, AutoModelForCausalLM, AutoModelForTokenClassification),
         AutoConfig,
@@ -229,19 +229,19 @@ def test_a_classifier_is_refused_by_all_that_would_answer_without_its_parts(
 
     names: dict[str, Any] = {}
     exec(code(folder), names)
-    rows = book.data(1).test
+    rows = run.data(1).test
     encoded = names["tokenizer"]([row.text for row in rows], padding=True, truncation=True, return_tensors="pt")
     answers = [names["labels"][k] for k in names["model"](encoded).argmax(-1)]
-    assert answers == Predictor(last_job(book, 1)).answers(1, rows)
+    assert answers == Predictor(last_job(run, 1)).answers(1, rows)
     assert names["labels"] == list(described["id2label"].values())
 
 
-def test_a_folder_that_holds_something_is_refused(book: Workbook, tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "notes.txt").write_text("mine", "utf8")
     for folder in (tmp_path / "x", tmp_path / "x" / "notes.txt"):
         with pytest.raises(ConfigError, match="exists and is not an empty folder"):
-            export(last_job(book, 0), 0, folder, "f00d")
+            export(last_job(run, 0), 0, folder, "f00d")
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["notes.txt"]
 
 
@@ -316,15 +316,15 @@ def test_a_damaged_folder_is_refused(exported: Path, tmp_path: Path, spoil: Any)
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
 def test_a_model_that_writes_needs_transformers_alone(tmp_path: Path, lora: Any) -> None:
     over = {"science": {"method": {**tiny.METHODS["lamol"], "lora": lora}, "train": {**tiny.TEXT_TRAIN, "lr": 0.02}}}
-    book = tiny.compute(tiny.book(tmp_path / "run", over, tasks=("food", "film")))
-    last = book.plan(1)[-1]
+    run = tiny.compute(tiny.make_run(tmp_path / "run", over, tasks=("food", "film")))
+    last = run.plan(1)[-1]
     assert isinstance(last, Evaluate)
     folder = tmp_path / "exported"
-    export(book.job(last), 0, folder, "print")
+    export(run.job(last), 0, folder, "print")
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    rows = book.data(0).test
-    expected = Predictor(book.job(last)).answers(0, rows)
+    rows = run.data(0).test
+    expected = Predictor(run.job(last)).answers(0, rows)
     assert len(set(expected)) > 1
     for row, answer in zip(rows, expected, strict=True):
         asked = tokenizer(f"{row.text} which one ? <ans>", return_tensors="pt")

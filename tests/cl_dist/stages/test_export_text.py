@@ -14,10 +14,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cl_dist.data.language import QA, LanguageRows, Speller
+from cl_dist.data.language import QA, LanguageRows, TextCodec
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.models.backbone import load_tokenizer
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.stage import Evaluate
 from cl_dist.stages.export import README, export
 from cl_dist.stages.export_text import Example, misspelled, text_tokenizer
@@ -157,11 +157,11 @@ def test_a_chat_has_the_numbers_of_training(tmp_path: Path, kind: Any) -> None:
     made = text_tokenizer(spelling, 3, 4, QUESTION, [Example(row, QUESTION) for row in rows])
     made.save_pretrained(tmp_path / "to")
     stored: Any = AutoTokenizer.from_pretrained(tmp_path / "to")
-    special = Speller(spelling).special
+    special = TextCodec(spelling).special
     assert stored.eos_token_id == special.eos
     assert stored.pad_token_id == special.pad
     assert len(stored) == special.size(3, 4)
-    assert misspelled(stored, Speller(spelling), [Example(row, QUESTION) for row in rows]) == 0
+    assert misspelled(stored, TextCodec(spelling), [Example(row, QUESTION) for row in rows]) == 0
     for row in (*rows[:6], Row("x", " It's 42. \n", "the  soup", "bad"), Row("x", "the cake", " ", "good")):
         prompt, whole = in_training(spelling, row)
         users = [row.text, *([row.text_pair] if row.text_pair else [])]
@@ -207,16 +207,16 @@ def test_an_exported_model_answers_as_its_run_and_ends(tmp_path: Path, kind: Any
         "model": {"source": str(source), "config": config},
         "train": {"max_length": 90, "epochs": 6, "lr": 0.02},
     }
-    book: Workbook = tiny.compute(tiny.book(tmp_path / "run", {"science": science}, tasks=("food",)))
-    last = book.plan(0)[-1]
+    run: Run = tiny.compute(tiny.make_run(tmp_path / "run", {"science": science}, tasks=("food",)))
+    last = run.plan(0)[-1]
     assert isinstance(last, Evaluate)
     folder = tmp_path / "exported"
-    export(book.job(last), 0, folder, "print")
+    export(run.job(last), 0, folder, "print")
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     stored: Any = AutoTokenizer.from_pretrained(folder)
-    spelling = load_tokenizer(book.config.science.model)
-    special, rows = Speller(spelling).special, book.data(0).test
-    expected = Predictor(book.job(last)).answers(0, rows)
+    spelling = load_tokenizer(run.config.science.model)
+    special, rows = TextCodec(spelling).special, run.data(0).test
+    expected = Predictor(run.job(last)).answers(0, rows)
     for settings in (model.config, model.generation_config):
         assert (settings.eos_token_id, settings.pad_token_id) == (special.eos, special.pad)
 

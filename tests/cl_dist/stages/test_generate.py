@@ -9,34 +9,34 @@ import pytest
 import torch
 
 from cl_dist.config import parse
-from cl_dist.data.language import Special, Speller
+from cl_dist.data.language import SpecialTokens, TextCodec
 from cl_dist.data.samples import read_samples
 from cl_dist.errors import CheckpointError, TrainingError
 from cl_dist.models.backbone import load_tokenizer
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import Budget, Record, Ref, Train
+from cl_dist.stage import Budget, Record, StageRef, Train
 from cl_dist.stages import generate, train
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.stage_job import Job
-from cl_dist.stages.vote import Recording
-from cl_dist.stages.weights import StoredWeights
+from cl_dist.stages.vote import RecordWorker
+from cl_dist.stages.weights import ShardedWeights
 from tests import tiny
 
-LAST = Ref(task=2, stage="generate")
+LAST = StageRef(task=2, stage="generate")
 
 
 @pytest.fixture(scope="module")
-def book(tmp_path_factory: pytest.TempPathFactory) -> Workbook:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished LAMOL run over three tasks: ten rows of the first replayed, then five of each of the first two."""
     return tiny.compute(
-        tiny.book(tmp_path_factory.mktemp("lamol"), {"science": {"method": dict(tiny.METHODS["lamol"])}})
+        tiny.make_run(tmp_path_factory.mktemp("lamol"), {"science": {"method": dict(tiny.METHODS["lamol"])}})
     )
 
 
 @pytest.fixture(scope="module")
-def job(book: Workbook) -> Job:
-    return book.job(book.stage(LAST))
+def job(run: Run) -> Job:
+    return run.job(run.stage(LAST))
 
 
 def merged(job: Job, results: list[Any], out: Path) -> dict[str, bytes]:
@@ -45,13 +45,13 @@ def merged(job: Job, results: list[Any], out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_any_worker_writes_the_same_bytes_in_any_order(job: Job, book: Workbook, tmp_path: Path) -> None:
+def test_any_worker_writes_the_same_bytes_in_any_order(job: Job, run: Run, tmp_path: Path) -> None:
     shards = generate.shards(job)
     assert [(s.source, s.start, s.stop) for s in shards] == [(0, 0, 4), (0, 4, 5), (1, 0, 4), (1, 4, 5)]
-    workers = [generate.Dreamer(job), generate.Dreamer(job)]
+    workers = [generate.GenerateWorker(job), generate.GenerateWorker(job)]
     results = [(shard, workers[number % 2].run(shard)) for number, shard in enumerate(reversed(shards))]
     found = merged(job, results, tmp_path / "other")
-    stored = book.ledger.path(LAST)
+    stored = run.ledger.path(LAST)
     assert found == {name: (stored / name).read_bytes() for name in found}
     assert len(read_samples(stored)) >= 5
 
@@ -61,16 +61,16 @@ def test_draws_are_keyed_on_seed_and_attempt(job: Job) -> None:
     texts = [
         [
             (s["number"], s["attempt"], s["text"])
-            for s in generate.Dreamer(replace(job, seed=seed)).run(shard)["samples"]
+            for s in generate.GenerateWorker(replace(job, seed=seed)).run(shard)["samples"]
         ]
         for seed in (job.seed, job.seed, 1)
     ]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_every_request_is_accounted_for(job: Job, book: Workbook) -> None:
-    facts = book.ledger.read(LAST, "replay.json")["tasks"]
-    samples = read_samples(book.ledger.path(LAST))
+def test_every_request_is_accounted_for(job: Job, run: Run) -> None:
+    facts = run.ledger.read(LAST, "replay.json")["tasks"]
+    samples = read_samples(run.ledger.path(LAST))
     assert list(facts) == ["food", "film"]
     for source, numbers in enumerate(facts.values()):
         own = [sample for sample in samples if sample.source == source]
@@ -81,7 +81,7 @@ def test_every_request_is_accounted_for(job: Job, book: Workbook) -> None:
         kept = numbers["kept"] + numbers["duplicate"]
         assert well_formed - numbers["surplus"] <= kept <= well_formed  # a surplus one is kept if no other comes
         assert 0 < numbers["first_attempt_yield"] <= 1
-        assert set(numbers["labels"]) <= set(book.data(source).labels)
+        assert set(numbers["labels"]) <= set(run.data(source).labels)
         assert all(sample.attempt < job.generate.max_attempts for sample in own)
         assert len(numbers["firsts"]) == 5
 
@@ -99,7 +99,7 @@ def test_every_request_is_accounted_for(job: Job, book: Workbook) -> None:
     ],
 )
 def test_what_ends_a_sample_and_how(tokens: list[int], fault: str | None) -> None:
-    line = generate._Line(104, 0, 0, 0, Special(base=100, eos=9), 16)
+    line = generate._Line(104, 0, 0, 0, SpecialTokens(base=100, eos=9), 16)
     ended = [line.takes(token) for token in tokens]
     assert ended == [False] * (len(tokens) - 1) + [True]
     assert line.fault == fault
@@ -111,7 +111,7 @@ def test_labels_keep_their_shares_as_far_as_attempts_go(job: Job) -> None:
     found = []
     for balanced in (False, True):
         changed = job.generate.model_copy(update={"balance_labels": balanced, "max_attempts": 12})
-        written = generate.Dreamer(replace(job, generate=changed)).run(shards[0])
+        written = generate.GenerateWorker(replace(job, generate=changed)).run(shards[0])
         counts = [sum(s["label"] == name for s in written["samples"]) for name in ("good", "bad")]
         found.append(abs(counts[0] - counts[1]) / sum(counts))
         assert len({s["number"] for s in written["samples"]}) == len(written["samples"])
@@ -156,11 +156,11 @@ def test_a_damaged_file_of_samples_is_refused(tmp_path: Path) -> None:
         read_samples(tmp_path)
 
 
-def test_pseudo_samples_change_what_is_trained(book: Workbook, tmp_path: Path) -> None:
+def test_pseudo_samples_change_what_is_trained(run: Run, tmp_path: Path) -> None:
     """Without them the task would be trained as by `sequential`: the rows must really arrive."""
     without = {"science": {"method": {"name": "lamol", "gamma": 0.0}}}
-    other = tiny.compute(tiny.book(tmp_path, without))
-    stored = [StoredWeights(made.ledger.path(Ref(task=1, stage="train"))) for made in (book, other)]
+    other = tiny.compute(tiny.make_run(tmp_path, without))
+    stored = [ShardedWeights(made.ledger.path(StageRef(task=1, stage="train"))) for made in (run, other)]
     name = min(stored[0])
     assert not torch.equal(stored[0][name], stored[1][name])
     assert [stage.name for stage in other.plan(1)] == ["train", "evaluate"]
@@ -169,7 +169,7 @@ def test_pseudo_samples_change_what_is_trained(book: Workbook, tmp_path: Path) -
 LENGTH = 12
 
 
-def cut(folder: Path, method: str, lengths: tuple[int, int]) -> Workbook:
+def cut(folder: Path, method: str, lengths: tuple[int, int]) -> Run:
     """Return a run on texts that are longer than any row may be, with a max_length for each task."""
     settings = {**tiny.METHODS[method], **({"gamma": 1.0} if tiny.writes(method) else {})}
     tree = tiny.tree(folder, {"science": {"method": settings}}, tasks=("food", "film"))
@@ -180,16 +180,16 @@ def cut(folder: Path, method: str, lengths: tuple[int, int]) -> Workbook:
         tiny.save_rows(folder / f"{task}.jsonl", rows)
     for task, length in zip(tree["science"]["tasks"], lengths, strict=True):
         task["train"] = {"max_length": length}
-    return Workbook(parse(RunConfig, tree))
+    return Run(parse(RunConfig, tree))
 
 
 @pytest.mark.parametrize("lengths", [(LENGTH, LENGTH), (LENGTH, LENGTH - 4)])
 def test_rows_that_were_cut_are_written_again(tmp_path: Path, lengths: tuple[int, int]) -> None:
     """Whatever the new task's max_length: a sample is as long as a row of its own task may be."""
-    book = tiny.compute(cut(tmp_path, "lamol", lengths))
-    job = book.job(book.stage(Ref(task=1, stage="generate")))
+    run = tiny.compute(cut(tmp_path, "lamol", lengths))
+    job = run.job(run.stage(StageRef(task=1, stage="generate")))
     once = job.generate.model_copy(update={"max_attempts": 1, "balance_labels": False})
-    written = generate.Dreamer(replace(job, generate=once)).run(generate.Shard(0, 0, 128))
+    written = generate.GenerateWorker(replace(job, generate=once)).run(generate.Shard(0, 0, 128))
     assert len(written["samples"]) >= 100
     assert written["faults"].get("no_end", 0) <= 20
     assert {len(s["prefix"]) + len(s["answer"]) + 2 for s in written["samples"]} >= {LENGTH}
@@ -208,12 +208,12 @@ def test_rows_that_were_cut_are_written_again(tmp_path: Path, lengths: tuple[int
 def test_real_rows_of_a_task_are_cut_as_its_own_settings_say(
     tmp_path: Path, method: str, lengths: tuple[int, int]
 ) -> None:
-    book = cut(tmp_path, method, lengths)
-    stage = next(s for s in book.plan(1) if isinstance(s, Record if method == "rational_lamol" else Train))
-    job = replace(book.job(stage), chain=())  # its data, with a model that nothing has trained
+    run = cut(tmp_path, method, lengths)
+    stage = next(s for s in run.plan(1) if isinstance(s, Record if method == "rational_lamol" else Train))
+    job = replace(run.job(stage), chain=())  # its data, with a model that nothing has trained
     if isinstance(stage, Record):
-        reader = Recording(job)
-        tokens, _ = reader._tokens(book.data(0), book.data(0).train[0])
+        reader = RecordWorker(job)
+        tokens, _ = reader._tokens(run.data(0), run.data(0).train[0])
         assert len(tokens) == LENGTH - 3 - 1 - 2  # question, answer, and two tokens around the answer
     else:
         assert isinstance(stage, Train)
@@ -224,14 +224,14 @@ def test_real_rows_of_a_task_are_cut_as_its_own_settings_say(
         assert number[lengths[1]] == 20
         assert number[LENGTH] == len(rows) - 20 > 0
     other = cut(tmp_path, method, (LENGTH - 1, lengths[1]))
-    assert other.facts(stage) != book.facts(stage)
+    assert other.facts(stage) != run.facts(stage)
 
 
 def test_labels_are_chosen_by_number_and_not_by_which_sample_ends_first(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Samples of even numbers are long, and end last: they are kept all the same where labels are balanced."""
-    special = Speller(load_tokenizer(job.model)).special
+    special = TextCodec(load_tokenizer(job.model)).special
     cake, *question = (tiny.SPOKEN.index(word) for word in ("cake", "which", "one", "?"))
 
     def written(model: Any, waiting: Any, slots: int, length: int, pick: Any) -> Any:
@@ -243,6 +243,6 @@ def test_labels_are_chosen_by_number_and_not_by_which_sample_ends_first(
             yield line
 
     monkeypatch.setattr(generate, "write", written)
-    found = generate.Dreamer(job).run(generate.Shard(0, 0, 8))
+    found = generate.GenerateWorker(job).run(generate.Shard(0, 0, 8))
     assert found["faults"] == {"surplus_label": 4}
     assert {s["number"]: s["label"] for s in found["samples"]} == {n: "good" if n < 4 else "bad" for n in range(8)}

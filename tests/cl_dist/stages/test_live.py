@@ -3,11 +3,11 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cl_dist.planning.live import Live
+from cl_dist.planning.live import LiveTensorBytes
 
 
 def test_a_storage_counts_once_however_many_tensors_look_at_it_and_until_the_last_is_gone() -> None:
-    live = Live()
+    live = LiveTensorBytes()
     with live:
         whole = torch.zeros(10, 10)
         view = whole[2:].t()
@@ -25,7 +25,7 @@ def test_a_storage_counts_once_however_many_tensors_look_at_it_and_until_the_las
 
 def test_what_was_there_before_is_counted_when_it_is_shown_and_changes_its_kind() -> None:
     before = torch.zeros(25)
-    live = Live(lambda tensor: "square" if tensor.dim() == 2 else "other")
+    live = LiveTensorBytes(lambda tensor: "square" if tensor.dim() == 2 else "other")
     live.show([before, before[:5]], "weights")
     with live:
         product = torch.outer(before, before)
@@ -37,7 +37,7 @@ def test_what_was_there_before_is_counted_when_it_is_shown_and_changes_its_kind(
 
 
 def test_tensors_without_data_count_as_if_they_had_some_and_those_of_the_meta_device_do_not() -> None:
-    live = Live()
+    live = LiveTensorBytes()
     with FakeTensorMode(), live:
         there = torch.zeros(1000)
         assert live.live == 4000

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cl_dist.config import parse
-from cl_dist.run import Workbook
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import Ref
+from cl_dist.stage import StageRef
 from cl_dist.stages import build
-from cl_dist.stages.build import build_learner, placed
+from cl_dist.stages.build import build_learner, to_inference
 from tests import parity, tiny
 from tests.architectures import TINY
 
@@ -40,10 +40,10 @@ def test_it_is_the_one_that_is_loaded_in_float32_and_rounded(
     tree = tiny.tree(tmp_path, over, tasks=("food",))
     tree["science"]["model"].pop("config", None)
     tree["cluster"] = {"dispatcher": "local", "zero_stage": 2}
-    book = Workbook(parse(RunConfig, tree))
-    first = Ref(task=0, stage="train")
-    parity.train_here(book.job(book.stage(first)), book.ledger.path(first))
-    job = book.job(book.plan(0)[-1])
+    run = Run(parse(RunConfig, tree))
+    first = StageRef(task=0, stage="train")
+    parity.train_here(run.job(run.stage(first)), run.ledger.path(first))
+    job = run.job(run.plan(0)[-1])
     found, loaded = {}, []
     module: Any = build
     load = module.load_backbone
@@ -54,7 +54,7 @@ def test_it_is_the_one_that_is_loaded_in_float32_and_rounded(
 
     monkeypatch.setattr(module, "load_backbone", noted)
     for is_read in (False, True):
-        found[is_read] = placed(job, build_learner(job, is_read=is_read).model).state_dict()
+        found[is_read] = to_inference(job, build_learner(job, is_read=is_read).model).state_dict()
     assert loaded == [torch.float32, torch.bfloat16]
     assert found[False].keys() == found[True].keys()
     assert {tensor.dtype for tensor in found[True].values() if tensor.is_floating_point()} == {torch.bfloat16}

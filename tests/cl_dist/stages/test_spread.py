@@ -15,10 +15,10 @@ from cl_dist.config import parse
 from cl_dist.dispatch_ray.cluster import Place
 from cl_dist.dispatch_ray.pool import together
 from cl_dist.errors import ClusterError, ConfigError
-from cl_dist.parallel.device_map import by_layers, placing
-from cl_dist.run import Workbook
+from cl_dist.parallel.device_map import by_layers, dispatch_layers
+from cl_dist.run import Run
 from cl_dist.run_config import ClusterConfig
-from cl_dist.stage import Ref
+from cl_dist.stage import StageRef
 from cl_dist.stages import build
 from cl_dist.stages.shards import SHARDED
 from tests import tiny
@@ -47,10 +47,10 @@ class Divided:
 
 
 @pytest.fixture(scope="module")
-def books(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workbook]:
+def all_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     return {
         name: tiny.compute(
-            tiny.book(tmp_path_factory.mktemp(name), {"science": {"method": dict(method)}}, tasks=("food", "film"))
+            tiny.make_run(tmp_path_factory.mktemp(name), {"science": {"method": dict(method)}}, tasks=("food", "film"))
         )
         for name, method in METHODS.items()
     }
@@ -65,10 +65,10 @@ def divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Divided:
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_divided_model_leaves_the_same_bytes(
-    books: dict[str, Workbook], divided: Divided, tmp_path: Path, name: str, kind: str
+    all_runs: dict[str, Run], divided: Divided, tmp_path: Path, name: str, kind: str
 ) -> None:
-    book = books[name]
-    job, shards = book.job(book.stage(Ref(task=1, stage=kind))), SHARDED[kind]
+    run = all_runs[name]
+    job, shards = run.job(run.stage(StageRef(task=1, stage=kind))), SHARDED[kind]
     worker = shards.worker(job)
     out = tmp_path / "out"
     out.mkdir()
@@ -77,7 +77,7 @@ def test_a_divided_model_leaves_the_same_bytes(
     model = divided.models[-1]
     resting = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     assert len([name for name in resting if re.search(r"\.(h|layer)\.[01]\.", name)]) > 10, "nothing was divided"
-    stored = book.ledger.path(Ref(task=1, stage=kind))
+    stored = run.ledger.path(StageRef(task=1, stage=kind))
     files = [path for path in out.rglob("*") if path.is_file()]
     assert files
     assert [path for path in files if path.read_bytes() != (stored / path.relative_to(out)).read_bytes()] == []
@@ -94,7 +94,7 @@ def test_layers_fill_the_devices_in_order_and_the_rest_stays_with_the_host() -> 
     model = nn.ModuleDict({"embed": nn.Linear(5, 10, bias=False), "layers": nn.ModuleList(Layer() for _ in range(8))})
 
     def places(room: dict[int | str, int]) -> str:
-        found = placing(model, Layer, room, "cpu")
+        found = dispatch_layers(model, Layer, room, "cpu")
         assert found.pop("embed") == 0
         return "".join(str(found[f"layers.{number}"])[0] for number in range(8))
 
