@@ -52,9 +52,9 @@ class Run:
         self._facts: dict[tuple[int, str], dict[str, Any]] = {}
 
     @property
-    def answers(self) -> str:
-        """How the run answers: "class" or "text"."""
-        return METHODS[self.config.science.method.name].answers(self.config.science.model.answers)
+    def output(self) -> str:
+        """What the method puts on the backbone: "classifier" or "lm"."""
+        return METHODS[self.config.science.method.name].output(self.config.science.model.output)
 
     def plan(self, task: int) -> list[Stage]:
         """Return the stages of a task."""
@@ -81,7 +81,7 @@ class Run:
             return sum(len(self.data(task).test) for task in stage.tasks)
         new = len(self.data(stage.task).train)
         if isinstance(stage, Rationalise | Record | Vote | Choose):
-            return sum(len(voting_rows(self.data(u), stage.vote.samples)) for u in stage.sources)
+            return sum(len(voting_rows(self.data(u), stage.vote.max_examples)) for u in stage.sources)
         if isinstance(stage, Generate):
             return len(stage.sources) * stage.budget.per_task(new, len(stage.sources))
         kept = stage.replay_rows if stage.budget is None else stage.budget.per_task(new, len(stage.replay))
@@ -132,12 +132,12 @@ class Run:
 
         tokenizer = load_tokenizer(self.config.science.model)
         if not self._grows:
-            check_vocabulary(self.config.science.model, tokenizer, is_whole=self.answers == "text")
+            check_vocabulary(self.config.science.model, tokenizer, is_whole=self.output == "lm")
 
     @property
     def _grows(self) -> bool:
         """Whether the model gets embeddings for tokens that the backbone lacks."""
-        return self.answers == "text" and getattr(self.config.science.method, "lora", None) is None
+        return self.output == "lm" and getattr(self.config.science.method, "lora", None) is None
 
     def reading(self, task: int) -> "Reading":
         """Return what the run's tokenizer makes of the rows of a task, read once.
@@ -174,7 +174,7 @@ class Run:
         Raises:
             ConfigError: If the package of the task's metric is not installed.
         """
-        if self.answers != "text":
+        if self.output != "lm":
             return None
         from cl_dist.data.spelling import label_faults, length_faults
         from cl_dist.data.text_metrics import check_library
@@ -223,9 +223,9 @@ class Run:
             **self._rows(stage),
             "max_length": {} if stage.settings is not None else self._lengths(stage, (*stage.data, *stage.replay)),
         }
-        if stage.step == "invrat":
+        if stage.role == "invrat":
             facts["environments"] = [self.data(u).digests.get("environments") for u in stage.data]
-        if self.answers == "text":
+        if self.output == "lm":
             facts["questions"] = {self.tasks.tasks[u].id: self.data(u).question for u in (*stage.data, *stage.replay)}
         if stage.budget is not None:
             facts["new_rows"] = len(self.data(stage.task).train)
@@ -279,7 +279,7 @@ class Run:
             "max_length": self._lengths(stage, stage.tasks),
             **self._rows(stage),
         }
-        if self.answers == "text":
+        if self.output == "lm":
             facts["questions"] = {self.tasks.tasks[u].id: self.data(u).question for u in stage.tasks}
             facts["metrics"] = {self.tasks.tasks[u].id: self.tasks.tasks[u].metric for u in stage.tasks}
         return flat(facts | self._inputs(stage))

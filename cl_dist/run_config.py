@@ -90,11 +90,11 @@ class Science(Section):
         ids = [task.id for task in self.tasks]
         if len(set(ids)) != len(ids):
             raise ValueError(f"tasks: ids must be distinct, got {ids}")
-        answers = METHODS[self.method.name].answers(self.model.answers)
+        output = METHODS[self.method.name].output(self.model.output)
         for task in self.tasks:
             self.train_of(task)
-            if task.answer == "text" and answers == "class":
-                raise ValueError(f"tasks.{task.id}.answer='text': method {self.method.name!r} picks one of some labels")
+            if task.output == "text" and output == "classifier":
+                raise ValueError(f"tasks.{task.id}.output='text': method {self.method.name!r} picks one of some labels")
         return self
 
     def train_of(self, task: TaskConfig) -> TrainConfig:
@@ -158,7 +158,7 @@ class ClusterConfig(EngineConfig):
     """How often a crashed gang or shard is started again before the run fails."""
     stop_timeout_s: float = Field(60.0, ge=0)
     """How long a run that is told to stop waits for the stage to be saved."""
-    step_timeout_s: float = Field(1800.0, ge=0)
+    progress_timeout_s: float = Field(1800.0, ge=0)
     """Longest time for one optimizer step, with the scoring of dev rows and saving where they follow, for loading
     before the first and all that comes after the last, and for one shard of what comes in shards; processes that take
     longer write their stacks to their logs and end themselves, and are started again. 0 waits for ever."""
@@ -251,7 +251,7 @@ class RunConfig(Section):
         Raises:
             ConfigError: If it cannot.
         """
-        writes = METHODS[self.science.method.name].answers(self.science.model.answers) == "text"
+        writes = METHODS[self.science.method.name].output(self.science.model.output) == "lm"
         told = sizes.get("max_position_embeddings", sizes.get("n_positions")) if writes else max_positions(sizes)
         for task in self.science.tasks:
             check_length(self.science.train_of(task).max_length, told if isinstance(told, int) else None)

@@ -33,9 +33,9 @@ class TrainConfig(Section):
     lr: float = Field(5e-5, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of the steps with a rising learning rate; it falls linearly to 0 afterwards."""
-    clip: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
     """Upper bound of the gradient norm; 0 switches clipping off."""
     global_batch: int = Field(32, gt=0, le=1_000_000)
     """Rows behind one optimizer step, over all workers; accumulation follows from it."""
@@ -44,7 +44,7 @@ class TrainConfig(Section):
     min_round_steps: int = Field(50, gt=0)
     """Shortest round in optimizer steps. A round is one epoch or more; gates anneal once per round, and dev rows are
     scored at its end."""
-    select: Literal["last", "best_dev"] = "best_dev"
+    keep: Literal["last", "best_dev"] = "best_dev"
     """Which weights a task leaves behind: those after the last step, or those of the round with the lowest dev loss,
     if it has dev rows."""
 
@@ -61,11 +61,11 @@ class EvaluateConfig(Section):
 class GenerateConfig(Section):
     """How pseudo-samples are drawn, and the unit of that work: all of it decides which samples come out."""
 
-    slots: int = Field(32, gt=0)
-    """Samples that are written side by side; when one ends, the next takes its place."""
-    cache_gb: float = Field(8.0, gt=0)
-    """Bound of the keys and values of what is written side by side, in GB: where slots rows of max_length tokens need
-    more, fewer are. Counted from the model's shape, not from what a machine has free, so that all write the same."""
+    parallel_samples: int = Field(32, gt=0)
+    """Samples in one generation batch; when one ends, the next takes its place."""
+    kv_cache_gb: float = Field(8.0, gt=0)
+    """Limit of the KV cache in GB. The batch shrinks where `parallel_samples` rows of max_length tokens need more. The
+    limit follows from the model's shape, not from free memory, so that every machine writes the same samples."""
     shard_samples: int = Field(64, gt=0)
     """Samples of one shard: the unit of retry."""
     top_k: int = Field(20, ge=0)
@@ -75,9 +75,9 @@ class GenerateConfig(Section):
     temperature: float = Field(1.0, gt=0)
     max_attempts: int = Field(8, gt=0)
     """How often a sample is drawn anew when it is malformed, the first time included."""
-    known_labels: bool = True
+    require_known_label: bool = True
     """Whether an answer that is no label of the sample's task is malformed; not so for tasks with free answers."""
-    known_question: bool = True
+    require_known_question: bool = True
     """Whether a sample whose text does not end in its task's question is malformed; not so for tasks without one."""
     balance_labels: bool = True
     """Whether labels are kept near their shares among the task's train rows: what is drawn from few candidates per
@@ -130,11 +130,11 @@ class Train(StageBase):
     """Says how many of each instead, from the rows of the stage's own task."""
     samples: StageRef | None = None
     """Generate stage whose pseudo-samples are trained on too."""
-    step: Literal["train", "free", "try", "invrat"] = "train"
+    role: Literal["train", "free", "try", "invrat"] = "train"
     """Folder name below the task: train is what the task leaves behind, free a model that is only voted on, try one of
     several to choose from, invrat one that finds rationales."""
-    number: int | None = None
-    """Which of several of the same step."""
+    trial: int | None = None
+    """Which of several stages of the same role."""
     settings: TrainConfig | None = None
     """Training settings of its own, in place of the task's."""
     frozen: StageRef | None = None
@@ -145,7 +145,7 @@ class Train(StageBase):
     @property
     def name(self) -> str:
         """See StageBase."""
-        return self.step if self.number is None else f"{self.step}-{self.number}"
+        return self.role if self.trial is None else f"{self.role}-{self.trial}"
 
     @property
     def inputs(self) -> tuple[StageRef, ...]:
@@ -176,16 +176,16 @@ class VoteConfig(Section):
     """What may be frozen: whole layers, heads that share keys (heads, where none do), or single heads."""
     beta: int = Field(80, ge=0, lt=100)
     """Percentile above which a token of an attention row counts as chosen."""
-    rows: Literal["context", "all"] = "context"
+    attention_scope: Literal["context", "all"] = "context"
     """Which tokens look and are looked at: those of the text, or those of question and answer too."""
-    samples: int = Field(200, gt=0)
+    max_examples: int = Field(200, gt=0)
     """Rows of each voting task: its first dev rows, or train rows where it has no dev rows."""
     rationales: Literal["human", "invrat", "gradient"] = "human"
     """Where rationales come from: the data, or, for tasks that have none, a model that learns to find them (see
     methods/invrat.py), or the model before the task (gradient x input)."""
     rationale_share: float = Field(0.2, gt=0, le=1)
     """Share of a text's tokens that a rationale found by gradients has."""
-    voters: Literal["previous", "all"] = "previous"
+    voting_tasks: Literal["previous", "all"] = "previous"
     """Whose rows vote: those of the task before, or of all earlier tasks."""
     top_k: int = Field(12, gt=0)
     """Groups or heads that every row votes for, and that are frozen in the end; of blocks it is one."""

@@ -303,7 +303,7 @@ def data_show(config: Config, overrides: Overrides = None) -> None:
         data = run.data(number)
         row = data.train[0]
         length = run.config.science.train_of(task).max_length
-        if run.answers == "text":
+        if run.output == "lm":
             from cl_dist.data.language import TextCodec, encode_row
 
             codec = TextCodec(tokenizer)

@@ -150,7 +150,7 @@ def tree_of(
     rows = {**rows, "global_batch": 8, "max_length": 64} if small else rows
     cluster = {**cluster, "micro_batch": min(4, cluster["micro_batch"])} if small else cluster
     writes = tiny.writes(method["name"])
-    over: Tree = {"science": {"model": {"answers": "text"}}} if writes else {}
+    over: Tree = {"science": {"model": {"output": "lm"}}} if writes else {}
     place = folder / name.replace(", ", "-")
     tree = tiny.tree(place, over, tasks=("food", "film"), train=batches * rows["global_batch"])
     tasks = tree["science"]["tasks"]
@@ -162,7 +162,7 @@ def tree_of(
         tiny.save_rows(path, found)
     science = {
         "model": {"config": sizes, "dtype": "bfloat16"},
-        "train": {**rows, "epochs": 1, "lr": 1e-4, "select": "last", "min_round_steps": 1},
+        "train": {**rows, "epochs": 1, "lr": 1e-4, "keep": "last", "min_round_steps": 1},
         "generate": {"min_yield": 0.0, "max_attempts": 2, "shard_samples": 2 if small else 32},
     }
     defaults = {"engine": "deepspeed", "zero_stage": 2, "workers": 1, "checkpoint_minutes": 0}

@@ -62,7 +62,7 @@ GANGS = ((1, None), (2, 0), (2, 1), (2, 2), (2, 3), (4, 3))
 def config(folder: Path, name: str, workers: int, zero_stage: int | None, **cluster: Any) -> RunConfig:
     """Return a run of two tasks with long rows."""
     method, model = CASES[name]
-    settings = {"epochs": 1, "global_batch": BATCH, "max_length": LENGTH, "select": "last", "lr": 1e-3}
+    settings = {"epochs": 1, "global_batch": BATCH, "max_length": LENGTH, "keep": "last", "lr": 1e-3}
     over = {"run": {"name": name}, "science": {"method": method, "train": settings}}
     (folder / name).mkdir(exist_ok=True)
     tree = tiny.tree(folder / name, over, tasks=("food", "film"), train=2 * BATCH)
@@ -73,7 +73,7 @@ def config(folder: Path, name: str, workers: int, zero_stage: int | None, **clus
             row["text"] += " the" * (2 * LENGTH - len(row["text"].split()))
         tiny.save_rows(path, rows)
     tree["science"]["model"]["config"] = model
-    tree["science"]["generate"] = {"slots": 8, "min_yield": 0.0, "max_attempts": 1}
+    tree["science"]["generate"] = {"parallel_samples": 8, "min_yield": 0.0, "max_attempts": 1}
     engine = "torch" if zero_stage is None else "deepspeed"
     local = {"dispatcher": "local"} if workers == 1 else {"dispatcher": "ray"}
     tree["cluster"] = {"workers": workers, "engine": engine, "zero_stage": zero_stage or 0, **local, **cluster}

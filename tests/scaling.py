@@ -74,7 +74,7 @@ def _run(folder: Path, how: str, workers: int, batch: int) -> dict[str, float]:
         "science": {
             "method": {"name": "sequential"},
             "model": {"config": MODEL},
-            "train": {"epochs": 4, "global_batch": batch, "select": "last", "lr": 1e-4},
+            "train": {"epochs": 4, "global_batch": batch, "keep": "last", "lr": 1e-4},
         },
         "cluster": {"workers": workers, "zero_stage": 2, "cpus_per_worker": min(1.0, 2 / workers)},
     }
@@ -96,7 +96,7 @@ def paper(folder: Path) -> list[dict[str, Any]]:
     lines = []
     for what, (sizes, method, stage, per_model) in PAPER.items():
         science = {
-            "model": {"source": str(folder), "config": sizes, "dtype": "bfloat16", "answers": "text"},
+            "model": {"source": str(folder), "config": sizes, "dtype": "bfloat16", "output": "lm"},
             "method": {"name": method, "gamma": 0.2},
             "train": {"global_batch": BATCH, "max_length": TOKENS, "epochs": EPOCHS},
             "evaluate": EvaluateConfig().model_dump(),

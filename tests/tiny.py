@@ -87,7 +87,7 @@ TEXT_TRAIN: Mapping[str, Any] = {"epochs": 16, "lr": 0.01}
 
 def writes(method: str) -> bool:
     """Return whether a method works on decoders alone."""
-    return "class" not in METHOD_TABLE[method].learners
+    return "classifier" not in METHOD_TABLE[method].learners
 
 
 def save_model(folder: Path) -> Path:
@@ -185,10 +185,10 @@ def tree(folder: Path, over: Mapping[str, Any] | None = None, tasks: Sequence[st
     }
     science = (over or {}).get("science", {})
     method = science.get("method")
-    if science.get("model", {}).get("answers") == "text" or (method is not None and writes(method["name"])):
+    if science.get("model", {}).get("output") == "lm" or (method is not None and writes(method["name"])):
         spelling = save_tokenizer(folder / "decoder", SPOKEN)
         base["science"]["model"] = {"source": str(spelling), "config": dict(DECODER), "spare_task_tokens": 4}
-        base["science"]["generate"] = {"slots": 3, "shard_samples": 4, "min_yield": 0.0, "top_k": 5}
+        base["science"]["generate"] = {"parallel_samples": 3, "shard_samples": 4, "min_yield": 0.0, "top_k": 5}
         for task in base["science"]["tasks"]:
             task |= {"question": "which one ?", "rationale": "rationale"}
         base["science"]["train"] |= TEXT_TRAIN

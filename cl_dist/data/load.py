@@ -97,11 +97,11 @@ def check_task(task: TaskConfig, data: DataConfig) -> Checked:
     _check_ids(task, splits, notes)
     if task.metric == "joint_state":
         _check_turns(task, splits, notes)
-    labels = _labels(task, splits, notes) if task.answer == "label" else ()
+    labels = _labels(task, splits, notes) if task.output == "label" else ()
     for split in get_args(SplitName):
         kept = _limited(task, split, splits[split])
         notes.counts["rows"] += len(splits[split]) - len(kept)
-        if task.answer == "label" and (lost := _label_set(splits[split]) - _label_set(kept)):
+        if task.output == "label" and (lost := _label_set(splits[split]) - _label_set(kept)):
             shown = f"{len(lost)} labels" if len(lost) > 5 else ", ".join(map(repr, sorted(lost)))
             hint = f"; rows.balance=[{split}] draws every label" if len(kept) >= len(_label_set(splits[split])) else ""
             notes.warnings.append(f"rows.{split}={len(kept)} leaves no {split} row of {shown}{hint}")
@@ -387,7 +387,7 @@ def _limited(task: TaskConfig, split: SplitName, items: list[_Item]) -> list[_It
     if limit is None or len(items) <= limit:
         return items
     hashes = [hashlib.sha256(f"{task.id}\0{split}\0{item.row.id}".encode()).digest() for item in items]
-    labels = [item.row.label if task.answer == "label" else "" for item in items]
+    labels = [item.row.label if task.output == "label" else "" for item in items]
     rows, balances = Counter(labels), task.rows.balances(split)
     drawn: Counter[str] = Counter()
     ranked = []

@@ -151,7 +151,7 @@ class TaskConfig(Section):
     """The allowed labels; None takes those of the train split, sorted."""
     question: str | None = None
     """What a decoder is asked about the text, behind text_pair where there is one."""
-    answer: Literal["label", "text"] = "label"
+    output: Literal["label", "text"] = "label"
     """label: one of a set; text: anything, which only a method that writes answers can learn."""
     rationale: str | None = None
     """Column with the spans that justify the label: a list of [start, end) offsets into the text; empty or null where a
@@ -171,12 +171,12 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _metric_fits(self) -> "TaskConfig":
-        if self.answer == "text" and self.labels is not None:
-            raise ValueError("`labels` belong to answer: label")
-        if (self.metric == "accuracy") != (self.answer == "label"):
+        if self.output == "text" and self.labels is not None:
+            raise ValueError("`labels` need output: label")
+        if (self.metric == "accuracy") != (self.output == "label"):
             free = "exact_match, f1, turn_state, joint_state, rouge_l or bleu"
-            kinds = "accuracy" if self.answer == "label" else free
-            raise ValueError(f"metric={self.metric!r} does not fit answer={self.answer!r}: expected {kinds}")
+            kinds = "accuracy" if self.output == "label" else free
+            raise ValueError(f"metric={self.metric!r} does not fit output={self.output!r}: expected {kinds}")
         return self
 
     @field_validator("labels")

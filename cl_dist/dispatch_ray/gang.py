@@ -81,7 +81,7 @@ class Gang:
             TrainingError: If it failed more often than allowed.
         """
         number, self._number = self._number, self._number + 1
-        parcel = StageTicket(number, job, out, str(Path(out).parents[2] / "logs"), self._cluster.step_timeout_s)
+        parcel = StageTicket(number, job, out, str(Path(out).parents[2] / "logs"), self._cluster.progress_timeout_s)
         self._busy = True
         ray.get(self._mailbox.post.remote(parcel), timeout=ACTOR_TIMEOUT_S)
         self._mailbox.working.options(name=job.key).remote(number)

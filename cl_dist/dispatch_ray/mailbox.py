@@ -22,7 +22,7 @@ class StageTicket:
     job: Job
     out: str
     logs: str
-    step_timeout_s: float
+    progress_timeout_s: float
 
 
 class Mailbox:

@@ -160,7 +160,10 @@ class Pool:
                 number = idle.pop()
                 shard = blocks[number].pop() if blocks[number] else max(blocks, key=len).popleft()
                 call = self._actors[number].run.options(name=job.key)  # what Ray's dashboard shows
-                running[call.remote(stage, shared, shard, str(logs), self._cluster.step_timeout_s)] = (number, shard)
+                running[call.remote(stage, shared, shard, str(logs), self._cluster.progress_timeout_s)] = (
+                    number,
+                    shard,
+                )
             ended, _ = ray.wait([*running, *starting], timeout=5.0)
             for future in ended:
                 if future in starting:

@@ -37,7 +37,7 @@ def gang_worker(config: Mapping[str, Any]) -> None:
             return
         if parcel == "wait":
             continue
-        alive = Watchdog(parcel.step_timeout_s, _log_to(log_of(Path(parcel.logs), world.rank)))
+        alive = Watchdog(parcel.progress_timeout_s, _log_to(log_of(Path(parcel.logs), world.rank)))
         try:
             with storage_errors(parcel.out), alive:
                 train.run(parcel.job, Path(parcel.out), _Throttled(mailbox), lambda: _asks(mailbox), alive)

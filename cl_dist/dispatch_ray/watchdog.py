@@ -70,7 +70,7 @@ REMEDIES = {
     "or set cluster.offload or activation_checkpointing",
     "low on memory": "the node's memory was full: fewer workers on a node, or cluster.zero_stage=3",
     "Timeout (": "the stacks show where it waited; where a step, loading or a shard may take so long, raise "
-    "cluster.step_timeout_s",
+    "cluster.progress_timeout_s",
     "No space left on device": "make room, or name another run.dir",
     "NCCL": "look at the network between the nodes; NCCL_DEBUG=INFO in their environment tells more",
 }

@@ -62,7 +62,7 @@ class Adapter(Learner):
 METHOD = Method(
     config=AdapterConfig,
     plan=plan_sequential,
-    learners={"class": "cl_dist.methods.adapter:Adapter"},
+    learners={"classifier": "cl_dist.methods.adapter:Adapter"},
     about="bottleneck adapters of its own for every task in a frozen backbone",
     takes_quantized=True,
 )

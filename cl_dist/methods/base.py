@@ -48,7 +48,7 @@ class Method:
     """(config, tasks, t) -> the stages of task t, in order. Pure: no torch, no Ray, no disk."""
     learners: Mapping[str, str]
     """Learner classes by name, as 'module:Class'; resolved in the worker, so that a driver needs no torch. The one of
-    name "class" picks a label, "text" writes an answer: `science.model.answers` chooses, else it is the first."""
+    name "classifier" picks a label, "lm" generates text: `science.model.output` chooses, else it is the first."""
     about: str
     """One line for `cl-dist list methods`."""
     penalises: bool = False
@@ -56,16 +56,16 @@ class Method:
     takes_quantized: bool = False
     """Whether its learner works beside layers whose weights are quantized: it neither trains nor wraps them."""
 
-    def answers(self, wanted: str | None) -> str:
-        """Return how a run of this method answers: "class" or "text".
+    def output(self, wanted: str | None) -> str:
+        """Return what a run of this method puts on the backbone: "classifier" or "lm" (a language-model head).
 
         Raises:
-            ConfigError: If the method does not answer in the way that is wanted.
+            ConfigError: If the method does not support `wanted`.
         """
-        known = [name for name in self.learners if name in ("class", "text")]
+        known = [name for name in self.learners if name in ("classifier", "lm")]
         if wanted is None or wanted in known:
             return wanted or known[0]
-        raise ConfigError(f"science.model.answers={wanted!r}: this method answers by {known[0]!r}")
+        raise ConfigError(f"science.model.output={wanted!r}: this method supports {known[0]!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Learner(ABC):
 
     model: nn.Module
     """Set by build."""
-    answers: ClassVar[Literal["class", "text"]] = "class"
+    output: ClassVar[Literal["classifier", "lm"]] = "classifier"
     """Whether it picks a class or writes an answer: decides how rows are encoded, which backbone is loaded and how the
     model is scored."""
     end_rows: ClassVar[int] = 0

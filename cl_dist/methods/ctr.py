@@ -78,7 +78,7 @@ class Ctr(Hat):
 METHOD = Method(
     config=CtrConfig,
     plan=plan,
-    learners={"class": "cl_dist.methods.ctr:Ctr"},
+    learners={"classifier": "cl_dist.methods.ctr:Ctr"},
     about="capsule CL-plugins with transfer routing and task masks in a frozen backbone",
     takes_quantized=True,
 )

@@ -94,7 +94,7 @@ class Ewc(Finetune):
 METHOD = Method(
     config=EwcConfig,
     plan=plan_sequential,
-    learners={"class": "cl_dist.methods.ewc:Ewc"},
+    learners={"classifier": "cl_dist.methods.ewc:Ewc"},
     about="one model, pulled back where earlier tasks' losses were sensitive (online EWC)",
     penalises=True,
 )

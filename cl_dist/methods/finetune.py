@@ -124,7 +124,7 @@ class Finetune(Learner):
         self.model.task = task
 
 
-_LEARNERS = {"class": "cl_dist.methods.finetune:Finetune", "text": "cl_dist.methods.text:TextLearner"}
+_LEARNERS = {"classifier": "cl_dist.methods.finetune:Finetune", "lm": "cl_dist.methods.text:TextLearner"}
 SEQUENTIAL = Method(
     config=FinetuneConfig,
     plan=plan_sequential,

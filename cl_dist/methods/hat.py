@@ -151,7 +151,7 @@ def _shared(mask_TU: Tensor, task: int) -> float:
 METHOD = Method(
     config=HatConfig,
     plan=plan_sequential,
-    learners={"class": "cl_dist.methods.hat:Hat"},
+    learners={"classifier": "cl_dist.methods.hat:Hat"},
     about="task masks over adapters in a frozen backbone",
     takes_quantized=True,
 )

@@ -57,7 +57,7 @@ class Invrat(Learner):
     """Trains the players on one task, that before the stage's."""
 
     model: Players
-    answers: ClassVar[Literal["class", "text"]] = "text"
+    output: ClassVar[Literal["classifier", "lm"]] = "lm"
 
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
         """See Learner. Of the backbone the embeddings are used."""

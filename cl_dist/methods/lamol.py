@@ -105,7 +105,7 @@ class Lamol(TextLearner):
 
 
 LAMOL, LAMOL_REAL = (
-    Method(config=LamolConfig, plan=plan, learners={"text": "cl_dist.methods.lamol:Lamol"}, about=about)
+    Method(config=LamolConfig, plan=plan, learners={"lm": "cl_dist.methods.lamol:Lamol"}, about=about)
     for about in (
         "a language model that writes pseudo-samples of its earlier tasks and rehearses them",
         "LAMOL with real rows of the earlier tasks in the place of pseudo-samples: its upper bound",

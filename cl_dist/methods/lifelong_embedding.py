@@ -82,6 +82,6 @@ class LifelongEmbedding(Finetune):
 METHOD = Method(
     config=LifelongEmbeddingConfig,
     plan=plan_sequential,
-    learners={"class": "cl_dist.methods.lifelong_embedding:LifelongEmbedding"},
+    learners={"classifier": "cl_dist.methods.lifelong_embedding:LifelongEmbedding"},
     about="word embeddings of its own for every task, under shared layers that change slowly",
 )

@@ -81,6 +81,6 @@ def _name(task: int) -> str:
 METHOD = Method(
     config=LoraConfig,
     plan=plan_sequential,
-    learners={"class": "cl_dist.methods.lora:Lora"},
+    learners={"classifier": "cl_dist.methods.lora:Lora"},
     about="low-rank updates of its own for every task, through peft, in a frozen backbone",
 )

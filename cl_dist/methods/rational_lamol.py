@@ -70,7 +70,7 @@ def plan(config: RationalLamolConfig, tasks: TaskSequence, t: int) -> list[Stage
 
 def _voted(config: RationalLamolConfig, t: int, final: Train) -> list[Stage]:
     """Return the stages that end in a vote: the model before the task, and a freely trained one, read the same rows."""
-    sources = (t - 1,) if config.voters == "previous" else tuple(range(t))
+    sources = (t - 1,) if config.voting_tasks == "previous" else tuple(range(t))
     stages: list[Stage] = []
     if config.rationales == "invrat":
         stages += _rationalised(config, t)
@@ -81,7 +81,7 @@ def _voted(config: RationalLamolConfig, t: int, final: Train) -> list[Stage]:
         rationales=tuple(StageRef(task=u + 1, stage="rationalise") for u in sources) if stages else (),
         vote=config.vote(),
     )
-    free = final.model_copy(update={"step": "free"})
+    free = final.model_copy(update={"role": "free"})
     vote = Vote(task=t, model=ref(free), recorded=ref(record), sources=sources, vote=config.vote())
     return [*stages, record, free, vote]
 
@@ -89,8 +89,8 @@ def _voted(config: RationalLamolConfig, t: int, final: Train) -> list[Stage]:
 def _rationalised(config: RationalLamolConfig, t: int) -> list[Stage]:
     """Return the stages that find rationales of the task before."""
     found = [
-        Train(task=t, data=(t - 1,), learner="invrat", step="invrat", number=number, settings=config.invrat.train)
-        for number in range(config.invrat.restarts)
+        Train(task=t, data=(t - 1,), learner="invrat", role="invrat", trial=trial, settings=config.invrat.train)
+        for trial in range(config.invrat.restarts)
     ]
     models = tuple(ref(stage) for stage in found)
     return [*found, Rationalise(task=t, models=models, sources=(t - 1,), vote=config.vote())]
@@ -99,8 +99,8 @@ def _rationalised(config: RationalLamolConfig, t: int) -> list[Stage]:
 def _tried(config: RationalLamolConfig, t: int, final: Train) -> list[Stage]:
     """Return the stages that train with each unit frozen and choose the best."""
     tries = [
-        final.model_copy(update={"step": "try", "number": number, "frozen_units": (unit,)})
-        for number, unit in enumerate(config.frozen_units)
+        final.model_copy(update={"role": "try", "trial": trial, "frozen_units": (unit,)})
+        for trial, unit in enumerate(config.frozen_units)
     ]
     choose = Choose(
         task=t,
@@ -255,6 +255,6 @@ def held(parts: Mapping[str, tuple[str, Tensor]]) -> dict[str, GradScale]:
 METHOD = Method(
     config=RationalLamolConfig,
     plan=plan,
-    learners={"text": "cl_dist.methods.rational_lamol:RationalLamol", "invrat": "cl_dist.methods.invrat:Invrat"},
+    learners={"lm": "cl_dist.methods.rational_lamol:RationalLamol", "invrat": "cl_dist.methods.invrat:Invrat"},
     about="LAMOL that keeps frozen what a vote over attention maps and rationales points at",
 )

@@ -31,6 +31,6 @@ def plan(config: ReplayConfig, tasks: TaskSequence, t: int) -> list[Stage]:
 METHOD = Method(
     config=ReplayConfig,
     plan=plan,
-    learners={"class": "cl_dist.methods.finetune:Finetune", "text": "cl_dist.methods.text:TextLearner"},
+    learners={"classifier": "cl_dist.methods.finetune:Finetune", "lm": "cl_dist.methods.text:TextLearner"},
     about="one model that sees some kept rows of every earlier task again",
 )

@@ -26,7 +26,7 @@ class TextLearner(Learner):
 
     config: MethodConfig
     model: CausalModel
-    answers: ClassVar[Literal["class", "text"]] = "text"
+    output: ClassVar[Literal["classifier", "lm"]] = "lm"
 
     def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
         """See Learner. The vocabulary gets rows for the special tokens of the tasks so far and of those to come."""

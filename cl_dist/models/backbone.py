@@ -201,7 +201,7 @@ def _check(hf: PretrainedConfig, config: ModelConfig, causal: bool) -> None:
         decoders = ", ".join(kind for kind, each in ARCHITECTURES.items() if each.is_causal)
         raise ConfigError(
             f"science.model.source={config.source!r}: model_type={hf.model_type!r} is an encoder, which writes no "
-            f"answers; LAMOL, Rational LAMOL and science.model.answers='text' need one of {decoders}"
+            f"answers; LAMOL, Rational LAMOL and science.model.output='lm' need one of {decoders}"
         )
 
 

@@ -30,11 +30,11 @@ class ModelConfig(Section):
     pooling: Literal["mean", "cls", "pooler", "last"] | None = None
     """Sentence vector: mean over tokens, an encoder's first token, the pretrained tanh pooler of that, or the last
     token. None takes the mean in an encoder and the last token in a decoder, which alone has read the whole row."""
-    answers: Literal["class", "text"] | None = None
-    """class: a head per task picks one of its labels; text: a causal language model writes the answer. None takes what
-    the method was made for."""
+    output: Literal["classifier", "lm"] | None = None
+    """classifier: a head per task picks a label; lm: a causal language model writes the answer. None takes the
+    default of the method."""
     spare_task_tokens: int = Field(64, gt=0)
-    """Rows of the vocabulary that are reserved for tasks (answers: text), so that tensors keep their shapes when tasks
+    """Rows of the vocabulary that are reserved for tasks (output: lm), so that tensors keep their shapes when tasks
     are appended; as many more are added when they are used up."""
     config: dict[str, Any] | None = None
     """Builds a model with random weights instead of loading one: a `model_type` of transformers and its sizes; `source`

@@ -202,11 +202,11 @@ def write(model: PreTrainedModel, waiting: deque[L], rows: int, capacity: int, p
             standing, is_open = [standing[place] for place in kept], [True] * len(kept)
 
 
-def rows_within(model: PreTrainedModel, rows: int, capacity: int, cache_gb: float) -> int:
-    """Return how many rows, from one to `rows`, have keys and values of `capacity` tokens within cache_gb GB."""
+def rows_within(model: PreTrainedModel, rows: int, capacity: int, kv_cache_gb: float) -> int:
+    """Return how many rows, from one to `rows`, have keys and values of `capacity` tokens within kv_cache_gb GB."""
     layers, _, groups, size = shape_of(model)
     per_row = 2 * layers * groups * size * -(-capacity // SPAN) * SPAN * model.dtype.itemsize
-    return max(1, min(rows, int(cache_gb * 1e9) // per_row))
+    return max(1, min(rows, int(kv_cache_gb * 1e9) // per_row))
 
 
 def draw(logits_BV: Tensor, key_B: Tensor, step_B: Tensor, top_k: int, top_p: float, temperature: float) -> Tensor:

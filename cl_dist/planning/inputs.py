@@ -158,7 +158,7 @@ class ModelEstimate:
         model = inputs.model()
         if model is None:
             return None
-        run, is_text = inputs.run, inputs.run.answers == "text"
+        run, is_text = inputs.run, inputs.run.output == "lm"
         vocabulary, answer = inputs.vocabulary(model) if is_text else (None, 1)
         labels, method = inputs.labels(), run.config.science.method
         stages = [s for s in run.plan(len(labels) - 1) if isinstance(s, Train) and s.learner is None]

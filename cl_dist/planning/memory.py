@@ -269,9 +269,9 @@ def cache(decoder: Decoder, rows: int, tokens: int, item: int) -> Quantity:
     return Quantity("KV cache", size, "2 layers groups d tokens b rows; tokens rounded up to 16")
 
 
-def rows_within(decoder: Decoder, rows: int, tokens: int, item: int, cache_gb: float) -> int:
+def rows_within(decoder: Decoder, rows: int, tokens: int, item: int, kv_cache_gb: float) -> int:
     """Return how many rows are written side by side within a cache of so many GB; see models/decode.py."""
-    return max(1, min(rows, int(cache_gb * 1e9) // cache(decoder, 1, tokens, item).bytes))
+    return max(1, min(rows, int(kv_cache_gb * 1e9) // cache(decoder, 1, tokens, item).bytes))
 
 
 def generating(decoder: Decoder, rows: int, tokens: int, item: int) -> tuple[Quantity, ...]:

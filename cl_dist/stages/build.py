@@ -35,7 +35,7 @@ def new_learner(
 ) -> Learner:
     """Return a method's learner, the one that the run answers with unless another is named, without a model yet."""
     entry = METHODS[method.name]
-    module, _, cls = entry.learners[name or entry.answers(model.answers)].partition(":")
+    module, _, cls = entry.learners[name or entry.output(model.output)].partition(":")
     kind: type[Learner] = getattr(import_module(module), cls)
     return kind(method, num_labels, model, seed)
 
@@ -87,7 +87,7 @@ def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False, 
     """
     stage = job.stage
     name = stage.learner if isinstance(stage, Train | Rationalise) else None
-    number = [stage.number] if isinstance(stage, Train) and stage.number is not None else []
+    number = [stage.trial] if isinstance(stage, Train) and stage.trial is not None else []
     last = job.stage.task if up_to is None else up_to
     num_labels = tuple(len(task_data(job, task).labels) for task in range(last + 1))
     learner = new_learner(job.method, job.model, num_labels, job.seed, name)
@@ -96,7 +96,7 @@ def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False, 
     with seeded(job.seed, "build", job.tasks[last].id, *number):
         with cut:
             dtype = torch.bfloat16 if is_read and job.model.dtype == "bfloat16" else torch.float32
-            backbone = load_backbone(job.model, causal=learner.answers == "text", dtype=dtype)
+            backbone = load_backbone(job.model, causal=learner.output == "lm", dtype=dtype)
         model = learner.build(backbone, last)
     own, world = model.state_dict(), World.current()
     latest: dict[str, ShardedWeights] = {}

@@ -42,7 +42,9 @@ class ChooseWorker:
             self._held = shard.candidate
         assert self._predictor is not None
         where = shard.rows
-        rows = voting_rows(task_data(self._job, where.source), self._job.stage.vote.samples)[where.start : where.stop]
+        rows = voting_rows(task_data(self._job, where.source), self._job.stage.vote.max_examples)[
+            where.start : where.stop
+        ]
         answers = self._predictor.answers(where.source, rows)
         return sum(answer == row.label for answer, row in zip(answers, rows, strict=True))
 
@@ -54,7 +56,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, int]], out: Path) -> None:
     right = [dict.fromkeys(stage.sources, 0) for _ in stage.candidates]
     for shard, count in results:
         right[shard.candidate][shard.rows.source] += count
-    sizes = {task: len(voting_rows(task_data(job, task), stage.vote.samples)) for task in stage.sources}
+    sizes = {task: len(voting_rows(task_data(job, task), stage.vote.max_examples)) for task in stage.sources}
     scores = [sum(found[task] / sizes[task] for task in stage.sources) / len(stage.sources) for found in right]
     best = stage.units[scores.index(max(scores))]
     tried = [{"unit": list(unit), "accuracy": score} for unit, score in zip(stage.units, scores, strict=True)]

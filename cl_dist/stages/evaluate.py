@@ -113,7 +113,7 @@ def compared(task: TaskConfig, labels: Sequence[str], rows: Sequence[Row], answe
     """
     truth = [row.label for row in rows]
     numbers: dict[str, Any] = {"accuracy": accuracy(truth, answers), "f1_macro": None}
-    if task.answer == "text":
+    if task.output == "text":
         wanted = {"exact_match", "f1", task.metric} - {"joint_state"}
         numbers |= {name: TEXT_METRICS[name](truth, answers) for name in wanted}
         if task.metric == "joint_state":

@@ -70,7 +70,7 @@ class Card(Section):
     tasks: tuple[ExportedTask, ...] = Field(min_length=1)
     """In learned order."""
     method: dict[str, Any]
-    answers: Literal["class", "text"] = "class"
+    output: Literal["classifier", "lm"] = "classifier"
     pooling: Literal["mean", "cls", "pooler", "last"] | None
     dtype: Literal["float32", "bfloat16"]
     """Precision of the forward pass; the files hold float32."""
@@ -103,7 +103,7 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
             for number, config in enumerate(job.tasks)
         ),
         method=job.method.model_dump(mode="json"),  # with its defaults, which another version may change
-        answers=learner.answers,
+        output=learner.output,
         pooling=job.model.pooling,
         dtype=job.model.dtype,
         dropout=job.model.dropout,
@@ -112,7 +112,7 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
         fingerprint=fingerprint,
     )
     tokenizer = load_tokenizer(job.model)
-    if learner.answers == "text":
+    if learner.output == "lm":
         assert isinstance(learner.model, CausalModel)
         _export_text(job, card, learner.model, tokenizer, folder)
         return
@@ -216,7 +216,7 @@ def load_exported(folder: Path | str, task: str | None = None) -> tuple[nn.Modul
     """
     folder = Path(folder)
     card = _read_card(folder)
-    if card.answers == "text":
+    if card.output == "lm":
         raise ConfigError(
             f"{folder}: this model writes its answers; load it with AutoModelForCausalLM and AutoTokenizer of "
             f"transformers, and let it continue what apply_chat_template makes of a text (see {README} in the folder)"
@@ -286,7 +286,7 @@ def _untrained(card: Card, model: ModelConfig) -> tuple[Learner, dict[str, str]]
     method = parse(METHODS[name].config, card.method, "method.")
     learner = new_learner(method, model, tuple(len(task.labels) for task in card.tasks), card.seed)
     with seeded(card.seed, "build", card.tasks[-1].id):  # as in a run: some of what is drawn may never be trained
-        backbone = load_backbone(model, causal=learner.answers == "text")
+        backbone = load_backbone(model, causal=learner.output == "lm")
         inner: dict[str, Tensor] = backbone.state_dict(keep_vars=True)  # held, so that no id is used again
         outer: dict[str, Tensor] = learner.build(backbone, len(card.tasks) - 1).state_dict(keep_vars=True)
     names = {id(tensor): name for name, tensor in inner.items()}

@@ -34,8 +34,8 @@ SHOWN = 20
 Fault = Literal["no_answer_mark", "stray_token", "no_end", "empty", "other_question", "unknown_label", "surplus_label"]
 """no_answer_mark: ended without the token between question and answer, or has two; stray_token: holds another special
 token; no_end: longer than train.max_length of its task; empty: nothing before or behind the mark; other_question,
-unknown_label and surplus_label (well-formed, but one too many): see known_question, known_labels and balance_labels of
-science.generate."""
+unknown_label and surplus_label (well-formed, but one too many): see require_known_question, require_known_label and
+balance_labels of science.generate."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -79,7 +79,7 @@ class GenerateWorker:
         """Write a shard's samples."""
         settings, special = self._job.generate, self._codec.special
         length = row_length(self._job, shard.source)
-        slots = rows_within(self._model, settings.slots, length, settings.cache_gb)
+        slots = rows_within(self._model, settings.parallel_samples, length, settings.kv_cache_gb)
         gen = special.gen if self._shared else special.task(shard.source)
 
         def line(number: int, attempt: int) -> _Line:
@@ -156,14 +156,14 @@ class GenerateWorker:
             return None, "empty"
         if not self._asks(source, prefix):
             return None, "other_question"
-        if self._job.generate.known_labels and known and answer not in known:
+        if self._job.generate.require_known_label and known and answer not in known:
             return None, "unknown_label"
         return Sample(source, line.number, line.attempt, prefix, answer, text, label), None
 
     def _asks(self, source: int, prefix: tuple[int, ...]) -> bool:
         """Return whether a text ends in its task's question, or need not."""
         question = tuple(self._codec.encode(task_data(self._job, source).question))
-        is_checked = self._job.generate.known_question and not self._shared and question
+        is_checked = self._job.generate.require_known_question and not self._shared and question
         return not is_checked or prefix[-len(question) :] == question
 
     def _known(self, source: int) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ class Predictor:
     @property
     def writes(self) -> bool:
         """Whether answers are written as text, instead of being chosen among classes."""
-        return METHODS[self._job.method.name].answers(self._job.model.answers) == "text"
+        return METHODS[self._job.method.name].output(self._job.model.output) == "lm"
 
     def refuse_unreadable(self, task: int, rows: Sequence[Row]) -> None:
         """Check that the tokenizer and the backbone can read some rows.

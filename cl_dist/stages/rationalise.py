@@ -58,7 +58,7 @@ class RationaliseWorker:
     def run(self, shard: Shard) -> Marked:
         """Mark a shard's rows, each read alone."""
         data = task_data(self._job, shard.source)
-        chosen = voting_rows(data, self._vote.samples)[shard.start : shard.stop]
+        chosen = voting_rows(data, self._vote.max_examples)[shard.start : shard.stop]
         length = self._job.method.invrat.train.max_length  # type: ignore[attr-defined]
         rows = self._learner.rows(self._tokenizer, length, training=False)
         assert isinstance(rows, RationaleExamples)

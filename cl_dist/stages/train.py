@@ -187,7 +187,7 @@ class _Loop:
         engine = self._engine
         means = self._sums.means(self._schedule.at(step).round_steps, engine.world)
         means |= {"train/grad_norm": engine.grad_norm(), "step": step + 1}
-        if self._job.train.select == "best_dev" and any(len(rows) for rows in self._dev.values()):
+        if self._job.train.keep == "best_dev" and any(len(rows) for rows in self._dev.values()):
             means |= score_dev(engine, self._learner, self._dev, self._job.evaluate.batch)
             if self.best is None or means["dev/loss"] < self.best.loss:
                 self.best = checkpoint.Best(means["dev/loss"], LocalShards(engine))
@@ -201,7 +201,7 @@ def _check_finite(numbers: Mapping[str, float], done: int) -> None:
     if wrong := [name for name, value in numbers.items() if not math.isfinite(value)]:
         raise TrainingError(
             f"training has diverged by step {done}: {', '.join(wrong)} is no finite number; lower train.lr, or set "
-            "train.clip, train.warmup"
+            "train.max_grad_norm, train.warmup_ratio"
         )
 
 
@@ -279,9 +279,9 @@ def _engine(
         # AdamW decays a weight even where its gradient is masked to zero.
         no_decay=frozenset(name for name, scale in scales.items() if not scale.decay),
         weight_decay=config.weight_decay,
-        clip=config.clip,
+        clip=config.max_grad_norm,
         total_steps=schedule.total_steps,
-        warmup_steps=round(config.warmup * schedule.total_steps),
+        warmup_steps=round(config.warmup_ratio * schedule.total_steps),
     )
     engine = build_engine(
         job.engine,

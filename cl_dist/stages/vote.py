@@ -52,13 +52,13 @@ class _Reader(ABC):
     def _tokens(self, data: TaskData, row: Row) -> tuple[list[int], int]:
         """Return the tokens of a row that are looked at, and how many of them, from the first, are its text."""
         context, asked, answer = encode_row(self._codec, row, data.question, self._length[data.id])
-        more = [*asked, self._codec.special.ans, *answer] if self._vote.rows == "all" else []
+        more = [*asked, self._codec.special.ans, *answer] if self._vote.attention_scope == "all" else []
         return [*context, *more], len(context)
 
     def run(self, shard: Shard) -> Seen:
         """Read a shard's rows."""
         data = task_data(self._job, shard.source)
-        rows = voting_rows(data, self._vote.samples)
+        rows = voting_rows(data, self._vote.max_examples)
         found: Seen = []
         for number in range(shard.start, shard.stop):
             row = rows[number]
@@ -243,7 +243,7 @@ def merge_vote(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> No
         "rationales": vote.rationales,
         "used": len(used),
         "skipped": dict(Counter(line["skipped"] for line in lines if "skipped" in line)),
-        "voters": [job.tasks[source].id for source in job.stage.sources],
+        "voting_tasks": [job.tasks[source].id for source in job.stage.sources],
         "is_decisive": decisive,
         "rationale_iou": np.mean([line["iou"] for line in recorded], axis=0).tolist(),
         "agreement": {name: float(np.mean([s[name] for s in shares])) for name in ("f1", "iou")} if shares else None,

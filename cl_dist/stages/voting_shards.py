@@ -23,6 +23,6 @@ def shards(job: Job) -> list[Shard]:
     return [
         Shard(source, start, min(start + stage.vote.shard_samples, count))
         for source in stage.sources
-        for count in [len(voting_rows(task_data(job, source), stage.vote.samples))]
+        for count in [len(voting_rows(task_data(job, source), stage.vote.max_examples))]
         for start in range(0, count, stage.vote.shard_samples)
     ]

@@ -166,9 +166,11 @@ def _writing(config: RunConfig) -> list[Finding]:
 
 def _time(config: RunConfig) -> Iterator[Finding]:
     cluster = config.cluster
-    if cluster.step_timeout_s == 0:
+    if cluster.progress_timeout_s == 0:
         remedy = "set it above the longest step, with the scoring of dev rows"
-        yield Finding("time", "warn", "cluster.step_timeout_s", "0: a rank that hangs is waited for for ever", remedy)
+        yield Finding(
+            "time", "warn", "cluster.progress_timeout_s", "0: a rank that hangs is waited for for ever", remedy
+        )
     if cluster.checkpoint_minutes == 0 and cluster.checkpoint_steps == 0:
         found = "no checkpoints inside a task: a crash costs the whole stage"
         yield Finding("time", "warn", "cluster.checkpoint_minutes", found, "set cluster.checkpoint_minutes: 10")

@@ -136,7 +136,7 @@ def _sizes(
     if not inputs.missing:
         written = sum(inputs.run.num_rows(stage) for stage in stages if isinstance(stage, Generate))
         samples = 12 * shape.train.max_length * written
-    keeps_best = shape.train.select == "best_dev"
+    keeps_best = shape.train.keep == "best_dev"
     if any(isinstance(stage, Train) and stage.frozen is not None for stage in stages):
         inputs.assumptions.append(
             f"what a vote will freeze: T counts everything; a frozen block takes {shape.dry.block:,} elements off it, "
@@ -268,7 +268,9 @@ def _slots(config: RunConfig, shape: ModelEstimate) -> int:
     if shape.dry.decoder is None:
         return 0
     decoder, generate = memory.Decoder(*shape.dry.decoder), config.science.generate
-    return memory.rows_within(decoder, generate.slots, shape.train.max_length, shape.item, generate.cache_gb)
+    return memory.rows_within(
+        decoder, generate.parallel_samples, shape.train.max_length, shape.item, generate.kv_cache_gb
+    )
 
 
 def _cluster(rank: _Rank, pool: dict[str, tuple[Quantity, ...]], gib: float) -> Plan:

@@ -23,7 +23,7 @@ def test_ten_tasks_of_a_minute_cost_a_tenth_more_and_a_warm_shard_stage_a_second
     task = tree["science"]["tasks"][0]
     tree["science"]["tasks"] = [{**task, "id": f"task{number}"} for number in range(TASKS)]
     rounds = {"min_round_steps": 500}  # else there are thousands of rounds, of three tiny steps each
-    tree["science"]["train"] |= {"epochs": _epochs(tmp_path, tree), "select": "last", "lr": 1e-6, **rounds}
+    tree["science"]["train"] |= {"epochs": _epochs(tmp_path, tree), "keep": "last", "lr": 1e-6, **rounds}
     (tmp_path / "cost.yaml").write_text(yaml.safe_dump(tree), encoding="utf8")
     began = time.monotonic()
     command = Command(tmp_path, "train", "cost.yaml")
@@ -53,7 +53,7 @@ def _epochs(folder: Path, tree: object) -> int:
     """Return how many epochs take a minute: found by a short run of one task."""
     probe = json.loads(json.dumps(tree))
     probe["run"]["name"], probe["science"]["tasks"] = "probe", probe["science"]["tasks"][:1]
-    probe["science"]["train"] |= {"epochs": 200, "select": "last"}
+    probe["science"]["train"] |= {"epochs": 200, "keep": "last"}
     (folder / "probe.yaml").write_text(yaml.safe_dump(probe), encoding="utf8")
     command = Command(folder, "train", "probe.yaml")
     assert command.end(ray_runs.START_S) == 0, command.output

@@ -167,7 +167,7 @@ def test_what_nothing_can_be_made_of_is_refused_whatever_the_type_of_its_field(t
     [
         ("train.lr=5e-5", {"train": {"lr": 5e-5}}),  # YAML 1.1 wants a dot
         ("train.lr=5.0e-5", {"train": {"lr": 5e-5}}),
-        ("train.clip=[1, 2]", {"train": {"lr": 0.1, "clip": [1, 2]}}),
+        ("train.max_grad_norm=[1, 2]", {"train": {"lr": 0.1, "max_grad_norm": [1, 2]}}),
         ("cluster.workers=2", {"cluster": {"workers": 2}}),
         ("seed=null", {"seed": None}),
         ("note=a=b", {"note": "a=b"}),

@@ -38,7 +38,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parcel(number: int) -> Any:
     job: Any = None  # the mailbox does not look inside
-    return StageTicket(number=number, job=job, out="", logs="", step_timeout_s=0.0)
+    return StageTicket(number=number, job=job, out="", logs="", progress_timeout_s=0.0)
 
 
 def test_a_restarted_gang_is_given_the_current_stage_and_none_that_is_done() -> None:

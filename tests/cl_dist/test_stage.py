@@ -54,7 +54,8 @@ def test_flattened_keys_are_dotted_and_tuples_are_lists_as_in_a_manifest() -> No
 
 
 @pytest.mark.parametrize(
-    "setting", [{"epochs": 0}, {"lr": 0}, {"warmup": 1}, {"global_batch": 0}, {"max_length": 2}, {"select": "first"}]
+    "setting",
+    [{"epochs": 0}, {"lr": 0}, {"warmup_ratio": 1}, {"global_batch": 0}, {"max_length": 2}, {"keep": "first"}],
 )
 def test_training_settings_out_of_range_are_named(setting: dict[str, object]) -> None:
     (key,) = setting

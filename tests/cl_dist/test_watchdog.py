@@ -50,7 +50,7 @@ def test_a_rank_that_hangs_ends_with_its_stacks_in_the_log(tmp_path: Path, befor
     words = log_tails(tmp_path, range(3))
     assert "stuck_in_a_collective" in words
     assert before or "alive step=" in words
-    assert "cluster.step_timeout_s" in remedy(words)
+    assert "cluster.progress_timeout_s" in remedy(words)
 
 
 class Hanging:

@@ -25,8 +25,23 @@ from tests import tiny
 
 HERE = Path(__file__).parent
 FINGERPRINTS, RESULTS = HERE / "fingerprints.json", HERE / "results.json"
-RENAMED: Mapping[str, str] = {}
+RENAMED: Mapping[str, str] = {
+    "output": "answers",
+    "require_known_label": "known_labels",
+    "require_known_question": "known_question",
+    "parallel_samples": "slots",
+    "kv_cache_gb": "cache_gb",
+    "max_grad_norm": "clip",
+    "warmup_ratio": "warmup",
+    "keep": "select",
+    "role": "step",
+    "trial": "number",
+    "attention_scope": "rows",
+    "max_examples": "samples",
+    "voting_tasks": "voters",
+}
 """New name of a setting -> the name that it had when the golden files were written."""
+RENAMED_VALUES: Mapping[str, Mapping[Any, Any]] = {"model.output": {"classifier": "class", "lm": "text"}}
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "rational-lamol-movies-boolq-scifact": (
         "science.tasks.0.source.split.names={test: train, dev: test}",
@@ -47,7 +62,7 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
     "distilled": {**tiny.METHODS["lamol"], "distill": 0.5},
 }
 """Methods with their settings: each one, and those that have more kinds of stages or learners."""
-SCIENCE: Mapping[str, Any] = {"train": {"epochs": 1, "min_round_steps": 2, "weight_decay": 0.05, "clip": 0.5}}
+SCIENCE: Mapping[str, Any] = {"train": {"epochs": 1, "min_round_steps": 2, "weight_decay": 0.05, "max_grad_norm": 0.5}}
 
 
 def needs(recipe: str) -> list[str]:
@@ -78,7 +93,11 @@ def _fingerprints(opened: Run) -> dict[StageRef, str]:
     @cache
     def old(task: int, name: str) -> str:
         stage: Stage = opened.stage(next(ref(s) for s in opened.plan(task) if s.name == name))
-        facts = {_old_name(key): value for key, value in opened.facts(stage).items() if not key.startswith("inputs.")}
+        facts = {
+            _old_name(key): _old_value(key, value)
+            for key, value in opened.facts(stage).items()
+            if not key.startswith("inputs.")
+        }
         facts |= {f"inputs.{opened.ledger.key(r)}": old(r.task, r.stage) for r in stage.inputs}
         return digest_of(facts)
 
@@ -87,6 +106,10 @@ def _fingerprints(opened: Run) -> dict[StageRef, str]:
 
 def _old_name(key: str) -> str:
     return ".".join(RENAMED.get(part, part) for part in key.split("."))
+
+
+def _old_value(key: str, value: Any) -> Any:
+    return RENAMED_VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
 
 
 def machine() -> str:

@@ -39,7 +39,7 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 LAYERS = 6
-TRAIN = {"epochs": 1, "global_batch": 4, "min_round_steps": 1, "select": "last", "weight_decay": 0.5}
+TRAIN = {"epochs": 1, "global_batch": 4, "min_round_steps": 1, "keep": "last", "weight_decay": 0.5}
 DEEP = {"num_hidden_layers": LAYERS, "hidden_size": 128, "intermediate_size": 2048, "initializer_range": 0.1}
 
 

@@ -20,7 +20,7 @@ from tests.parity import Cell, train_here
 from tests.pool import Ranks
 
 pytestmark = pytest.mark.timeout(300)
-TRAIN = {"epochs": 3, "weight_decay": 0.1, "clip": 0.5}
+TRAIN = {"epochs": 3, "weight_decay": 0.1, "max_grad_norm": 0.5}
 LORA = {"r": 4, "target_modules": ["c_attn", "c_proj"]}
 
 

@@ -16,7 +16,7 @@ CLUSTER = {
     "address": f"{Hosts.address(0)}:{PORT}",
     "checkpoint_steps": 20,
     "max_failures": 10,
-    "step_timeout_s": 15.0,
+    "progress_timeout_s": 15.0,
     "lost_node_timeout_s": 200.0,
 }
 

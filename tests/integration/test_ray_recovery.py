@@ -28,7 +28,7 @@ from tests.integration.ray_runs import Command, events
 from tests.parity import train_here
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
-LONG = {"epochs": 60, "lr": 1e-4, "select": "last"}
+LONG = {"epochs": 60, "lr": 1e-4, "keep": "last"}
 """180 steps, some seconds: a task with a middle."""
 PREEMPTION = 2
 """The reason that a node is drained for, in Ray's protocol."""

@@ -52,7 +52,7 @@ def train_until(rank: int, world: int, job: Job, out: str, steps: int | None) ->
 
 def made(folder: Path, method: str, select: str = "best_dev", dtype: str = "float32") -> Job:
     """Return the second task's training, after a first one."""
-    science: dict[str, Any] = {"method": dict(tiny.METHODS[method]), "train": {**TRAIN, "select": select}}
+    science: dict[str, Any] = {"method": dict(tiny.METHODS[method]), "train": {**TRAIN, "keep": select}}
     if tiny.writes(method):
         science["train"] |= {**tiny.TEXT_TRAIN, "epochs": 4}
     run: Run = tiny.make_run(folder, {"science": science}, tasks=("food", "film"))
@@ -289,7 +289,10 @@ def test_what_a_larger_gang_had_written_is_removed_before_a_smaller_one_writes(
 
 
 def test_a_diverged_stage_says_so(jobs: dict[str, Job], tmp_path: Path) -> None:
-    job = replace(jobs["lamol"], train=jobs["lamol"].train.model_copy(update={"lr": 1e30, "clip": 0.0, "warmup": 0.0}))
+    job = replace(
+        jobs["lamol"],
+        train=jobs["lamol"].train.model_copy(update={"lr": 1e30, "max_grad_norm": 0.0, "warmup_ratio": 0.0}),
+    )
     with pytest.raises(TrainingError, match=r"diverged by step \d+: .*; lower train\.lr"):
         train_until(0, 1, job, str(tmp_path), None)
 

@@ -81,7 +81,7 @@ class Gang:
         settings = dict(tiny.CTR) if method == "ctr" else {"name": method}
         over = {
             "run": {"name": method},
-            "science": {"method": settings, "seed": SEED, "train": TRAIN | {"select": select}},
+            "science": {"method": settings, "seed": SEED, "train": TRAIN | {"keep": select}},
         }
         run = tiny.make_run(self._folder, over, tasks=("food", "film"), train=39)
         first = StageRef(task=0, stage="train")
@@ -189,7 +189,7 @@ def test_plain_torch_accumulates_to_the_same_weights(gang: Gang, tmp_path: Path)
 def test_bfloat16_does_not_move_protected_entries_by_one_bit(gang: Gang, tmp_path: Path, zero_stage: ZeroStage) -> None:
     over = {
         "run": {"name": "half"},
-        "science": {"model": {"dtype": "bfloat16"}, "train": TRAIN | {"epochs": 1, "select": "last"}},
+        "science": {"model": {"dtype": "bfloat16"}, "train": TRAIN | {"epochs": 1, "keep": "last"}},
         "cluster": {"engine": "deepspeed", "zero_stage": zero_stage, "micro_batch": 4},
     }
     run = tiny.make_run(tmp_path, over, tasks=("food", "film"), train=39)

@@ -101,9 +101,9 @@ def test_keys_and_values_of_a_cache() -> None:
     decoder = Decoder(layers=3, heads=8, groups=2, size=16, vocabulary=100)
     # keys and values, 3 layers, 2 groups of 16, 33 tokens rounded up to 48
     assert memory.cache(decoder, 5, 33, 2).bytes == 2 * 3 * 2 * 16 * 48 * 2 * 5
-    assert memory.rows_within(decoder, 32, 33, 2, cache_gb=5 * 2 * 3 * 2 * 16 * 48 * 2 / 1e9) == 5
-    assert memory.rows_within(decoder, 4, 33, 2, cache_gb=8.0) == 4
-    assert memory.rows_within(decoder, 4, 33, 2, cache_gb=1e-9) == 1
+    assert memory.rows_within(decoder, 32, 33, 2, kv_cache_gb=5 * 2 * 3 * 2 * 16 * 48 * 2 / 1e9) == 5
+    assert memory.rows_within(decoder, 4, 33, 2, kv_cache_gb=8.0) == 4
+    assert memory.rows_within(decoder, 4, 33, 2, kv_cache_gb=1e-9) == 1
 
 
 def test_a_vote_sees_some_queries_of_one_layer() -> None:

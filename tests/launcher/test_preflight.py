@@ -114,8 +114,8 @@ LONG = "cake " * 12
         ),
         ("dev", {"pair": LONG}, {}, "field pair: question and answer have 15 + 1 tokens"),
         ("train", {"pair": LONG}, {}, "field pair: question and answer have 15 + 1 tokens"),
-        ("train", {"label": LONG}, {"answer": "text", "metric": "f1"}, "field label: question and answer have 4 + 12"),
-        ("dev", {"label": LONG}, {"answer": "text", "metric": "f1"}, "field label: question and answer have 4 + 12"),
+        ("train", {"label": LONG}, {"output": "text", "metric": "f1"}, "field label: question and answer have 4 + 12"),
+        ("dev", {"label": LONG}, {"output": "text", "metric": "f1"}, "field label: question and answer have 4 + 12"),
     ],
 )
 def test_a_row_that_cannot_be_read_by_a_model_that_writes_is_told_before_the_first_stage(
@@ -174,7 +174,7 @@ def test_labels_that_the_tokenizer_cannot_tell_apart_are_told_before_the_first_s
 def test_the_labels_of_a_baseline_that_writes_are_looked_at_too(cli: Cli, tmp_path: Path) -> None:
     run = writes(tmp_path)
     tree = read_yaml(run)
-    over = {"method": {"name": "sequential"}, "model": {"answers": "text"}, "train": {"max_length": 5}}
+    over = {"method": {"name": "sequential"}, "model": {"output": "lm"}, "train": {"max_length": 5}}
     code, found = looked_at(cli, save_run(run, tree | {"baselines": {"short": over}}))
     assert code == 4
     assert "more than train.max_length=5" in found["fail"][0]["found"]
@@ -238,10 +238,10 @@ def test_a_mirror_is_written_and_read_back(cli: Cli, run_file: Path, tmp_path: P
 
 def test_time_limits_are_looked_at(cli: Cli, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 120))
-    code, found = looked_at(cli, run_file, "cluster.step_timeout_s=0", "cluster.checkpoint_minutes=0")
+    code, found = looked_at(cli, run_file, "cluster.progress_timeout_s=0", "cluster.checkpoint_minutes=0")
     assert code == 0
     where = [finding["where"] for finding in found["warn"]]
-    assert where == ["cluster.step_timeout_s", "cluster.checkpoint_minutes", "SLURM_JOB_END_TIME"]
+    assert where == ["cluster.progress_timeout_s", "cluster.checkpoint_minutes", "SLURM_JOB_END_TIME"]
 
 
 @pytest.mark.parametrize(

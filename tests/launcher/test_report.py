@@ -164,7 +164,7 @@ def test_votes_are_shown_as_a_map_of_layers_and_heads(tmp_path: Path) -> None:
         "level": "head",
         "used": 40,
         "skipped": {"no_rationale": 3},
-        "voters": ["movies"],
+        "voting_tasks": ["movies"],
         "is_decisive": False,
         "chosen": [[1, 0]],
         "votes": [[5, 10], [20, 5]],

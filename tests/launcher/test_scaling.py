@@ -79,7 +79,7 @@ def counted(run: Run) -> float:
     """Return the operations of a row in a real step of the second task, as torch counts them, attention written out."""
     science, data = run.config.science, run.data(1)
     learner = new_learner(science.method, science.model, (2, 2), 0)
-    learner.build(load_backbone(science.model, causal=run.answers == "text"), 1)
+    learner.build(load_backbone(science.model, causal=run.output == "lm"), 1)
     learner.start_task(0, (0,))
     learner.end_task(dict(learner.model.named_parameters()), ())
     learner.start_task(1, (1,))
@@ -117,7 +117,10 @@ def test_lamol_reads_a_row_twice_and_without_its_second_loss_once(tmp_path: Path
 
 def test_seconds_of_stages_by_hand(tmp_path: Path) -> None:
     """Loading at 1 MB/s. A pass takes the longer of its operations at 0.5 T/s and of the weights at 1 GB/s."""
-    settings: dict[str, Any] = {"evaluate": {"batch": 4, "shard_rows": 8}, "generate": {"slots": 3, "shard_samples": 4}}
+    settings: dict[str, Any] = {
+        "evaluate": {"batch": 4, "shard_rows": 8},
+        "generate": {"parallel_samples": 3, "shard_samples": 4},
+    }
     run = make_run(tmp_path, "rational_lamol", **settings)
     plan = planned(run.config, (80.0,))
     work = work_of(run.config, plan)

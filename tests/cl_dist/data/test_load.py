@@ -271,7 +271,7 @@ def turns(*ids: str) -> list[dict[str, Any]]:
     ]
 
 
-WOZ: dict[str, Any] = {"answer": "text", "metric": "joint_state"}
+WOZ: dict[str, Any] = {"output": "text", "metric": "joint_state"}
 
 
 @pytest.mark.parametrize(

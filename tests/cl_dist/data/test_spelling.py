@@ -49,7 +49,7 @@ def test_a_row_is_told_exactly_where_it_cannot_be_laid_out(codec: TextCodec, len
     """Expected: words and two special tokens, counted; of test rows with the longest answer of the train rows."""
     task = parse(
         TaskConfig,
-        {"id": "t", "text_pair": "pair", "answer": "text", "metric": "f1", "source": {"kind": "jsonl", "path": "x"}},
+        {"id": "t", "text_pair": "pair", "output": "text", "metric": "f1", "source": {"kind": "jsonl", "path": "x"}},
     )
     rows = [row(n, "soup " * pair, "good " * label) for n, (pair, label) in enumerate([(1, 1), (1, 3), (3, 2), (5, 1)])]
     splits = {"train": rows, "dev": rows[:3], "test": rows}

@@ -82,7 +82,7 @@ def test_any_number_of_shards_finds_the_same(run: Run, tmp_path: Path, kind: str
 def test_the_vote_tells_what_it_rests_on(run: Run) -> None:
     found = run.ledger.read(StageRef(task=1, stage="vote"), "critical.json")
     assert found["used"] == 6
-    assert found["voters"] == ["food"]
+    assert found["voting_tasks"] == ["food"]
     assert found["skipped"] == {}
     assert np.array(found["votes"]).shape == (2, 2)
     assert np.array(found["votes"]).sum() == 6
@@ -193,7 +193,7 @@ def test_the_example_shows_the_rationale_in_words(run: Run) -> None:
 
 @pytest.mark.parametrize("level", ["block", "group", "head"])
 def test_what_is_frozen_keeps_every_bit_through_decay_and_clipping(tmp_path: Path, level: str) -> None:
-    settings = {"weight_decay": 0.1, "clip": 0.5, "epochs": 3}
+    settings = {"weight_decay": 0.1, "max_grad_norm": 0.5, "epochs": 3}
     run = made(tmp_path, train=settings, level=level, freeze="list", frozen_units=[[1, 0]], freeze_output=True)
     first = train_here(run.job(run.plan(0)[0]), run.ledger.path(StageRef(task=0, stage="train"))).weights
     stage = next(stage for stage in run.plan(1) if isinstance(stage, Train)).model_copy(update={"samples": None})
@@ -217,7 +217,7 @@ def test_what_is_frozen_keeps_every_bit_through_decay_and_clipping(tmp_path: Pat
 
 def test_all_else_is_updated_as_without_freezing(tmp_path: Path) -> None:
     """After one step with decay and without clipping, whose norm freezing does change."""
-    settings = {"weight_decay": 0.1, "clip": 0.0, "epochs": 1, "global_batch": 64, "warmup": 0.0}
+    settings = {"weight_decay": 0.1, "max_grad_norm": 0.0, "epochs": 1, "global_batch": 64, "warmup_ratio": 0.0}
     found = {}
     for freeze, units in (("none", []), ("list", [[0, 1]])):
         run = made(tmp_path, freeze, settings, freeze=freeze, frozen_units=units)

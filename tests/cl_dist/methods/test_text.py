@@ -21,7 +21,7 @@ from tests import tiny
 from tests.architectures import TINY
 from tests.parity import train_here
 
-TEXT = {"model": {"answers": "text"}}
+TEXT = {"model": {"output": "lm"}}
 
 
 def made(folder: Path, method: dict[str, Any], name: str = "tiny", **science: Any) -> Run:
@@ -40,16 +40,16 @@ def test_baselines_learn_to_answer_in_text(tmp_path: Path, method: str) -> None:
 
 
 def test_a_method_that_picks_classes_refuses_to_write_and_one_that_writes_to_pick(tmp_path: Path) -> None:
-    for method, answers in (("ctr", "text"), ("lamol", "class")):
+    for method, output in (("ctr", "lm"), ("lamol", "classifier")):
         tree = tiny.tree(tmp_path, {"science": {"method": dict(tiny.METHODS[method])}})
-        tree["science"]["model"]["answers"] = answers
-        with pytest.raises(ConfigError, match=rf"answers='{answers}': this method answers by"):
+        tree["science"]["model"]["output"] = output
+        with pytest.raises(ConfigError, match=rf"output='{output}': this method supports"):
             parse(RunConfig, tree)
 
 
 def test_free_text_needs_a_method_that_writes(tmp_path: Path) -> None:
     tree = tiny.tree(tmp_path)
-    tree["science"]["tasks"][0] |= {"answer": "text", "metric": "f1"}
+    tree["science"]["tasks"][0] |= {"output": "text", "metric": "f1"}
     with pytest.raises(ConfigError, match=r"tasks\.food\.answer='text': method 'ctr' picks one of some labels"):
         parse(RunConfig, tree)
     tree["science"]["tasks"][0] |= {"metric": "accuracy"}
@@ -59,7 +59,7 @@ def test_free_text_needs_a_method_that_writes(tmp_path: Path) -> None:
 
 def test_a_task_with_free_text_is_scored_by_its_metric(tmp_path: Path) -> None:
     tree = tiny.tree(tmp_path, {"science": {**TEXT, "method": {"name": "sequential"}}}, tasks=("food",))
-    tree["science"]["tasks"][0] |= {"answer": "text", "metric": "f1"}
+    tree["science"]["tasks"][0] |= {"output": "text", "metric": "f1"}
     run = tiny.compute(Run(parse(RunConfig, tree)))
     scores = run.ledger.read(StageRef(task=0, stage="evaluate"), "scores.json")["tasks"]["0"]
     assert scores["score"] == scores["f1"] >= scores["exact_match"] >= 0.8
@@ -69,7 +69,7 @@ def test_a_task_with_free_text_is_scored_by_its_metric(tmp_path: Path) -> None:
 
 def test_turns_are_followed_through_their_dialogues() -> None:
     task = TaskConfig.model_validate(
-        {"id": "woz", "answer": "text", "metric": "joint_state", "source": {"kind": "jsonl", "path": "woz.jsonl"}}
+        {"id": "woz", "output": "text", "metric": "joint_state", "source": {"kind": "jsonl", "path": "woz.jsonl"}}
     )
     said = [("a-0", "food: thai;"), ("b-0", "area: west;"), ("a-1", "area: east;")]
     rows = [Row(name, "text", None, label) for name, label in said]
@@ -128,7 +128,7 @@ def test_distillation_follows_the_model_before_the_task(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_that_is_used_up_grows_at_the_next_task(tmp_path: Path) -> None:
-    science = {"model": {"answers": "text", "spare_task_tokens": 1}, "method": {"name": "lamol", "gamma": 0.5}}
+    science = {"model": {"output": "lm", "spare_task_tokens": 1}, "method": {"name": "lamol", "gamma": 0.5}}
     run = tiny.compute(tiny.make_run(tmp_path, {"science": science}, tasks=("food", "film")))
     stored = [ShardedWeights(run.ledger.path(StageRef(task=t, stage="train"))) for t in (0, 1)]
     name = next(name for name in stored[0] if name.endswith("wte.weight"))

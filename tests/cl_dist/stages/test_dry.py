@@ -50,19 +50,19 @@ def model(sizes: Sizes, **over: Any) -> ModelConfig:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "answers", "elements"),
+    ("sizes", "output", "elements"),
     [
         (bert, None, lambda h, d, f, a: 4 * h + 4 * d + 2 * f + a + 4 + LENGTH),
-        (gpt2, "text", lambda h, d, f, a: 4 * h + 4 * d + 5 * f + a + 4 + LENGTH),
-        (llama, "text", lambda h, d, f, a: 6 * h + 4 * d + 4 * f + a + 2 + LENGTH),
+        (gpt2, "lm", lambda h, d, f, a: 4 * h + 4 * d + 5 * f + a + 4 + LENGTH),
+        (llama, "lm", lambda h, d, f, a: 6 * h + 4 * d + 4 * f + a + 2 + LENGTH),
     ],
 )
 @pytest.mark.parametrize(("hidden", "inner", "heads"), [(32, 48, 4), (64, 48, 4), (32, 96, 4), (32, 48, 8)])
 def test_a_layer_keeps_what_a_sum_by_hand_says(
-    sizes: Callable[..., Sizes], answers: Any, elements: Callable[..., int], hidden: int, inner: int, heads: int
+    sizes: Callable[..., Sizes], output: Any, elements: Callable[..., int], hidden: int, inner: int, heads: int
 ) -> None:
     kept = [
-        TracedLearner(config("sequential"), model(sizes(n, hidden, inner, heads), answers=answers), (2,))
+        TracedLearner(config("sequential"), model(sizes(n, hidden, inner, heads), output=output), (2,))
         .micro(ROWS, LENGTH, 2)
         .kept["activations"]
         for n in (2, 3)
