@@ -297,7 +297,7 @@ def test_a_joint_state_needs_to_know_the_turns_of_each_dialogue(
         assert (checked.faults, checked.warnings) == ((), ())
     else:
         assert re.search(expected, str(checked.faults[0])), checked.faults[0]
-    assert not check(path, turns(*ids), answer="text", metric="turn_state", row_id=column).faults
+    assert not check(path, turns(*ids), output="text", metric="turn_state", row_id=column).faults
 
 
 @pytest.mark.parametrize(
