@@ -11,7 +11,7 @@ from typing import Any
 
 from cl_dist import sequence
 from cl_dist.checks import check_data, check_tokens, check_writing
-from cl_dist.config import Tree, apply_overrides, did_you_mean, parse, plain_yaml, read_yaml, yaml_text
+from cl_dist.config import Tree, apply_overrides, did_you_mean, parse, plain_yaml, read_yaml
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import ClDistError, ConfigError, DataError, StoppedError
 from cl_dist.ledger import write_json, write_text
@@ -21,6 +21,7 @@ from cl_dist.run_events import Tracker, Watcher, read_state, summary
 from cl_dist.sinks import Trackers
 from cl_dist.stage import flat
 from cl_dist.storage import run_lock, written
+from cl_dist.strict_yaml import yaml_text
 from launcher import console
 from launcher.report.page import write_report
 

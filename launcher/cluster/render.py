@@ -16,9 +16,10 @@ import typer
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cl_dist.config import Dumper, Tree, yaml_text
+from cl_dist.config import Tree
 from cl_dist.errors import ConfigError, require
 from cl_dist.run_config import ClusterConfig, RunConfig, load_run
+from cl_dist.strict_yaml import Dumper, yaml_text
 from launcher import console, runs
 from launcher.options import Config, Overrides
 
