@@ -1,6 +1,6 @@
-"""Rows as a classifier reads them: [CLS] text [SEP] text_pair [SEP] -> class of the task.
+"""Encoded rows for a classifier: [CLS] text [SEP] text_pair [SEP] -> class of the task.
 
-A tokenizer that knows no separator, as those of most decoders, puts a line break there.
+For tokenizers without a separator, as most decoders have, a line break separates the texts.
 
 Axes: B rows, L tokens.
 """
@@ -22,12 +22,12 @@ class Encoded(NamedTuple):
 
     ids: Tokens
     types: Tokens | None
-    """token_type_ids, where the tokenizer gives them."""
+    """token_type_ids, if the tokenizer returns them."""
     label: int
 
 
 class ClassifyRows(LazyExamples[Encoded]):
-    """The rows of one or more tasks, numbered through; batches are padded to their longest row."""
+    """Rows of one or more tasks, numbered consecutively; batches are padded to their longest row."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         super().__init__()
@@ -39,9 +39,9 @@ class ClassifyRows(LazyExamples[Encoded]):
     def add(
         self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False, max_length: int | None = None
     ) -> None:
-        """Append rows of a task; data.labels[k] is its class k. A class learns replayed rows like others.
+        """Append rows of a task; data.labels[k] is its class k. Replayed rows are treated like others.
 
-        max_length: Longest row of this task in tokens, where it is not that of the collection.
+        max_length: Longest row of this task in tokens; by default that of the collection.
         """
         self._append(Part(task, data, rows, max_length or self._max_length, replayed))
 
@@ -49,8 +49,8 @@ class ClassifyRows(LazyExamples[Encoded]):
         pairs = [row.text_pair for row in rows] if rows[0].text_pair is not None else None
         if pairs is not None and not self._separates:
             pairs = [f"\n{pair}" for pair in pairs]
-        found = self._tokenizer([row.text for row in rows], pairs, truncation=True, max_length=part.max_length)
-        types = found.get("token_type_ids")
+        encoding = self._tokenizer([row.text for row in rows], pairs, truncation=True, max_length=part.max_length)
+        types = encoding.get("token_type_ids")
         class_of = {label: number for number, label in enumerate(part.data.labels)}
         return [
             Encoded(
@@ -58,7 +58,7 @@ class ClassifyRows(LazyExamples[Encoded]):
                 None if types is None else np.array(types[number], dtype=np.int32),
                 class_of[row.label],
             )
-            for number, (row, ids) in enumerate(zip(rows, found["input_ids"], strict=True))
+            for number, (row, ids) in enumerate(zip(rows, encoding["input_ids"], strict=True))
         ]
 
     def length(self, number: int) -> int:

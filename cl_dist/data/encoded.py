@@ -1,4 +1,4 @@
-"""Encoded rows, numbered from 0 over all tasks: an order by length, dummies, padding, and encoding on demand."""
+"""Collections of encoded rows, numbered from 0 over all tasks: lazy encoding, order by length, dummies and padding."""
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -18,35 +18,35 @@ from cl_dist.data.sampler import DUMMY
 
 Tokens = NDArray[np.int32]
 CACHED = 65_536
-"""Encoded rows that a collection keeps: with rows of 128 tokens some 50 MB."""
+"""Encoded rows that a collection caches: about 50 MB with rows of 128 tokens."""
 
 
 class EncodedExamples(ABC):
-    """Encoded rows, numbered through."""
+    """Encoded rows, numbered consecutively."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def length(self, number: int) -> int:
-        """Return the tokens of a row."""
+        """Return the number of tokens of a row."""
 
     def by_length(self, indices: Iterable[int] | None = None) -> list[int]:
-        """Return row numbers, all unless some are given, from long to short: batches of neighbours need little padding.
+        """Return row numbers (default: all) from the longest row to the shortest, which minimizes padding in batches.
 
-        The largest batch comes first, so that too little memory shows at once.
+        The largest batch comes first, so that a lack of memory shows at once.
         """
         chosen = range(len(self)) if indices is None else [int(index) for index in indices]
         return sorted(chosen, key=lambda index: (-self.length(index), index))
 
-    def units(self, indices: Collection[int]) -> dict[str, float]:
-        """Return what the sums of a loss over these rows are divided by, by term: none but their number."""
+    def normalizers(self, indices: Collection[int]) -> dict[str, float]:
+        """Return the divisors of loss terms, by term, over these rows; by default the number of rows for all terms."""
         return {}
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows that were added together."""
+    """Rows added in one call."""
 
     task: int
     data: TaskData
@@ -59,15 +59,15 @@ E = TypeVar("E")
 
 
 class LazyExamples(EncodedExamples, Generic[E]):
-    """Rows that are encoded when a batch needs them, so that a collection starts in constant time and memory.
+    """Rows encoded on demand, so that a collection starts in constant time and memory.
 
-    The rows used last stay encoded. Several threads may read a collection at once.
+    Recently used rows stay encoded. Thread-safe for readers.
     """
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
         self._ends: list[int] = []
-        """Rows up to and including each part."""
+        """Number of rows up to and including each part."""
         self._cache: OrderedDict[int, E] = OrderedDict()
         self._lock = Lock()
 
@@ -80,7 +80,7 @@ class LazyExamples(EncodedExamples, Generic[E]):
 
     @abstractmethod
     def _encode(self, part: Part, rows: Sequence[Row]) -> list[E]:
-        """Encode some rows of a part, in their order."""
+        """Encode some rows of a part, in order."""
 
     def encoded(self, numbers: Sequence[int]) -> list[E]:
         """Return the rows of these numbers, encoded."""
@@ -102,12 +102,12 @@ class LazyExamples(EncodedExamples, Generic[E]):
             return [found[number] for number in numbers]
 
     def part(self, number: int) -> Part:
-        """Return the part that a row was added with."""
+        """Return the part of a row."""
         return self._parts[bisect_right(self._ends, number)]
 
 
 def real(indices: Iterable[int]) -> list[int]:
-    """Return row numbers with 0 in the place of dummies: a dummy is encoded as the first row."""
+    """Return row numbers with 0 for dummies: a dummy is encoded as the first row."""
     return [0 if index == DUMMY else int(index) for index in indices]
 
 
@@ -117,7 +117,7 @@ def weights(indices: Iterable[int]) -> Tensor:
 
 
 def padded(rows: Sequence[Any], fill: int) -> Tensor:
-    """Return rows of tokens filled up to the longest: (B, L) int64."""
+    """Return rows of tokens padded to the longest: (B, L) int64."""
     longest = max(len(row) for row in rows)
     filled = np.full((len(rows), longest), fill, dtype=np.int64)
     for number, row in enumerate(rows):

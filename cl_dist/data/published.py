@@ -1,7 +1,7 @@
-"""Checked rows of a task as Arrow files that any number of processes map into memory.
+"""Checked rows of a task as Arrow files, memory-mapped by any number of processes.
 
-The driver parses and checks raw files once and publishes the rows in the run folder; workers map them, so that a rank
-starts in constant memory however many rows there are. `datasets.Dataset.from_file` opens the files too.
+The driver parses and checks raw files once and publishes the rows in the run folder; workers map them, so a rank starts
+in constant memory, whatever the number of rows. `datasets.Dataset.from_file` can open the files.
 
     rows/TASK-KEY/  task.json  train.arrow  dev.arrow  test.arrow
 
@@ -29,7 +29,7 @@ from cl_dist.stage import digest_of
 
 HEADER = "task.json"
 FORMAT = 1
-"""Raised when the files or the rules of checking change: older ones are written anew."""
+"""Incremented when the file format or the checks change, which causes older files to be rewritten."""
 _BATCH = 4096
 _SCHEMA = pa.schema(
     [
@@ -47,7 +47,7 @@ _SCHEMA = pa.schema(
 
 
 class MappedRows(Sequence[Row]):
-    """The rows of one split, read from a memory-mapped Arrow file when they are asked for."""
+    """Rows of one split, read lazily from a memory-mapped Arrow file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,7 +58,7 @@ class MappedRows(Sequence[Row]):
 
     @cached_property
     def _ends(self) -> list[int]:
-        """Rows up to and including each batch."""
+        """Number of rows up to and including each batch."""
         return list(accumulate(len(batch) for batch in self._batches))
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class MappedRows(Sequence[Row]):
 
 
 def source_key(task: TaskConfig, data: DataConfig) -> str | None:
-    """Return the digest of a task's settings and raw files; None where a file is absent, or the source is on a hub."""
+    """Return the digest of a task's settings and raw files; None if a file is missing or the source is on a hub."""
     source = task.source
     files: dict[str, Any] = {}
     if source.kind != "planted":
@@ -113,7 +113,7 @@ def source_key(task: TaskConfig, data: DataConfig) -> str | None:
 
 
 def publish(loaded: TaskData, folder: Path) -> None:
-    """Write the rows of a task to a folder, which appears by one rename; nothing if it is there already.
+    """Write the rows of a task to a folder, which appears by one rename; do nothing if it exists.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -140,18 +140,18 @@ def publish(loaded: TaskData, folder: Path) -> None:
         }
         write_text(made / HEADER, json.dumps(header, indent=1))
         if folder.exists():
-            shutil.rmtree(folder)  # an attempt without a header
+            shutil.rmtree(folder)  # an incomplete attempt, without a header
         made.rename(folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
 def published(folder: Path, *, verify: bool = False) -> TaskData:
-    """Map the rows of a task.
+    """Return the memory-mapped rows of a task.
 
     Args:
-        folder: Where `publish` wrote them.
-        verify: Whether to compare the files with their digests first.
+        folder: Folder written by `publish`.
+        verify: Whether to compare the files with their digests.
 
     Raises:
         CheckpointError: If a file is missing or damaged.
@@ -161,7 +161,7 @@ def published(folder: Path, *, verify: bool = False) -> TaskData:
         for split, digest in header["files"].items():
             path = folder / f"{split}.arrow"
             if verify and sha256(path) != digest:
-                raise ValueError(f"{path.name} is not the file that {HEADER} names")
+                raise ValueError(f"{path.name} does not match its digest in {HEADER}")
         train, dev, test = (MappedRows(folder / f"{split}.arrow") for split in SPLITS)
         for rows in (train, dev, test):
             len(rows)  # maps the file

@@ -96,7 +96,7 @@ class Rows(Protocol):
     def by_length(self, indices: Iterable[int] | None = None) -> list[int]:
         """Return row numbers from long to short."""
 
-    def units(self, indices: Collection[int]) -> dict[str, float]:
+    def normalizers(self, indices: Collection[int]) -> dict[str, float]:
         """Return what each term of a loss over these rows is divided by; their number where a term is not named."""
 
     def batch(self, indices: Collection[int], device: torch.device | str = "cpu") -> Batch:

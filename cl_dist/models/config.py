@@ -10,13 +10,13 @@ from pydantic import Field
 
 from cl_dist.config import Section
 from cl_dist.errors import ConfigError, DataError
-from cl_dist.paths import Place, resolve
+from cl_dist.paths import ConfigPath, resolve
 
 
 class ModelConfig(Section):
     """The backbone that every task starts from."""
 
-    source: Place
+    source: ConfigPath
     """Folder or .gguf file, `package:NAME/inner/path` (one inside an installed package), or a name on the model hub."""
     revision: str | None = None
     """Commit on the hub: name one, so that the weights cannot change under a run."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cl_dist.data.language import TextCodec, encode_row
-from cl_dist.data.reading import unreadable
 from cl_dist.data.rows import Row
+from cl_dist.data.token_report import unreadable
 from cl_dist.errors import CheckpointError, DataError
 from cl_dist.methods import METHODS
 from cl_dist.methods.base import Learner

@@ -67,7 +67,7 @@ class RationaliseWorker:
         marked: Marked = []
         for number, row in enumerate(chosen):
             (mask_L,) = self._model.select(rows.batch([number], self._device)).tolist()
-            places = [place for place, is_chosen in zip(rows.places[number], mask_L, strict=False) if is_chosen]
+            places = [place for place, is_chosen in zip(rows.offsets[number], mask_L, strict=False) if is_chosen]
             marked.append((row.id, joined(places)))
         return marked
 

@@ -161,14 +161,14 @@ class _Loop:
         task_id, size = job.tasks[job.stage.task].id, job.train.global_batch
         _, indices = global_batch(job.seed, task_id, step, len(rows), size)
         indices = np.array(rows.by_length(indices))
-        units = rows.units(indices)
+        divisors = rows.normalizers(indices)
         self._engine.module.train()
         with seeded(job.seed, "step", step, world.rank):  # for dropout, the one thing that is drawn per rank
             for places in share(indices, world.rank, world.size, self._micro, num_micro):
                 batch = rows.batch(places, world.device)
                 loss = self._learner.loss(self._engine, batch, progress)
                 terms = {
-                    name: (term * batch["weight"]).sum() / units.get(name, len(indices))
+                    name: (term * batch["weight"]).sum() / divisors.get(name, len(indices))
                     for name, term in loss.rows.items()
                 }
                 self._engine.backward(_total(terms, world), _total(loss.own, world))

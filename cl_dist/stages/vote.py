@@ -120,7 +120,7 @@ class RecordWorker(_Reader):
 
     def _marked(self, row: Row, spans: Sequence[Span], kept: int) -> Bits:
         """Return which of the first `kept` tokens of a text lie in some spans."""
-        _, places = self._codec.encode_places(row.text)
+        _, places = self._codec.encode_with_offsets(row.text)
         return np.array(token_mask(places[:kept], spans), dtype=bool)
 
 

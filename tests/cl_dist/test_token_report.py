@@ -121,7 +121,7 @@ def test_a_special_token_that_no_row_holds_needs_no_embedding_and_a_row_that_hol
     again = make_run(tmp_path, seed=1, data={"overlap": "drop"})
     known = num_embeddings(given)
     said = refused(again, DataError)
-    assert f"food.jsonl, line 37, field text: holds '<image>', token {known} of the tokenizer" in said
+    assert f"food.jsonl, line 37, field text: contains '<image>', token {known} of the tokenizer" in said
 
 
 def test_a_model_that_writes_gets_what_it_lacks_unless_its_backbone_is_frozen(tmp_path: Path) -> None:
@@ -146,8 +146,8 @@ def test_a_text_of_no_token_is_a_fault_with_file_and_line(tmp_path: Path, split:
     path.write_text(json.dumps(tokenizer), "utf8")
     append(tmp_path, "\u2603", split)
     said = refused(found, DataError)
-    assert "food.jsonl, line 37, field text: the tokenizer makes no token of '\\u2603'" in said
-    assert said.count("makes no token") == 1
+    assert "food.jsonl, line 37, field text: the tokenizer encodes '\\u2603'" in said
+    assert said.count("as no token") == 1
 
 
 def test_mostly_unknown_words_are_a_warning(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -166,4 +166,4 @@ def test_a_long_text_loses_its_end_and_keeps_its_pair(run: Run) -> None:
     batch = encoded.batch([0, 1])
     assert batch["length"].tolist() == [6, min(6, len(data.dev[1].text.split()))]
     assert batch["context"].tolist()[0] == 3
-    assert [long.text[start:end] for start, end in encoded.places[0]] == ["the", "soup", "was"]
+    assert [long.text[start:end] for start, end in encoded.offsets[0]] == ["the", "soup", "was"]

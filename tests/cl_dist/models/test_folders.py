@@ -135,7 +135,7 @@ def test_a_run_folder_whose_name_is_no_utf8_is_refused_at_once(tmp_path: Path, m
     odd = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(odd)
     monkeypatch.chdir(os.fsdecode(odd))
-    with pytest.raises(ConfigError, match=r"whose name is no UTF-8") as caught:
+    with pytest.raises(ConfigError, match=r"is not valid UTF-8") as caught:
         parse(RunConfig, tree)
     assert str(caught.value).isascii()
     assert parse(RunConfig, tree | {"run": {"name": "tiny", "dir": str(tmp_path)}})

@@ -154,7 +154,7 @@ def test_what_trains_the_backbone_is_refused(tmp_path: Path) -> None:
     found = tree(tmp_path, "ctr", 4)
     for method in ("sequential", "lora"):
         found["science"]["method"] = {"name": method}
-        with pytest.raises(ConfigError, match=rf"weight_bits=4: method '{method}' trains .* take one of ctr"):
+        with pytest.raises(ConfigError, match=rf"weight_bits=4: method '{method}' trains .* use one of ctr"):
             parse(RunConfig, found)
 
 

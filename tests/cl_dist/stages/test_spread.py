@@ -123,7 +123,7 @@ def test_workers_that_cannot_hold_a_model_together_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"workers=3: expected a multiple of workers_per_model=2"):
         parse(ClusterConfig, {**sound, "workers": 3})
     for gpus in (0, 0.5, 1.5):
-        with pytest.raises(ConfigError, match="it is for models that whole GPUs hold together"):
+        with pytest.raises(ConfigError, match="expected an integer gpus_per_worker of 1 or more"):
             parse(ClusterConfig, {**sound, "gpus_per_worker": gpus})
     with pytest.raises(ConfigError, match="min_workers=1: expected workers_per_model=2 or more"):
         parse(ClusterConfig, {**sound, "min_workers": 1})
