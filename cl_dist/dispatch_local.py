@@ -1,4 +1,4 @@
-"""Runs stages in this process, on one worker: for debugging and for most tests."""
+"""Dispatcher that runs stages in this process, on one worker; for debugging and tests."""
 
 import signal
 from pathlib import Path
@@ -16,7 +16,7 @@ class LocalDispatcher:
     """One worker, no Ray."""
 
     _stop: signal.Signals | None = None
-    """What asked to stop while a stage came to its end; to be acted upon before the next one."""
+    """Signal that arrived while a stage finished; raised before the next stage."""
 
     def run(self, job: Job, out: str, tracker: Tracker) -> None:
         """Run a stage; see sequence.Dispatcher."""
@@ -32,8 +32,8 @@ class LocalDispatcher:
                 except StoppedError as error:
                     tracker.event({"event": "saved", "message": str(error)})
                     stopped = error
-            signal.raise_signal(noted[0])  # now for those who handled it before
-            raise stopped  # whoever handled it has let the run go on, which this stage cannot
+            signal.raise_signal(noted[0])  # the previous handler receives it now
+            raise stopped  # the handler returned, but this stage cannot continue
         finished = ShardStore(job, Path(out))
         worker = sharded(job.stage.kind).worker(job) if finished.missing else None
         for shard in reversed(finished.missing):
@@ -42,4 +42,4 @@ class LocalDispatcher:
         finished.merge()
 
     def close(self) -> None:
-        """Nothing is kept between stages."""
+        """Do nothing: no state persists between stages."""

@@ -1,6 +1,6 @@
-"""The table of stage kinds: one entry says everything the driver knows about a kind.
+"""Table of stage kinds: one entry has everything the driver knows about a kind.
 
-A new kind is a class in `stage.py`, an entry here, and a file in `stages/` with its worker. Torch-free.
+To add a kind, write a class in `stage.py`, an entry here, and a module in `stages/` with its worker. Torch-free.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -32,7 +32,7 @@ Reader = Callable[[str], Any]
 
 
 class Science(Protocol):
-    """The science half of a run file, as far as stages depend on it."""
+    """The part of the science section that stages depend on."""
 
     @property
     def seed(self) -> int:
@@ -44,18 +44,18 @@ class Science(Protocol):
 
     @property
     def evaluate(self) -> EvaluateConfig:
-        """How stages score."""
+        """Settings of scoring."""
 
     @property
     def generate(self) -> GenerateConfig:
-        """How samples are drawn."""
+        """Settings of sample generation."""
 
     def train_of(self, task: TaskConfig) -> TrainConfig:
         """Return the training settings of one task."""
 
 
 class RunView(Protocol):
-    """What an entry may ask about the run; `cl_dist.run.Run` is one."""
+    """The part of `cl_dist.run.Run` that entries use."""
 
     tasks: TaskSequence
 
@@ -65,7 +65,7 @@ class RunView(Protocol):
 
     @property
     def output(self) -> str:
-        """What is put on the backbone: "classifier" or "lm"."""
+        """Output layer on the backbone: "classifier" or "lm"."""
 
     def data(self, task: int) -> TaskData:
         """Return the rows of a task."""
@@ -77,10 +77,10 @@ class RunView(Protocol):
         """Return the longest input of a task in tokens."""
 
     def backbone_facts(self, stage: Stage) -> Facts:
-        """Return what identifies the backbone of a stage."""
+        """Return the fingerprint inputs of the backbone of a stage."""
 
     def num_rows(self, stage: Stage) -> int:
-        """Return how many rows a stage trains on, writes or scores."""
+        """Return the number of rows that a stage trains on, generates or scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """A stage in shards: how many, and the forward passes of one as (how many, tokens of each)."""
+    """The shards of a stage: their number, and the forward passes of one shard as (count, tokens per pass)."""
 
     number: int
     passes: tuple[tuple[int, int], ...]
@@ -105,32 +105,32 @@ class Shards:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageKind:
-    """What the driver knows about one kind of stage."""
+    """One kind of stage, from the driver's point of view."""
 
     facts: Callable[[RunView, Any], Facts]
-    """What decides its result, apart from its plan, its rows and the fingerprints of its inputs."""
+    """Fingerprint inputs other than its plan, its rows and the fingerprints of the stages it reads."""
     row_facts: Callable[[RunView, Any], Facts]
-    """The part of the fingerprint that follows from the rows it reads."""
+    """Fingerprint inputs derived from the rows it reads."""
     num_rows: Callable[[RunView, Any], int]
-    """Rows it trains on, writes or scores."""
+    """Number of rows it trains on, generates or scores."""
     reads: Callable[[Any], list[tuple[int, str]]]
-    """Tasks whose rows it reads, each with the splits."""
+    """Tasks whose rows it reads, with the names of the splits."""
     starts_from: Callable[[Any], StageRef | None]
-    """The Train stage whose model it starts from; None where it is the backbone, or one of several models."""
+    """Train stage whose model it starts from; None for the backbone, and for a choice of several models."""
     writes: tuple[str, ...]
     """Files of the finished stage."""
     worker: str | None
-    """'module:NAME' of its `stages.shards.ShardedKind`; None for the kind that a gang trains."""
+    """'module:NAME' of its `stages.shards.ShardedKind`; None for the kind that a gang runs."""
     metrics: Callable[[Reader], dict[str, float]] = lambda read: {}
-    """Numbers of a finished stage for trackers and the summary."""
+    """Metrics of a finished stage for trackers and the summary."""
     section: str | None = None
-    """Section of summary.json that lists what its stages found."""
+    """Section of summary.json for the results of its stages."""
     found: Callable[[RunView, Any, Reader], list[Facts]] = lambda run, stage, read: []
-    """Lines of that section."""
+    """Entries of that section."""
     memory: Literal["forward", "attention", "generation"] | None = None
-    """What a worker holds besides the model: activations of `evaluate.batch` rows, attention maps, or a KV cache."""
+    """Memory in addition to the model: activations of `evaluate.batch` rows, attention maps, or a KV cache."""
     cost: Callable[[Science, Any, int, Sizes], Shards] | None = None
-    """(science, stage, rows, sizes) -> its shards and their forward passes; None where that is not estimated."""
+    """(science, stage, rows, sizes) -> shards and their forward passes; None if there is no estimate."""
 
 
 def kind_of(stage: Stage) -> StageKind:
@@ -143,7 +143,7 @@ def _name(run: RunView, task: int) -> str:
 
 
 def _lengths(run: RunView, stage: Stage, tasks: Iterable[int]) -> dict[str, int]:
-    """Return where rows are cut, by task id; the length of the stage's own task is among its settings."""
+    """Return max_length by task id, where it differs from that of the stage's own task (part of its settings)."""
     own = run.max_length(stage.task)
     return {_name(run, u): run.max_length(u) for u in tasks if run.max_length(u) != own}
 
@@ -183,10 +183,10 @@ def _train_row_facts(run: RunView, stage: Train) -> Facts:
 
 def _train_rows(run: RunView, stage: Train) -> int:
     new = len(run.data(stage.task).train)
-    kept = stage.replay_rows if stage.budget is None else stage.budget.per_task(new, len(stage.replay))
-    written = 0 if stage.samples is None else run.num_rows(run.stage(stage.samples))
-    replayed = sum(min(kept, len(run.data(task).train)) for task in stage.replay)
-    return sum(len(run.data(task).train) for task in stage.data) + replayed + written
+    per_task = stage.replay_rows if stage.budget is None else stage.budget.per_task(new, len(stage.replay))
+    generated = 0 if stage.samples is None else run.num_rows(run.stage(stage.samples))
+    replayed = sum(min(per_task, len(run.data(task).train)) for task in stage.replay)
+    return sum(len(run.data(task).train) for task in stage.data) + replayed + generated
 
 
 def _train_reads(stage: Train) -> list[tuple[int, str]]:
@@ -204,9 +204,9 @@ def _generate_facts(run: RunView, stage: Generate) -> Facts:
 
 
 def _generate_metrics(read: Reader) -> dict[str, float]:
-    written = read("replay.json")["tasks"].values()
+    statistics = read("replay.json")["tasks"].values()
     names = ("requested", "generated", "malformed", "duplicate", "kept")
-    return {f"replay/{name}": sum(numbers[name] for numbers in written) for name in names}
+    return {f"replay/{name}": sum(numbers[name] for numbers in statistics) for name in names}
 
 
 def _generate_found(run: RunView, stage: Generate, read: Reader) -> list[Facts]:
@@ -260,7 +260,7 @@ def _vote_metrics(read: Reader) -> dict[str, float]:
 
 
 def _vote_found(run: RunView, stage: Vote | Choose, read: Reader) -> list[Facts]:
-    """Return the choice and the counts behind it: histograms of the chosen units, and the sum of the others."""
+    """Return the choice and its evidence: histograms of the chosen units, and the sum over the other units."""
     found = read("critical.json")
     line = {name: value for name, value in found.items() if name not in ("minima", "histogram")}
     if "histogram" in found:

@@ -1,4 +1,4 @@
-"""A run: its tasks, plan, rows and ledger, and the fingerprint inputs and the job of each stage."""
+"""Run: tasks, plan, rows and ledger, and the fingerprint inputs and job of each stage."""
 
 import logging
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Run:
-    """One sequence of tasks with one method in one run folder."""
+    """One sequence of tasks, learned with one method, in one run folder."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def output(self) -> str:
-        """What the method puts on the backbone: "classifier" or "lm"."""
+        """Output layer that the method puts on the backbone: "classifier" or "lm"."""
         return METHODS[self.science.method.name].output(self.science.model.output)
 
     def plan(self, task: int) -> list[Stage]:
@@ -65,7 +65,7 @@ class Run:
         return self.science.train_of(self.tasks.tasks[task]).max_length
 
     def data(self, task: int) -> TaskData:
-        """Return the checked rows of a task, mapped from the run folder where its source has not changed.
+        """Return the checked rows of a task, memory-mapped from the run folder if its source has not changed.
 
         Raises:
             DataError: With every fault, by file, line and field.
@@ -76,7 +76,7 @@ class Run:
         return self._data[task]
 
     def publish(self, task: int) -> Path:
-        """Write the checked rows of a task to the run folder, where workers map them, and return their folder.
+        """Write the checked rows of a task to the run folder for workers to map, and return their folder.
 
         Raises:
             DataError: With every fault, by file, line and field.
@@ -90,19 +90,19 @@ class Run:
 
     @property
     def _rows(self) -> Path:
-        """The folder of published rows; baselines share that of their run."""
+        """Folder of published rows; baselines share that of their run."""
         folder = self.config.folder
         return (folder.parent.parent if folder.parent.name == "baselines" else folder) / "rows"
 
     def num_rows(self, stage: Stage) -> int:
-        """Return how many rows a stage trains on, writes or scores."""
+        """Return the number of rows that a stage trains on, generates or scores."""
         return kind_of(stage).num_rows(self, stage)
 
     def facts(self, stage: Stage) -> dict[str, Any]:
-        """Return everything that decides a stage's result, flat, so that a difference can be named.
+        """Return the fingerprint inputs of a stage, everything that decides its result, as a flat mapping.
 
-        Settings at their default and tasks that the stage does not see are left out; inputs enter as fingerprints.
-        Nothing of `run` or `cluster` is in it.
+        Omits defaults and tasks that the stage does not read; stages it reads enter as fingerprints. Contains nothing
+        from `run` or `cluster`.
         """
         key = ref(stage)
         if key not in self._facts:
@@ -113,10 +113,10 @@ class Run:
         return self._facts[key]
 
     def backbone_facts(self, stage: Stage) -> dict[str, Any]:
-        """Return what identifies the backbone of a stage.
+        """Return the fingerprint inputs of the backbone of a stage.
 
         Raises:
-            DataError: If the stage was computed with a folder, and there is none of that name here.
+            DataError: If the stage was computed with a local folder that does not exist here.
         """
         model = self.science.model
         facts = model_facts(model)
@@ -126,13 +126,13 @@ class Run:
         return facts
 
     def check_rows(self, *stages: Stage) -> None:
-        """Compare the rows that finished stages have learned and scored with those that are there now.
+        """Check that the rows used by finished stages have not changed.
 
         Args:
-            stages: Those to look at; all of the run if none are given.
+            stages: Stages to check; by default all of the run.
 
         Raises:
-            StageConflictError: If they are others.
+            StageConflictError: If they have.
         """
         for stage in stages or self.stages():
             manifest = self.ledger.manifest(ref(stage))
@@ -143,10 +143,10 @@ class Run:
                 raise StageConflictError(self.ledger.key(ref(stage)), changed)
 
     def job(self, stage: Stage) -> Job:
-        """Return what a worker needs to run a stage; publishes the rows of the tasks so far.
+        """Return the job of a stage for workers; publishes the rows of the tasks so far.
 
         Raises:
-            DataError: If rows cannot be used.
+            DataError: If rows are invalid.
             OSError: If the run folder cannot be written.
         """
         science, seen = self.science, range(stage.task + 1)
@@ -168,7 +168,7 @@ class Run:
         )
 
     def check_inputs(self, stage: Stage) -> None:
-        """Compare the files of all stages that a stage reads with their manifests.
+        """Verify the files of all stages that a stage reads.
 
         Raises:
             CheckpointError: If one is missing or damaged.
@@ -177,7 +177,7 @@ class Run:
             self.ledger.verify(read)
 
     def _chain(self, stage: Stage) -> list[StageRef]:
-        """Return the Train stages whose weights make up the model that a stage starts from, oldest first."""
+        """Return the Train stages whose weights compose the model that a stage starts from, oldest first."""
         chain: list[StageRef] = []
         while (before := kind_of(stage).starts_from(stage)) is not None:
             chain.insert(0, before)
@@ -188,14 +188,14 @@ class Run:
 def _load(task: TaskConfig, data: DataConfig, folder: Path) -> TaskData:
     key = source_key(task, data)
     if key is not None and (mapped := folder / f"{task.id}-{key[:16]}" / HEADER).exists():
-        found = published(mapped.parent, verify=True)
-        for warning in found.warnings:
+        loaded = published(mapped.parent, verify=True)
+        for warning in loaded.warnings:
             log.warning("data task=%s %s", task.id, warning)
-        return found
+        return loaded
     return _checked(task.model_dump_json(), data.model_dump_json(), key)
 
 
 @lru_cache(maxsize=256)
 def _checked(task: str, data: str, key: str | None) -> TaskData:
-    """Check the rows of a task; a run and its baselines ask for the same ones."""
+    """Load and check the rows of a task; cached, since a run and its baselines read the same ones."""
     return load_task(TaskConfig.model_validate_json(task), DataConfig.model_validate_json(data))

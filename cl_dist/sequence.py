@@ -1,4 +1,4 @@
-"""The loop: every stage of every task, in order, each once."""
+"""Main loop: runs every stage of every task once, in order."""
 
 import logging
 from typing import Protocol
@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 class Dispatcher(Protocol):
-    """Runs one stage somewhere and returns when its files lie in a folder."""
+    """Runs one stage, and returns when its files are in the output folder."""
 
     def run(self, job: Job, out: str, tracker: Tracker) -> None:
-        """Run a stage and write its files to out; progress events go to the tracker.
+        """Run a stage, write its files to `out`, and send progress events to the tracker.
 
         Raises:
             ClDistError: If the stage cannot be computed, after retries.
@@ -24,10 +24,10 @@ class Dispatcher(Protocol):
 
 
 def run_stages(run: Run, dispatcher: Dispatcher, tracker: Tracker) -> None:
-    """Compute what is missing of a run.
+    """Run the stages of a run that have no result yet.
 
-    A finished stage is skipped when its settings are those asked for now, and refused when they are not, before any
-    other stage is begun. Killed anywhere, the same call goes on at the first stage without a result.
+    Skips stages that are finished with the current settings. If the settings of a finished stage differ, raises before
+    any stage starts. After an interruption the same call resumes at the first stage without a result.
     """
     with storage_errors(run.ledger.folder):
         _run(run, dispatcher, tracker)
@@ -47,5 +47,5 @@ def _run(run: Run, dispatcher: Dispatcher, tracker: Tracker) -> None:
 
 
 def remaining(run: Run) -> list[Stage]:
-    """Return the stages that a run has no result of yet."""
+    """Return the stages of a run that have no result yet."""
     return [stage for stage in run.stages() if not run.ledger.is_done(stage)]

@@ -1,7 +1,7 @@
-"""What a run tells, sent on to TensorBoard, MLflow or Weights & Biases as well; the driver's side, without torch.
+"""Sinks that send a run's metrics to TensorBoard, MLflow and Weights & Biases; on the driver, torch-free.
 
-Numbers of training lie at the optimizer step, counted over all tasks; numbers of a finished stage at its task. What a
-tracker needs to go on as the same run lies in the run folder: a run of many attempts is one run there.
+The axis of training metrics is the optimizer step, counted over all tasks; that of a finished stage's metrics is the
+task. The run folder stores the tracker's run id, so all attempts at a run are one run in the tracker.
 """
 
 import json
@@ -20,33 +20,33 @@ from cl_dist.ledger import write_json
 Name = Literal["tensorboard", "mlflow", "wandb"]
 STATE, EVENTS = "metrics/trackers.json", "metrics/events.jsonl"
 ENDINGS = {"finished": "FINISHED", "failed": "FAILED"}
-"""MLflow's words; a run that was stopped or interrupted is KILLED there until it goes on."""
+"""Run status in MLflow; a stopped or interrupted run is KILLED until it resumes."""
 
 
 class Sink(Protocol):
     """One tracker."""
 
     def log(self, numbers: Mapping[str, float], step: int, axis: str) -> None:
-        """Take numbers at a step; axis says what it counts: "step" (of the optimizer) or "task"."""
+        """Log metrics at a step; axis is the unit that it counts: "step" (of the optimizer) or "task"."""
 
     def close(self, status: str) -> None:
-        """Take note of how this attempt at the run has ended."""
+        """Record how this attempt at the run ended."""
 
 
 class Trackers:
-    """A watcher of a run's events that sends their numbers to sinks."""
+    """Watcher of a run's events that sends their metrics to sinks."""
 
     def __init__(self, names: Sequence[Name], folder: Path, run: str, settings: Mapping[str, Any]) -> None:
-        """Open the sinks; settings are the run file's, for those that show them.
+        """Open the sinks; `settings` are those of the run file, for sinks that display them.
 
         Raises:
-            ConfigError: If the package of one is not installed.
+            ConfigError: If the package of a sink is not installed.
         """
         self._totals = _totals(folder / EVENTS)
         self._sinks = [_opened(name)(folder, run, settings) for name in names]
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Send on what an event says."""
+        """Send the metrics of an event to all sinks."""
         kind = event["event"]
         if kind == "round":
             self._totals[event["stage"]] = event["total_steps"]
@@ -54,10 +54,9 @@ class Trackers:
             before = sum(self._totals[stage] for stage in stages[: stages.index(event["stage"])])
             self._log({name: value for name, value in event.items() if "/" in name}, before + event["step"], "step")
         elif kind == "stage_done":
-            told = ("train/", "dev/")  # round by round
-            self._log(
-                {n: value for n, value in event["metrics"].items() if not n.startswith(told)}, event["task"], "task"
-            )
+            per_round = ("train/", "dev/")  # already logged with the rounds
+            metrics = {n: value for n, value in event["metrics"].items() if not n.startswith(per_round)}
+            self._log(metrics, event["task"], "task")
         elif kind in ("finished", "stopped", "interrupted", "failed"):
             self._log(event.get("metrics", {}), event.get("tasks", 1) - 1, "task")
             for sink in self._sinks:
@@ -70,12 +69,12 @@ class Trackers:
 
 
 def _totals(path: Path) -> dict[str, int]:
-    """Return the optimizer steps of each stage that earlier attempts have told of, in their order."""
+    """Return the number of optimizer steps of each stage in the events of earlier attempts, in order."""
     totals: dict[str, int] = {}
     if path.exists():
         for line in path.read_text(encoding="utf8", errors="replace").splitlines():
             if '"round"' in line:
-                with suppress(ValueError, KeyError, TypeError, RecursionError):  # a kill may have cut a line off
+                with suppress(ValueError, KeyError, TypeError, RecursionError):  # a kill may have truncated a line
                     event = json.loads(line)
                     totals[event["stage"]] = event["total_steps"]
     return totals
@@ -95,15 +94,15 @@ def _opened(name: Name) -> Callable[[Path, str, Mapping[str, Any]], Sink]:
             return Wandb
 
 
-def _kept(folder: Path, name: str, make: Callable[[], str]) -> str:
-    """Return a tracker's id of this run: that of the first attempt."""
+def _stored_id(folder: Path, name: str, make: Callable[[], str]) -> str:
+    """Return the id of this run in a tracker, created by the first attempt."""
     path = folder / STATE
-    known: dict[str, str] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
-    if name not in known:
+    ids: dict[str, str] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    if name not in ids:
         path.parent.mkdir(parents=True, exist_ok=True)
-        known[name] = make()
-        write_json(path, known)
-    return known[name]
+        ids[name] = make()
+        write_json(path, ids)
+    return ids[name]
 
 
 class TensorBoard:
@@ -137,9 +136,9 @@ class Mlflow:
         store = os.environ.get("MLFLOW_TRACKING_URI")
         if not store:
             store = (folder.absolute() / "mlflow").as_uri()
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # the client alone has no driver of a database
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow-skinny has no database driver
         self._client: Any = MlflowClient(store)
-        self._run = _kept(folder, "mlflow", lambda: self._new(run, settings))
+        self._run = _stored_id(folder, "mlflow", lambda: self._new(run, settings))
         self._client.update_run(self._run, "RUNNING")
 
     def _new(self, run: str, settings: Mapping[str, Any]) -> str:
@@ -161,12 +160,12 @@ class Mlflow:
 
 
 class Wandb:
-    """A run of the project `cl-dist`: offline, in <run folder>/wandb, unless WANDB_MODE says otherwise."""
+    """A run of the project `cl-dist`: offline, in <run folder>/wandb, unless WANDB_MODE is set."""
 
     def __init__(self, folder: Path, run: str, settings: Mapping[str, Any]) -> None:
         import wandb
 
-        made = _kept(folder, "wandb", lambda: uuid.uuid4().hex[:12])
+        made = _stored_id(folder, "wandb", lambda: uuid.uuid4().hex[:12])
         mode: Any = os.environ.get("WANDB_MODE", "offline")
         self._run: Any = wandb.init(
             project="cl-dist", id=made, name=run, resume="allow", mode=mode, dir=folder, config=dict(settings)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cl_dist.models.architectures import architecture, layers_of
 from cl_dist.models.backbone import replace
 from cl_dist.models.classifier import Classifier, freeze
-from cl_dist.partition import whole
+from cl_dist.partition import gathered
 
 
 @dataclass
@@ -28,7 +28,7 @@ def copied(module: nn.Module) -> nn.Module:
     """Return a copy with whole weights, also of a module that ZeRO-3 has cut up; then a collective."""
     copy = deepcopy(module)
     for own, base in zip(copy.parameters(), module.parameters(), strict=True):
-        with whole(base) as values:
+        with gathered(base) as values:
             own.data = values.clone()
     return copy
 

@@ -39,7 +39,7 @@ def test_the_readme_lists_every_exit_code() -> None:
 
 def test_a_conflict_names_each_setting_with_both_values_and_what_to_do() -> None:
     error = StageConflictError("01-film/train", {"train.lr": (0.1, 0.2), "seed": (0, 1)})
-    assert "01-film/train is already done with other settings" in str(error)
+    assert "01-film/train is already done with different settings" in str(error)
     assert "  train.lr: finished with 0.1, now 0.2" in str(error)
     assert "  seed: finished with 0, now 1" in str(error)
     assert "run.name=" in str(error)

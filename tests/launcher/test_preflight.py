@@ -77,7 +77,7 @@ def test_what_loading_the_rows_warns_of_is_found(cli: Cli, run_file: Path) -> No
     path.write_text(changed, encoding="utf8")
     code, found = looked_at(cli, run_file)
     assert (code, found["fail"]) == (0, [])
-    (warning,) = [finding["found"] for finding in found["warn"] if "read alike" in finding["found"]]
+    (warning,) = [finding["found"] for finding in found["warn"] if "look the same" in finding["found"]]
     assert r"'GOOD\x1b[31m' (1 row)" in warning
     shown = cli("check", run_file)
     assert (shown.code, "\x1b" in shown.out) == (0, False)
@@ -143,10 +143,10 @@ def test_a_question_that_is_too_long_is_told_with_the_limit_of_its_task(cli: Cli
 @pytest.mark.parametrize(
     ("labels", "told"),
     [
-        (("+", "-"), "labels '+' and '-' are the same to the tokenizer ([UNK])"),
-        (("Good", "good"), "labels 'Good' and 'good' are the same to the tokenizer (good)"),
-        (("good", "good "), "labels 'good' and 'good ' are the same"),
-        (("good cake", "\u0301"), "is no token to the tokenizer"),
+        (("+", "-"), "the tokenizer encodes labels '+' and '-' alike ([UNK])"),
+        (("Good", "good"), "the tokenizer encodes labels 'Good' and 'good' alike (good)"),
+        (("good", "good "), "labels 'good' and 'good ' alike"),
+        (("good cake", "\u0301"), "as no token"),
     ],
 )
 def test_labels_that_the_tokenizer_cannot_tell_apart_are_told_before_the_first_stage(
@@ -299,4 +299,4 @@ def test_a_row_of_no_token_is_found(cli: Cli, run_file: Path) -> None:
         file.write(json.dumps({"id": "last", "text": "\u200b", "label": "good", "split": "test"}) + "\n")
     code, found = looked_at(cli, run_file)
     assert (code, [finding["where"] for finding in found["fail"]]) == (4, ["task film"])
-    assert "film.jsonl, line 37, field text: the tokenizer makes no token of '\\u200b'" in found["fail"][0]["found"]
+    assert "film.jsonl, line 37, field text: the tokenizer encodes '\\u200b'" in found["fail"][0]["found"]

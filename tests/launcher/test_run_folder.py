@@ -92,7 +92,7 @@ def test_rows_that_have_changed_since_are_told_and_nothing_is_written(
     ended = cli(first, run, *rest)
     told = ended.json()["message"] if "--json" in rest else ended.err
     assert ended.code == 6, told
-    assert "The rows of its tasks are not those that it was computed on" in told.replace("\n", " ")
+    assert "The rows of its tasks have changed since it was computed" in told.replace("\n", " ")
     assert "rows.food" in told
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
