@@ -136,7 +136,7 @@ def test_a_row_that_cannot_be_read_by_a_model_that_writes_is_told_before_the_fir
 def test_a_question_that_is_too_long_is_told_with_the_limit_of_its_task(cli: Cli, tmp_path: Path) -> None:
     code, found = looked_at(cli, writes(tmp_path, question=LONG, train={"max_length": 14}))
     assert code == 4
-    assert "12 + 1 tokens, with 2 special ones 15, more than train.max_length=14" in found["fail"][0]["found"]
+    assert "12 + 1 tokens, 15 with 2 special ones, but train.max_length=14" in found["fail"][0]["found"]
     assert looked_at(cli, writes(tmp_path, question=LONG, train={"max_length": 15}))[0] == 0
 
 
@@ -177,7 +177,7 @@ def test_the_labels_of_a_baseline_that_writes_are_looked_at_too(cli: Cli, tmp_pa
     over = {"method": {"name": "sequential"}, "model": {"output": "lm"}, "train": {"max_length": 5}}
     code, found = looked_at(cli, save_run(run, tree | {"baselines": {"short": over}}))
     assert code == 4
-    assert "more than train.max_length=5" in found["fail"][0]["found"]
+    assert "but train.max_length=5" in found["fail"][0]["found"]
 
 
 @pytest.mark.parametrize(("metric", "package"), [("rouge_l", "rouge_score"), ("bleu", "sacrebleu")])

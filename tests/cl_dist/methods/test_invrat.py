@@ -137,7 +137,7 @@ def rows(count: int, environment: str | None = None) -> list[Row]:
 def test_environments_are_read_or_made() -> None:
     named = [replace(row, environment="ab"[number // 3]) for number, row in enumerate(rows(6))]
     assert environments(named, 2) == [0, 0, 0, 1, 1, 1]
-    with pytest.raises(DataError, match="environments=2: the rows name 3: a, b, c"):
+    with pytest.raises(DataError, match="environments=2: the rows have 3: a, b, c"):
         environments([*named, replace(named[0], environment="c")], 2)
     mixed = rows(40)
     for number in (4, 5, 6, 7, 20, 21):  # words say one thing, the label the other
