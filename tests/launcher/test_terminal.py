@@ -231,15 +231,13 @@ def test_usage_errors_are_one_json_document_when_asked_for(cli: Cli) -> None:
         assert ended.json()["message"]
 
 
-def test_the_exit_codes_of_the_help_are_those_of_the_errors_and_of_the_readme(cli: Cli) -> None:
+def test_the_exit_codes_of_the_help_are_those_of_the_errors_and_of_the_page(cli: Cli) -> None:
     found = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ClDistError)]
     assert {kind.exit_code for kind in found} | {0, console.INTERRUPTED} == set(EXIT_CODES)
     shown = re.sub(r"\s+", " ", cli("--help").out)
     assert all(f"{code} {meaning.split()[0]}" in shown for code, meaning in EXIT_CODES.items())
-    readme = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf8"))
-    listed = re.search(r"Exit codes: (.*?)\. ", readme)
-    assert listed is not None
-    assert {int(code) for code in re.findall(r"(?:^|, )(\d+) ", listed[1])} == set(EXIT_CODES)
+    page = (ROOT / "launcher/README.md").read_text(encoding="utf8")
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", page, flags=re.MULTILINE)} == set(EXIT_CODES)
 
 
 @settings(max_examples=200 * TIMES, deadline=None)
