@@ -61,6 +61,7 @@ class Science(Section):
 
     schema_version: Literal[1] = 1
     seed: int = Field(0, ge=0)
+    """Seed of all random draws of the run."""
     model: ModelConfig
     method: SerializeAsAny[MethodConfig]
     tasks: list[TaskConfig] = Field(min_length=1)
@@ -144,13 +145,16 @@ class ClusterConfig(EngineConfig):
     address: str | None = None
     """Ray cluster to join ('auto' finds one on this machine); None starts a local one for the run."""
     workers: int = Field(1, gt=0)
+    """Number of training processes, each with its own device."""
     min_workers: int | None = Field(None, gt=0)
     """With it the gang is elastic: it goes on with so few workers where nodes are lost, and grows to `workers` when
     they come back, each time from the last checkpoint (see checkpoint_minutes)."""
     elastic_interval_s: float = Field(60.0, gt=0)
     """How often an elastic gang looks whether it can grow."""
     cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs that Ray reserves for a worker."""
     gpus_per_worker: float = Field(0.0, ge=0)
+    """GPUs that Ray reserves for a worker; 0 trains on CPUs."""
     workers_per_model: int = Field(1, gt=0)
     """How many workers' resources hold one model where it has to be whole: when it writes, votes or is scored. With
     more than 1 a model that the first of these GPUs cannot hold lies on all of them, by layers; same bits."""

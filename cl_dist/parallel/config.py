@@ -17,6 +17,7 @@ class EngineConfig(Section):
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """torch: one worker, float32, no ZeRO: the reference that everything else is compared with."""
     zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: 0 replicates everything, 1 partitions optimizer states, 2 gradients too, 3 parameters too."""
     micro_batch: int | Literal["auto"] = "auto"
     """Rows a worker holds at once; auto takes its whole share of the global batch, up to 32."""
     persistence_threshold: int = Field(0, ge=0)
