@@ -28,6 +28,7 @@ class RunSection(Section):
     """Name and place of the run."""
 
     name: Annotated[str, Field(pattern=NAME)]
+    """Name of the run and of its folder; a run file without it gives its own file name."""
     dir: Place = "runs"
     """Folder that holds run folders, `~` is expanded; on a cluster, one that every node sees."""
     mirror: str | None = None
@@ -60,6 +61,7 @@ class Science(Section):
     """Everything that decides results, and nothing else: what stages are identified by."""
 
     schema_version: Literal[1] = 1
+    """Version of the run file's format."""
     seed: int = Field(0, ge=0)
     """Seed of all random draws of the run."""
     model: ModelConfig

@@ -74,7 +74,7 @@ def configuration() -> dict[str, Any]:
         "docs_dir": "pages",
         "site_dir": "site",
         "use_directory_urls": False,
-        "theme": {"name": "material", "font": False, "features": ["navigation.indexes", "content.code.copy"]},
+        "theme": {"name": "material", "font": False, "features": ["content.code.copy"]},
         "plugins": ["search"],
         "markdown_extensions": ["tables", "toc", "pymdownx.superfences"],
         "validation": {"links": {"anchors": "warn", "not_found": "warn", "unrecognized_links": "warn"}},
