@@ -21,7 +21,8 @@ HISTORY = ("CHANGELOG.md", "cl_dist/DECISIONS.md", "cl_dist/decisions/")
 """Pages that name settings, modules and words as they were on a date."""
 LANGUAGES = {"sh", "yaml", "python", "text"}
 BANNED = re.compile(
-    r"\b(told|held|beside|so many|nobody|whoever|anybody|for ever|mend(s|ed|ing)?|those that|lab diary)\b", flags=re.I
+    r"\b(told|held|beside|so many|nobody|whoever|anybody|for ever|mend(s|ed|ing)?|those that|at hand|made anew)\b",
+    flags=re.I,
 )
 PATH = re.compile(rf"(?:{'|'.join(markdown.FOLDERS)})/[\w./-]+")
 PICTURES = ("launcher/pictures/report.png", "launcher/pictures/terminal.svg")
