@@ -23,7 +23,9 @@ def test_commands_of_a_block_can_be_called(block: Block) -> None:
     assert [problem for words in found if program(words) and (problem := fault(words))] == []
 
 
-@pytest.mark.parametrize("block", SHELL_BLOCKS, ids=where)
+@pytest.mark.parametrize(
+    "block", [*SHELL_BLOCKS, *(block for block in OTHERS if block.language == "python")], ids=where
+)
 def test_a_block_names_the_tests_that_run_it_or_a_reason(block: Block) -> None:
     assert block.kind, f"{block.where}: put <!-- run by: TESTS --> or <!-- not run: REASON --> directly above"
     if block.kind == "not run":
@@ -34,7 +36,8 @@ def test_a_block_names_the_tests_that_run_it_or_a_reason(block: Block) -> None:
     text = "\n".join(path.read_text(encoding="utf8") for path in tests)
     if "tests/launcher/test_readme.py" in block.by:  # it runs the blocks as they stand
         return
-    verbs = {words[1] for words in commands(block.text) if program(words) == "cl-dist"}
+    shell = block.text if block.language == SHELL else ""
+    verbs = {words[1] for words in commands(shell) if program(words) == "cl-dist"}
     assert [verb for verb in verbs if not re.search(rf"\b{re.escape(verb)}\b", text)] == []
 
 
