@@ -12,13 +12,17 @@ Axes: B rows, S = B or 2 B sequences, L tokens, N positions that have a label.
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cl_dist.data.encoded import EncodedExamples, real, weights
 from cl_dist.data.rows import Row, TaskData
+from cl_dist.data.sampler import Indices
 from cl_dist.errors import DataError
 from cl_dist.tokens import num_ids
 
@@ -231,27 +235,29 @@ class LanguageRows(EncodedExamples):
         numbers = real(indices)
         rows = [self._rows[number] for number in numbers]
         length = max(len(row) for row in rows)
-        ids: list[list[int]] = []
-        labels: list[tuple[int, int, int, int, float]] = []
-        for part in (QA, LM) if self._samples else (QA,):
-            for owner, row in enumerate(rows):
-                full = [*row.prefix, self.special.ans, *row.answer]
-                targets = [*full[1:], self.special.eos] if part == QA else [*full, self.special.eos]
-                first = len(row.prefix) if part == QA else 0
-                tokens = full if part == QA else [row.gen, *full]
-                start = len(ids) * length
-                for at in range(first, len(tokens)):
-                    is_ans = part == LM and at == len(row.prefix)
-                    labels.append((start + at, targets[at], owner, part, self._ans_weight if is_ans else 1.0))
-                ids.append(tokens + [self.special.pad] * (length - len(tokens)))
-        place, target, owner_N, part_N, unit = zip(*labels, strict=True)
+        full = [np.array([*row.prefix, self.special.ans, *row.answer]) for row in rows]
+        parts = (QA, LM) if self._samples else (QA,)
+        ids = np.full((len(parts) * len(rows), length), self.special.pad)
+        labels: list[tuple[Indices, Indices, int, int, NDArray[np.float32]]] = []
+        for sequence, (part, (owner, row)) in enumerate(product(parts, enumerate(rows))):
+            tokens = full[owner] if part == QA else np.insert(full[owner], 0, row.gen)
+            target = full[owner][1:] if part == QA else full[owner]
+            first = len(row.prefix) if part == QA else 0
+            unit = np.ones(len(tokens), dtype=np.float32)
+            if part == LM:
+                unit[len(row.prefix)] = self._ans_weight
+            ids[sequence, : len(tokens)] = tokens
+            place = sequence * length + np.arange(first, len(tokens))
+            labels.append((place, np.append(target, self.special.eos)[first:], owner, part, unit[first:]))
+        places, targets, owners, parts_N, units = zip(*labels, strict=True)
+        counts = [len(place) for place in places]
         batch = {
-            "input_ids": torch.tensor(ids),
-            "place": torch.tensor(place),
-            "target": torch.tensor(target),
-            "owner": torch.tensor(owner_N),
-            "part": torch.tensor(part_N),
-            "unit": torch.tensor(unit),
+            "input_ids": torch.from_numpy(ids),
+            "place": torch.from_numpy(np.concatenate(places)),
+            "target": torch.from_numpy(np.concatenate(targets)),
+            "owner": torch.from_numpy(np.repeat(owners, counts)),
+            "part": torch.from_numpy(np.repeat(parts_N, counts)),
+            "unit": torch.from_numpy(np.concatenate(units)),
             "row": torch.tensor(numbers),
             "task": torch.tensor([row.task for row in rows]),
             "replayed": torch.tensor([float(row.replayed) for row in rows]),
