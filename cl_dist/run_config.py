@@ -37,6 +37,9 @@ class RunSection(Section):
     trackers: list[Name] = []
     """Also send numbers to tensorboard, mlflow or wandb; the run folder holds all of them without. Needs
     `pip install 'cl-dist[tracking]'`."""
+    log_every: int = Field(10, ge=0)
+    """Report learning rate, loss terms, gradient norm, throughput and peak memory every N optimizer steps, and after
+    the last step of a stage: to metrics/events.jsonl, the trackers and the log. 0 disables it."""
 
     @model_validator(mode="after")
     def _can_be_a_folder(self) -> "RunSection":

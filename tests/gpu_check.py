@@ -199,7 +199,7 @@ def stepped(tree: Tree, out: Path) -> Line:
 
     out.mkdir(parents=True)
     with suppress(EnoughError):
-        train.run(job, out, lambda event: None, alive=alive)
+        train.run(job, out, lambda event: None, heartbeat=alive)
     taken = statistics.median(after - before for before, after in zip(marks[WARM:], marks[WARM + 1 :], strict=False))
     work = work_of(config, plan)
     told = next(rank["peak_bytes"] for rank in plan["memory"]["ranks"] if rank["configured"])
