@@ -28,6 +28,7 @@ class RunSection(Section):
     """Name and location of the run."""
 
     name: Annotated[str, Field(pattern=NAME)]
+    """Name of the run and of its folder; the default is the name of the run file."""
     dir: ConfigPath = "runs"
     """Parent of the run folder; `~` is expanded. On a cluster, a folder that every node can access."""
     mirror: str | None = None
@@ -36,6 +37,9 @@ class RunSection(Section):
     trackers: list[Name] = []
     """Send metrics to tensorboard, mlflow or wandb, in addition to the run folder. Needs
     `pip install 'cl-dist[tracking]'`."""
+    log_every: int = Field(10, ge=0)
+    """Report learning rate, loss terms, gradient norm, throughput and peak memory every N optimizer steps, and after
+    the last step of a stage: to metrics/events.jsonl, the trackers and the log. 0 disables it."""
 
     @model_validator(mode="after")
     def _can_be_a_folder(self) -> "RunSection":
@@ -60,7 +64,9 @@ class Science(Section):
     """Settings that decide results; stages are identified by them."""
 
     schema_version: Literal[1] = 1
+    """Version of the run file's format."""
     seed: int = Field(0, ge=0)
+    """Seed of all random draws of the run."""
     model: ModelConfig
     method: SerializeAsAny[MethodConfig]
     tasks: list[TaskConfig] = Field(min_length=1)
@@ -144,13 +150,16 @@ class ClusterConfig(EngineConfig):
     address: str | None = None
     """Address of the Ray cluster ('auto' finds one on this machine); None starts a local one for the run."""
     workers: int = Field(1, gt=0)
+    """Number of training processes, each with its own device."""
     min_workers: int | None = Field(None, gt=0)
     """Makes the gang elastic: it shrinks to at least this size when nodes are lost, and grows back to `workers` when
     they return, each time from the last checkpoint (see checkpoint_minutes)."""
     elastic_interval_s: float = Field(60.0, gt=0)
     """Interval at which an elastic gang checks whether it can grow."""
     cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs that Ray reserves for a worker."""
     gpus_per_worker: float = Field(0.0, ge=0)
+    """GPUs that Ray reserves for a worker; 0 trains on CPUs."""
     workers_per_model: int = Field(1, gt=0)
     """Number of workers whose resources one full model uses when it generates, votes or is scored. If a model does not
     fit on the first of these GPUs, its layers are distributed over all of them; results are bit-identical."""

@@ -1,7 +1,9 @@
 """Sinks that send a run's metrics to TensorBoard, MLflow and Weights & Biases; on the driver, torch-free.
 
-The axis of training metrics is the optimizer step, counted over all tasks; that of a finished stage's metrics is the
-task. The run folder stores the tracker's run id, so all attempts at a run are one run in the tracker.
+Telemetry (train/...) and the means of a round (round/..., dev/...) are logged at the global optimizer step, which
+counts over all tasks; metrics of a finished stage at its task. The run folder stores the tracker's run id, so
+all attempts at a run are one run in the tracker. Steps that a resumed attempt repeats are not logged
+again.
 """
 
 import json
@@ -10,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,6 +22,9 @@ from cl_dist.ledger import write_json
 
 Name = Literal["tensorboard", "mlflow", "wandb"]
 STATE, EVENTS = "metrics/trackers.json", "metrics/events.jsonl"
+AT_STEPS = ("telemetry", "round")
+"""Events with metrics at an optimizer step."""
+TRACKED = ("stage_start", *AT_STEPS)
 ENDINGS = {"finished": "FINISHED", "failed": "FAILED"}
 """Run status in MLflow; a stopped or interrupted run is KILLED until it resumes."""
 
@@ -42,17 +48,15 @@ class Trackers:
         Raises:
             ConfigError: If the package of a sink is not installed.
         """
-        self._totals = _totals(folder / EVENTS)
+        self._stages = _read_stages(folder / EVENTS)
         self._sinks = [_opened(name)(folder, run, settings) for name in names]
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Send the metrics of an event to all sinks."""
         kind = event["event"]
-        if kind == "round":
-            self._totals[event["stage"]] = event["total_steps"]
-            stages = list(self._totals)
-            before = sum(self._totals[stage] for stage in stages[: stages.index(event["stage"])])
-            self._log({name: value for name, value in event.items() if "/" in name}, before + event["step"], "step")
+        if kind in TRACKED:
+            if _update(self._stages, event) and kind in AT_STEPS:
+                self._log(_step_metrics(event), self._global_step(event), "step")
         elif kind == "stage_done":
             per_round = ("train/", "dev/")  # already logged with the rounds
             metrics = {n: value for n, value in event["metrics"].items() if not n.startswith(per_round)}
@@ -62,22 +66,60 @@ class Trackers:
             for sink in self._sinks:
                 sink.close(kind)
 
+    def _global_step(self, event: Mapping[str, Any]) -> int:
+        """Return the optimizer steps of the stages before, in the order in which they began, and of the event's own."""
+        stages = list(self._stages)
+        earlier = stages[: stages.index(event["stage"])]
+        return sum(self._stages[stage].total for stage in earlier) + int(event["step"])
+
     def _log(self, numbers: Mapping[str, float], step: int, axis: str) -> None:
         if numbers:
             for sink in self._sinks:
                 sink.log(numbers, step, axis)
 
 
-def _totals(path: Path) -> dict[str, int]:
-    """Return the number of optimizer steps of each stage in the events of earlier attempts, in order."""
-    totals: dict[str, int] = {}
+@dataclass
+class _StageSteps:
+    """Logged progress of a stage."""
+
+    fingerprint: str = ""
+    total: int = 0
+    """Number of its optimizer steps; 0 if it does not train."""
+    last: dict[str, int] = field(default_factory=dict)
+    """Last logged step, by kind of event."""
+
+
+def _update(stages: dict[str, _StageSteps], event: Mapping[str, Any]) -> bool:
+    """Update the progress of a stage from an event, and return whether its step is later than all of its kind."""
+    kind, stage = event["event"], stages.setdefault(event["stage"], _StageSteps())
+    if kind == "stage_start":
+        if stage.fingerprint != event["fingerprint"]:  # other settings make it another stage
+            stage.fingerprint, stage.last = event["fingerprint"], {}
+        return True
+    step, stage.total = int(event["step"]), int(event["total_steps"])
+    is_new = step > stage.last.get(kind, 0)
+    if is_new:
+        stage.last[kind] = step
+    return is_new
+
+
+def _step_metrics(event: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of an event at a step; the means of a round get the prefix round/."""
+    numbers = {name: value for name, value in event.items() if "/" in name}
+    if event["event"] == "round":
+        return {name.replace("train/", "round/"): value for name, value in numbers.items()}
+    return numbers
+
+
+def _read_stages(path: Path) -> dict[str, _StageSteps]:
+    """Return the progress of the stages in earlier attempts, in the order of their start."""
+    stages: dict[str, _StageSteps] = {}
     if path.exists():
         for line in path.read_text(encoding="utf8", errors="replace").splitlines():
-            if '"round"' in line:
+            if any(f'"{kind}"' in line for kind in TRACKED):
                 with suppress(ValueError, KeyError, TypeError, RecursionError):  # a kill may have truncated a line
-                    event = json.loads(line)
-                    totals[event["stage"]] = event["total_steps"]
-    return totals
+                    _update(stages, json.loads(line))
+    return stages
 
 
 def _opened(name: Name) -> Callable[[Path, str, Mapping[str, Any]], Sink]:

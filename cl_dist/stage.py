@@ -30,9 +30,11 @@ class TrainConfig(Section):
     """Optimization settings of Train stages, common to all methods."""
 
     epochs: int = Field(5, gt=0)
+    """Passes over the train rows of a task."""
     lr: float = Field(5e-5, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Fraction of the steps with linear warmup; the learning rate decays linearly to 0 afterwards."""
     max_grad_norm: float = Field(1.0, ge=0)
@@ -73,6 +75,7 @@ class GenerateConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     """Sample from the most likely tokens whose total probability reaches this value (nucleus sampling)."""
     temperature: float = Field(1.0, gt=0)
+    """Divides the logits before sampling; below 1 makes likely tokens more likely."""
     max_attempts: int = Field(8, gt=0)
     """Maximum number of attempts per sample; a malformed sample is drawn again."""
     require_known_label: bool = True

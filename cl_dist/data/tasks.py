@@ -20,6 +20,7 @@ class Split(Section):
     """
 
     by: Literal["field", "id_hash", "files"] = "id_hash"
+    """How rows are assigned to splits: by a column, by a hash of the row id, or by files."""
     field: str = "split"
     """Column with the name of the split (by: field)."""
     names: dict[str, SplitName | None] = {}
@@ -45,15 +46,18 @@ class Source(Section):
     """
 
     kind: Literal["jsonl", "csv", "tsv", "parquet", "lines", "datasets", "planted"]
+    """Format of the rows."""
     path: ConfigPath = ""
     """File, also .gz; for `datasets` a folder written by `save_to_disk`, or the name of a data set on the hub; for
     `planted` the theme of synthetic texts with known rationales: food, film or place."""
     paths: dict[SplitName, ConfigPath] = {}
+    """One file per split (split.by: files)."""
     config: str | None = None
     """Configuration of a hub data set."""
     revision: str | None = None
     """Commit of a hub data set; set one so that the data cannot change during a run."""
     encoding: str = "utf-8"
+    """Text encoding of the file."""
     pattern: str | None = None
     r"""For `lines`: a regular expression with named groups, such as '(?P<label>\w+):\S+ (?P<text>.*)'."""
     where: dict[str, str | Annotated[list[str], Field(min_length=1)]] = {}
@@ -120,8 +124,11 @@ class RowLimits(Section):
     """
 
     train: int | None = Field(None, gt=0)
+    """Maximum number of train rows."""
     dev: int | None = Field(None, gt=0)
+    """Maximum number of dev rows."""
     test: int | None = Field(None, gt=0)
+    """Maximum number of test rows."""
     balance: bool | list[SplitName] = False
     """Splits (true: all) with the same number of rows per label, as far as available; other splits keep the label
     frequencies of the full split. Scores on balanced test rows do not compare with those on the original test split."""
@@ -143,8 +150,11 @@ class TaskConfig(Section):
     """Name of the task, and of its folder: letters, digits, '_', '.' and '-'."""
     source: Source
     text: str = "text"
+    """Column with the text."""
     text_pair: str | None = None
+    """Column with a second text, such as an aspect."""
     label: str = "label"
+    """Column with the label or the answer."""
     row_id: str | None = None
     """Column with the row id; None numbers the rows of the file."""
     labels: list[str] | None = None

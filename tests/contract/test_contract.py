@@ -188,7 +188,7 @@ def test_what_a_task_may_not_move_does_not_move(runs: Runs, tmp_path: Path, meth
     job = runs.job(method, "train")
     assert isinstance(job.stage, Train)
     before = build_learner(job)
-    train.start(job, before)
+    train.prepare_learner(job, before)
     frozen = {name for name, p in before.model.named_parameters() if not p.requires_grad}
     start = {name: p.detach().clone() for name, p in before.model.named_parameters()}
     after = parity.train_here(job, tmp_path / "out").weights
