@@ -75,6 +75,6 @@ def _column(task: TaskConfig, row: Row, question: int, answer: int) -> str | Non
 
 def _message(question: int, needed: int, max_length: int) -> str:
     return (
-        f"question and answer have {question} + {needed - question - BETWEEN} tokens, {needed} with {BETWEEN} special "
-        f"ones, but train.max_length={max_length}; increase it, or shorten question, text_pair or answer"
+        f"question and answer have {question} + {needed - question - BETWEEN} tokens ({needed} with special tokens), "
+        f"but train.max_length={max_length}; increase it, or shorten question, text_pair or answer"
     )

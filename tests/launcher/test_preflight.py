@@ -136,7 +136,7 @@ def test_a_row_that_cannot_be_read_by_a_model_that_writes_is_told_before_the_fir
 def test_a_question_that_is_too_long_is_told_with_the_limit_of_its_task(cli: Cli, tmp_path: Path) -> None:
     code, found = looked_at(cli, writes(tmp_path, question=LONG, train={"max_length": 14}))
     assert code == 4
-    assert "12 + 1 tokens, 15 with 2 special ones, but train.max_length=14" in found["fail"][0]["found"]
+    assert "12 + 1 tokens (15 with special tokens), but train.max_length=14" in found["fail"][0]["found"]
     assert looked_at(cli, writes(tmp_path, question=LONG, train={"max_length": 15}))[0] == 0
 
 
