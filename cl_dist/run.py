@@ -11,7 +11,7 @@ from cl_dist.data.sources import listing
 from cl_dist.data.votes import voting_rows
 from cl_dist.errors import ConfigError, DataError, StageConflictError
 from cl_dist.ledger import Ledger, sha256
-from cl_dist.methods import METHODS
+from cl_dist.methods import capabilities_of, get_method
 from cl_dist.models.config import ModelConfig, absent, is_local
 from cl_dist.paths import resolve
 from cl_dist.run_config import RunConfig
@@ -54,13 +54,13 @@ class Run:
     @property
     def output(self) -> str:
         """What the method puts on the backbone: "classifier" or "lm"."""
-        return METHODS[self.config.science.method.name].output(self.config.science.model.output)
+        return get_method(self.config.science.method.name).output(self.config.science.model.output)
 
     def plan(self, task: int) -> list[Stage]:
         """Return the stages of a task."""
         if task not in self._plans:
             method = self.config.science.method
-            self._plans[task] = METHODS[method.name].plan(method, self.tasks, task)
+            self._plans[task] = get_method(method.name).plan(method, self.tasks, task)
         return self._plans[task]
 
     def stage(self, ref: StageRef) -> Stage:
@@ -137,7 +137,8 @@ class Run:
     @property
     def _grows(self) -> bool:
         """Whether the model gets embeddings for tokens that the backbone lacks."""
-        return self.output == "lm" and getattr(self.config.science.method, "lora", None) is None
+        science = self.config.science
+        return self.output == "lm" and not capabilities_of(science.method, science.model).freezes_backbone
 
     def reading(self, task: int) -> "Reading":
         """Return what the run's tokenizer makes of the rows of a task, read once.
@@ -223,6 +224,8 @@ class Run:
             **self._rows(stage),
             "max_length": {} if stage.settings is not None else self._lengths(stage, (*stage.data, *stage.replay)),
         }
+        if version := get_method(science.method.name).version:
+            facts["method_version"] = version
         if stage.role == "invrat":
             facts["environments"] = [self.data(u).digests.get("environments") for u in stage.data]
         if self.output == "lm":

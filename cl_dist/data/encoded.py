@@ -27,7 +27,7 @@ class EncodedExamples(ABC):
         chosen = range(len(self)) if indices is None else [int(index) for index in indices]
         return sorted(chosen, key=lambda index: (-self.length(index), index))
 
-    def units(self, indices: Collection[int]) -> dict[str, float]:
+    def normalizers(self, indices: Collection[int]) -> dict[str, float]:
         """Return what the sums of a loss over these rows are divided by, by term: none but their number."""
         return {}
 

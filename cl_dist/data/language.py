@@ -161,6 +161,18 @@ def encode_row(
     return context[:room], asked, answer
 
 
+@dataclass(frozen=True, slots=True)
+class EncodingOptions:
+    """How LanguageRows lays out its rows."""
+
+    samples: bool = False
+    """Whether a batch holds every row as a sample too."""
+    per_task: bool = True
+    """Whether each task has a token of its own that asks for a sample."""
+    ans_weight: float = 1.0
+    """Weight of the label `ans` within a sample."""
+
+
 class LanguageRows(EncodedExamples):
     """The encoded rows of one or more tasks, numbered through; batches are padded to their longest row."""
 
@@ -214,7 +226,7 @@ class LanguageRows(EncodedExamples):
         """See NumberedRows."""
         return len(self._rows[number])
 
-    def units(self, indices: Iterable[int]) -> dict[str, float]:
+    def normalizers(self, indices: Iterable[int]) -> dict[str, float]:
         """Return what the sums of a loss over these rows are divided by: labels, by part, with their weights."""
         rows = [self._rows[int(index)] for index in indices]
         qa = float(sum(len(row.answer) + 1 for row in rows))

@@ -19,10 +19,12 @@ from cl_dist.data.sampler import global_batch, num_micro_batches, num_steps, sam
 from cl_dist.data.samples import read_samples
 from cl_dist.data.votes import read_critical
 from cl_dist.errors import StoppedError, TrainingError
-from cl_dist.methods.base import Learner, Rows
+from cl_dist.learners.base import Learner, Rows
+from cl_dist.methods import capabilities_of
 from cl_dist.models.backbone import load_tokenizer, recompute_activations
 from cl_dist.models.classifier import count_parameters
-from cl_dist.parallel.engine import Engine, GradScale, Optimizing, Pull, build_engine
+from cl_dist.parallel.engine import Engine, Optimizing, build_engine
+from cl_dist.parallel.gradients import GradientTransform, Penalty
 from cl_dist.parallel.guard import Guard
 from cl_dist.parallel.seeds import seeded
 from cl_dist.parallel.world import World
@@ -64,7 +66,7 @@ def run(
     start(job, learner)
     if job.engine.activation_checkpointing:
         recompute_activations(learner.model)
-    scales, pulls = learner.grad_scales(), learner.pulls()  # by the weights that the stage starts from
+    transforms, penalties = learner.gradient_transforms(), learner.penalties()  # of the weights at the start
     saved = checkpoint.latest(out, world)
     if saved is not None:
         saved.load_weights(learner.model, world.rank)
@@ -74,7 +76,7 @@ def run(
     rows, dev = _rows(job, stage, learner)
     steps_per_epoch = num_steps(len(rows), job.train.global_batch)
     schedule = Schedule(job.train.epochs * steps_per_epoch, steps_per_epoch, job.train.min_round_steps)
-    engine, micro, num_micro = _engine(job, learner, scales, pulls, schedule, world)
+    engine, micro, num_micro = _engine(job, learner, transforms, penalties, schedule, world)
     if saved is not None:
         saved.load_moments(engine)
     parameters = dict(zip(("trainable", "total"), count_parameters(engine.module), strict=True))
@@ -83,7 +85,7 @@ def run(
     loop = _Loop(job, learner, engine, schedule, rows, dev, (micro, num_micro))
     loop.go_on_from(saved)
     perf = {"perf/startup_s": time.monotonic() - entered}
-    guard = Guard(engine, scales) if job.engine.verify_protection_every else None
+    guard = Guard(engine, transforms) if job.engine.verify_protection_every else None
     with closing(engine), closing(checkpoint.Writer(out, engine)) as writer:
         pace = SavePolicy(job.engine, world, asked, loop.done, writer)
         for step in range(loop.done, schedule.total_steps):
@@ -161,19 +163,20 @@ class _Loop:
         task_id, size = job.tasks[job.stage.task].id, job.train.global_batch
         _, indices = global_batch(job.seed, task_id, step, len(rows), size)
         indices = np.array(rows.by_length(indices))
-        units = rows.units(indices)
+        normalizers = rows.normalizers(indices)
         self._engine.module.train()
         with seeded(job.seed, "step", step, world.rank):  # for dropout, the one thing that is drawn per rank
             for places in share(indices, world.rank, world.size, self._micro, num_micro):
                 batch = rows.batch(places, world.device)
-                loss = self._learner.loss(self._engine, batch, progress)
+                with self._engine.reads_only_forward():
+                    loss = self._learner.loss(self._engine, batch, progress)
                 terms = {
-                    name: (term * batch["weight"]).sum() / units.get(name, len(indices))
-                    for name, term in loss.rows.items()
+                    name: (term * batch["weight"]).sum() / normalizers.get(name, len(indices))
+                    for name, term in loss.per_example.items()
                 }
-                self._engine.backward(_total(terms, world), _total(loss.own, world))
+                self._engine.backward(_total(terms, world), _total(loss.regularizers, world))
                 self._engine.step()
-                self._sums.add(terms, {name: term / num_micro for name, term in loss.own.items()})
+                self._sums.add(terms, {name: term / num_micro for name, term in loss.regularizers.items()})
         self._tokens += sum(rows.length(int(number)) for number in indices)
         self._seconds.append(time.monotonic() - began)
 
@@ -207,11 +210,13 @@ def _check_finite(numbers: Mapping[str, float], done: int) -> None:
 
 def _ended(job: Job, learner: Learner, rows: Rows, weights: ShardedWeights, world: World) -> Learner:
     """Let the learner consolidate what later tasks need, and return it."""
-    if learner.end_rows:
+    assert isinstance(job.stage, Train)
+    end_rows = capabilities_of(job.method, job.model, job.stage.learner).end_rows
+    if end_rows:
         learner = _finished(job, weights, world)
     learner.activate(job.stage.task)
     task_id = job.tasks[job.stage.task].id
-    seen = sample(job.seed, task_id, len(rows), learner.end_rows)[world.rank :: world.size]
+    seen = sample(job.seed, task_id, len(rows), end_rows)[world.rank :: world.size]
     learner.end_task(weights, (rows.batch([number], world.device) for number in seen))
     return learner
 
@@ -256,15 +261,15 @@ def _facts(rounds: list[dict[str, float]], learner: Learner) -> dict[str, Any]:
         "metrics": {name: value for name, value in selected.items() if name != "step"},
         "selected_step": selected["step"],
         "rounds": rounds,
-        "learner": learner.facts(),
+        "learner": learner.report_info(),
     }
 
 
 def _engine(
     job: Job,
     learner: Learner,
-    scales: Mapping[str, GradScale],
-    pulls: Mapping[str, Pull],
+    transforms: Mapping[str, GradientTransform],
+    penalties: Mapping[str, Penalty],
     schedule: Schedule,
     world: World,
 ) -> tuple[Engine, int, int]:
@@ -277,7 +282,7 @@ def _engine(
         lr=config.lr,
         lr_of=learner.learning_rates(),
         # AdamW decays a weight even where its gradient is masked to zero.
-        no_decay=frozenset(name for name, scale in scales.items() if not scale.decay),
+        no_decay=frozenset(name for name, transform in transforms.items() if not transform.decay),
         weight_decay=config.weight_decay,
         clip=config.max_grad_norm,
         total_steps=schedule.total_steps,
@@ -290,8 +295,8 @@ def _engine(
         num_micro=num_micro,
         micro_batch=micro,
         bf16=job.model.dtype == "bfloat16",
-        grad_scales=scales,
-        pulls=pulls,
+        transforms=transforms,
+        penalties=penalties,
     )
     return engine, micro, num_micro
 
