@@ -4,9 +4,10 @@ import signal
 from pathlib import Path
 
 from cl_dist.errors import StoppedError
+from cl_dist.kinds import kind_of
 from cl_dist.run_events import Tracker
 from cl_dist.stages import train
-from cl_dist.stages.shards import SHARDED, ShardStore
+from cl_dist.stages.shards import ShardStore, sharded
 from cl_dist.stages.stage_job import Job
 from cl_dist.stopping import signals_noted
 
@@ -22,7 +23,7 @@ class LocalDispatcher:
         if self._stop is not None:
             stop, self._stop = self._stop, None
             signal.raise_signal(stop)
-        if job.stage.kind == "train":
+        if kind_of(job.stage).worker is None:
             with signals_noted() as noted:
                 try:
                     train.run(job, Path(out), tracker.event, lambda: "stop" if noted else "")
@@ -34,7 +35,7 @@ class LocalDispatcher:
             signal.raise_signal(noted[0])  # now for those who handled it before
             raise stopped  # whoever handled it has let the run go on, which this stage cannot
         finished = ShardStore(job, Path(out))
-        worker = SHARDED[job.stage.kind].worker(job) if finished.missing else None
+        worker = sharded(job.stage.kind).worker(job) if finished.missing else None
         for shard in reversed(finished.missing):
             assert worker is not None
             finished.keep(shard, worker.run(shard))

@@ -17,10 +17,11 @@ from typing import Any
 
 from cl_dist.data.rows import SPLITS
 from cl_dist.errors import CheckpointError
+from cl_dist.kinds import Reader, kind_of
 from cl_dist.ledger import write_json, write_text
 from cl_dist.metrics import summarize
 from cl_dist.run import Run
-from cl_dist.stage import Choose, Evaluate, Generate, Stage, StageRef, Train, Vote, ref
+from cl_dist.stage import Evaluate, Stage, StageRef, ref
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("cl-dist", "torch", "deepspeed", "accelerate", "transformers", "datasets", "ray", "peft")
@@ -199,11 +200,7 @@ def summary(run: Run, individual: Sequence[float | None] | None = None, joint: A
     }
     if plugins := _plugin_facts(run):
         result["plugins"] = plugins
-    if votes := _vote_facts(run):
-        result["votes"] = votes
-    if replay := _replay_facts(run):
-        result["replay"] = replay
-    return result
+    return result | _sections(run)
 
 
 def _task_facts(run: Run, t: int) -> dict[str, Any]:
@@ -221,7 +218,7 @@ def _task_facts(run: Run, t: int) -> dict[str, Any]:
 
 def _stage_facts(run: Run) -> list[dict[str, Any]]:
     facts = []
-    for stage in (stage for t in range(len(run.tasks)) for stage in run.plan(t)):
+    for stage in run.stages():
         manifest = run.ledger.manifest(ref(stage))
         if manifest is not None:
             facts.append(
@@ -239,20 +236,22 @@ def _stage_facts(run: Run) -> list[dict[str, Any]]:
 
 
 def stage_metrics(run: Run, stage: Stage) -> dict[str, float]:
-    """Return the numbers that a finished Train, Generate or Vote stage tells."""
-    match stage:
-        case Train():
-            return dict(run.ledger.read(ref(stage), "train.json")["metrics"])
-        case Generate():
-            written = run.ledger.read(ref(stage), "replay.json")["tasks"].values()
-            names = ("requested", "generated", "malformed", "duplicate", "kept")
-            return {f"replay/{name}": sum(numbers[name] for numbers in written) for name in names}
-        case Vote():
-            found = run.ledger.read(ref(stage), "critical.json")
-            skipped = sum(found["skipped"].values())
-            return {"vote/samples": found["used"], "vote/skipped": skipped, "vote/margin": found["margin"]}
-        case _:
-            return {}
+    """Return the numbers of a finished stage for trackers and the summary."""
+    return kind_of(stage).metrics(_reader(run, stage))
+
+
+def _reader(run: Run, stage: Stage) -> Reader:
+    return lambda name: run.ledger.read(ref(stage), name)
+
+
+def _sections(run: Run) -> dict[str, Any]:
+    """Return what stages found, by section of the summary: replayed samples, votes."""
+    sections: dict[str, Any] = {}
+    for stage in run.stages():
+        kind = kind_of(stage)
+        if kind.section is not None and run.ledger.manifest(ref(stage)) is not None:
+            sections.setdefault(kind.section, []).extend(kind.found(run, stage, _reader(run, stage)))
+    return sections
 
 
 def _plugin_facts(run: Run) -> dict[str, Any]:
@@ -273,39 +272,6 @@ def _plugin_facts(run: Run) -> dict[str, Any]:
             facts.setdefault("gate_open", []).append(opened or None)
             without = scores["without"].get("sharing", {}).get("accuracy")
             facts.setdefault("accuracy_without_ksm", []).append(without)
-    return facts
-
-
-def _replay_facts(run: Run) -> list[dict[str, Any]]:
-    """Return what the Generate stages wrote of each earlier task, beside some of its real rows."""
-    facts = []
-    for stage in (stage for t in range(len(run.tasks)) for stage in run.plan(t)):
-        if not isinstance(stage, Generate) or run.ledger.manifest(ref(stage)) is None:
-            continue
-        for source in stage.sources:
-            data = run.data(source)
-            numbers = run.ledger.read(ref(stage), "replay.json")["tasks"][data.id]
-            shown = [(row.text, row.text_pair, data.question, row.label) for row in data.train[:5]]
-            real = [" => ".join(part for part in parts if part) for parts in shown]
-            facts.append({"before": run.tasks.tasks[stage.task].id, "task": data.id, "real": real, **numbers})
-    return facts
-
-
-def _vote_facts(run: Run) -> list[dict[str, Any]]:
-    """Return what the Vote and Choose stages chose, and the counts behind it.
-
-    Of the histograms of c those of the chosen units are kept, and the sum of the others.
-    """
-    facts = []
-    for stage in (stage for t in range(len(run.tasks)) for stage in run.plan(t)):
-        if isinstance(stage, Vote | Choose) and run.ledger.manifest(ref(stage)) is not None:
-            found = run.ledger.read(ref(stage), "critical.json")
-            kept = {name: value for name, value in found.items() if name not in ("minima", "histogram")}
-            if "histogram" in found:
-                bins = {(layer, unit): c for layer, us in enumerate(found["histogram"]) for unit, c in enumerate(us)}
-                chosen = [bins.pop((layer, unit)) for layer, unit in found["chosen"]]
-                kept["distribution"] = {"chosen": chosen, "others": [sum(c) for c in zip(*bins.values(), strict=True)]}
-            facts.append({"task": run.tasks.tasks[stage.task].id, **kept})
     return facts
 
 

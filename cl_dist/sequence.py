@@ -34,10 +34,9 @@ def run_stages(run: Run, dispatcher: Dispatcher, tracker: Tracker) -> None:
 
 
 def _run(run: Run, dispatcher: Dispatcher, tracker: Tracker) -> None:
-    plans = [run.plan(task) for task in range(len(run.tasks))]
-    done = {ref(stage) for plan in plans for stage in plan if run.ledger.is_done(stage) or run.ledger.rescue(stage)}
-    tracker.begin([stage for plan in plans for stage in plan], done)
-    for stage in (stage for plan in plans for stage in plan):
+    done = {ref(stage) for stage in run.stages() if run.ledger.is_done(stage) or run.ledger.rescue(stage)}
+    tracker.begin(list(run.stages()), done)
+    for stage in run.stages():
         if ref(stage) in done:
             continue
         run.check_inputs(stage)
@@ -49,5 +48,4 @@ def _run(run: Run, dispatcher: Dispatcher, tracker: Tracker) -> None:
 
 def remaining(run: Run) -> list[Stage]:
     """Return the stages that a run has no result of yet."""
-    plans = [stage for task in range(len(run.tasks)) for stage in run.plan(task)]
-    return [stage for stage in plans if not run.ledger.is_done(stage)]
+    return [stage for stage in run.stages() if not run.ledger.is_done(stage)]

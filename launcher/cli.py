@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from cl_dist.checks import check_data, check_tokens
 from cl_dist.errors import ClDistError, ConfigError, QualityError, StorageError
 from cl_dist.stopping import stop_on_signals
 from launcher import console, runs
@@ -296,8 +297,8 @@ def data_show(config: Config, overrides: Overrides = None) -> None:
     from cl_dist.run_config import load_run
 
     run = Run(load_run(runs.run_file(config), overrides or []))
-    run.check_data()
-    run.check_tokens()
+    check_data(run)
+    check_tokens(run)
     tokenizer = load_tokenizer(run.config.science.model)
     for number, task in enumerate(run.tasks.tasks):
         data = run.data(number)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist import sequence
+from cl_dist.checks import check_data, check_tokens, check_writing
 from cl_dist.config import Tree, apply_overrides, did_you_mean, parse, plain_yaml, read_yaml, yaml_text
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import ClDistError, ConfigError, DataError, StoppedError
@@ -156,14 +157,14 @@ def execute(
     configs = [config, *(config.baseline(name) for name in config.baselines if baselines)]
     _brought_back(configs)
     all_runs = [Run(each) for each in configs]
-    all_runs[0].check_data()
+    check_data(all_runs[0])
     for run in all_runs:
         run.ledger.check_order()
     missing = [bool(sequence.remaining(run)) for run in all_runs]  # refuses conflicts before anything is written
     for run, needed in zip(all_runs, missing, strict=True):
         if needed:
-            run.check_tokens()
-            run.check_writing()
+            check_tokens(run)
+            check_writing(run)
     with _only_driver(configs):
         for each in configs:
             save(each, source if each is config else None)

@@ -23,7 +23,7 @@ from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Stage, StageRef, ref
 from cl_dist.stages import train
-from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.shards import sharded
 from cl_dist.stages.stage_job import Job
 from launcher.verbs.plan import planned
 from tests import tiny
@@ -127,7 +127,7 @@ def prepared(run: RunConfig, upto: StageRef) -> Run:
 
 def shard(opened: Run, stage: Stage, out: Path | None = None) -> int:
     """Compute a stage that is cut into shards, and return the most bytes once its model is there."""
-    job, kind, live = opened.job(stage), SHARDED[stage.kind], LiveTensorBytes()
+    job, kind, live = opened.job(stage), sharded(stage.kind), LiveTensorBytes()
     with live:
         worker = kind.worker(job)
         live.restart()

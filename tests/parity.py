@@ -31,7 +31,7 @@ from cl_dist.run_config import RunConfig
 from cl_dist.stage import StageRef, ref
 from cl_dist.stages import train
 from cl_dist.stages.evaluate import EvaluateWorker, shards
-from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.shards import sharded
 from cl_dist.stages.stage_job import Job, task_data
 from cl_dist.stages.weights import ShardedWeights
 from tests import tiny
@@ -117,7 +117,7 @@ def run(folder: Path, method: str) -> Run:
             train_here(made.job(stage), out)
             continue
         out.mkdir(parents=True)
-        job, kind = made.job(stage), SHARDED[stage.kind]
+        job, kind = made.job(stage), sharded(stage.kind)
         worker = kind.worker(job)
         kind.merge(job, [(shard, worker.run(shard)) for shard in kind.cut(job)], out)
     return made

@@ -1,12 +1,24 @@
-"""What all collections of encoded rows share: numbers from 0, an order by length, dummies, padding."""
+"""Encoded rows, numbered from 0 over all tasks: an order by length, dummies, padding, and encoding on demand."""
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from cl_dist.data.rows import Row, TaskData
 from cl_dist.data.sampler import DUMMY
+
+Tokens = NDArray[np.int32]
+CACHED = 65_536
+"""Encoded rows that a collection keeps: with rows of 128 tokens some 50 MB."""
 
 
 class EncodedExamples(ABC):
@@ -22,7 +34,7 @@ class EncodedExamples(ABC):
     def by_length(self, indices: Iterable[int] | None = None) -> list[int]:
         """Return row numbers, all unless some are given, from long to short: batches of neighbours need little padding.
 
-        The largest batch comes first, so that memory that does not suffice is known at once.
+        The largest batch comes first, so that too little memory shows at once.
         """
         chosen = range(len(self)) if indices is None else [int(index) for index in indices]
         return sorted(chosen, key=lambda index: (-self.length(index), index))
@@ -32,17 +44,82 @@ class EncodedExamples(ABC):
         return {}
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows that were added together."""
+
+    task: int
+    data: TaskData
+    rows: Sequence[Row]
+    max_length: int
+    replayed: bool
+
+
+E = TypeVar("E")
+
+
+class LazyExamples(EncodedExamples, Generic[E]):
+    """Rows that are encoded when a batch needs them, so that a collection starts in constant time and memory.
+
+    The rows used last stay encoded. Several threads may read a collection at once.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[Part] = []
+        self._ends: list[int] = []
+        """Rows up to and including each part."""
+        self._cache: OrderedDict[int, E] = OrderedDict()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _append(self, part: Part) -> None:
+        self._parts.append(part)
+        self._ends.append(len(self) + len(part.rows))
+
+    @abstractmethod
+    def _encode(self, part: Part, rows: Sequence[Row]) -> list[E]:
+        """Encode some rows of a part, in their order."""
+
+    def encoded(self, numbers: Sequence[int]) -> list[E]:
+        """Return the rows of these numbers, encoded."""
+        with self._lock:
+            found = {number: self._cache[number] for number in numbers if number in self._cache}
+            absent: dict[int, list[int]] = {}
+            for number in dict.fromkeys(numbers):
+                if number not in found:
+                    absent.setdefault(bisect_right(self._ends, number), []).append(number)
+            for at, missing in absent.items():
+                part, first = self._parts[at], self._ends[at - 1] if at else 0
+                rows = [part.rows[number - first] for number in missing]
+                found |= zip(missing, self._encode(part, rows), strict=True)
+            for number, example in found.items():
+                self._cache[number] = example
+                self._cache.move_to_end(number)
+            while len(self._cache) > max(CACHED, len(found)):
+                self._cache.popitem(last=False)
+            return [found[number] for number in numbers]
+
+    def part(self, number: int) -> Part:
+        """Return the part that a row was added with."""
+        return self._parts[bisect_right(self._ends, number)]
+
+
 def real(indices: Iterable[int]) -> list[int]:
-    """Return the rows that stand at some places: a dummy is encoded as the first row."""
+    """Return row numbers with 0 in the place of dummies: a dummy is encoded as the first row."""
     return [0 if index == DUMMY else int(index) for index in indices]
 
 
 def weights(indices: Iterable[int]) -> Tensor:
-    """Return how much each place of a batch counts: (B,) float32, 0 for dummies."""
+    """Return the weight of each example of a batch: (B,) float32, 0 for dummies."""
     return torch.tensor([0.0 if index == DUMMY else 1.0 for index in indices])
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Return rows filled up to the longest: (B, L)."""
+def padded(rows: Sequence[Any], fill: int) -> Tensor:
+    """Return rows of tokens filled up to the longest: (B, L) int64."""
     longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
+    filled = np.full((len(rows), longest), fill, dtype=np.int64)
+    for number, row in enumerate(rows):
+        filled[number, : len(row)] = row
+    return torch.from_numpy(filled)

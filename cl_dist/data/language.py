@@ -12,12 +12,15 @@ Axes: B rows, S = B or 2 B sequences, L tokens, N positions that have a label.
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cl_dist.data.encoded import EncodedExamples, real, weights
+from cl_dist.data.encoded import LazyExamples, Part, Tokens, real, weights
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.errors import DataError
 from cl_dist.tokens import num_ids
@@ -122,16 +125,14 @@ class TextCodec:
 class EncodedText:
     """One row as tokens."""
 
-    prefix: tuple[int, ...]
+    prefix: Tokens
     """Context and question."""
-    answer: tuple[int, ...]
-    gen: int
-    """The token that asks for such a sample."""
+    answer: Tokens
     task: int
     replayed: bool
 
     def __len__(self) -> int:
-        return len(self.prefix) + len(self.answer) + 2
+        return len(self.prefix) + len(self.answer) + BETWEEN
 
 
 def asked_of(row: Row, question: str) -> str:
@@ -173,8 +174,8 @@ class EncodingOptions:
     """Weight of the label `ans` within a sample."""
 
 
-class LanguageRows(EncodedExamples):
-    """The encoded rows of one or more tasks, numbered through; batches are padded to their longest row."""
+class LanguageRows(LazyExamples[EncodedText]):
+    """The rows of one or more tasks, numbered through; batches are padded to their longest row."""
 
     def __init__(
         self,
@@ -188,15 +189,17 @@ class LanguageRows(EncodedExamples):
         """Begin an empty collection.
 
         Args:
-            tokenizer: Spells the rows.
+            tokenizer: Encodes the rows.
             max_length: Longest sequence in tokens.
-            samples: Whether a batch holds every row as a sample too.
+            samples: Whether a batch also holds every row as a sample.
             per_task: Whether each task has a token of its own that asks for a sample.
             ans_weight: Weight of the label `ans` within a sample.
         """
+        super().__init__()
         self.codec, self._max_length = TextCodec(tokenizer), max_length
         self._samples, self._per_task, self._ans_weight = samples, per_task, ans_weight
-        self._rows: list[EncodedText] = []
+        self._added: list[EncodedText] = []
+        """Rows that came as tokens; they follow the others."""
 
     @property
     def special(self) -> SpecialTokens:
@@ -206,29 +209,40 @@ class LanguageRows(EncodedExamples):
     def add(
         self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False, max_length: int | None = None
     ) -> None:
-        """Append rows of a task.
+        """Append rows of a task; before any that come as tokens.
 
         max_length: Longest row of this task in tokens, where it is not that of the collection.
         """
-        for row in rows:
-            context, asked, answer = encode_row(self.codec, row, data.question, max_length or self._max_length)
-            self.add_tokens(task, [*context, *asked], answer, replayed=replayed)
+        assert not self._added, "rows after tokens"
+        self._append(Part(task, data, rows, max_length or self._max_length, replayed))
 
     def add_tokens(self, task: int, prefix: Sequence[int], answer: Sequence[int], *, replayed: bool = True) -> None:
         """Append a row that is tokens already."""
-        gen = self.special.task(task) if self._per_task else self.special.gen
-        self._rows.append(EncodedText(tuple(prefix), tuple(answer), gen, task, replayed))
+        self._added.append(EncodedText(_tokens(prefix), _tokens(answer), task, replayed))
+
+    def _encode(self, part: Part, rows: Sequence[Row]) -> list[EncodedText]:
+        found = []
+        for row in rows:
+            context, asked, answer = encode_row(self.codec, row, part.data.question, part.max_length)
+            found.append(EncodedText(_tokens([*context, *asked]), _tokens(answer), part.task, part.replayed))
+        return found
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return super().__len__() + len(self._added)
+
+    def encoded(self, numbers: Sequence[int]) -> list[EncodedText]:
+        """See LazyExamples."""
+        first = super().__len__()
+        texts = iter(super().encoded([number for number in numbers if number < first]))
+        return [next(texts) if number < first else self._added[number - first] for number in numbers]
 
     def length(self, number: int) -> int:
-        """See NumberedRows."""
-        return len(self._rows[number])
+        """See EncodedExamples."""
+        return len(self.encoded([number])[0])
 
     def normalizers(self, indices: Iterable[int]) -> dict[str, float]:
         """Return what the sums of a loss over these rows are divided by: labels, by part, with their weights."""
-        rows = [self._rows[int(index)] for index in indices]
+        rows = self.encoded([int(index) for index in indices])
         qa = float(sum(len(row.answer) + 1 for row in rows))
         lm = float(sum(len(row.prefix) + len(row.answer) + 1 + self._ans_weight for row in rows))
         return {"qa_loss": qa, "lm_loss": lm}
@@ -241,32 +255,47 @@ class LanguageRows(EncodedExamples):
         row, task (B,) int64; weight, replayed (B,) float32. No attention mask: padding lies behind every label.
         """
         numbers = real(indices)
-        rows = [self._rows[number] for number in numbers]
-        length = max(len(row) for row in rows)
-        ids: list[list[int]] = []
-        labels: list[tuple[int, int, int, int, float]] = []
-        for part in (QA, LM) if self._samples else (QA,):
+        rows = self.encoded(numbers)
+        length, parts = max(len(row) for row in rows), (QA, LM) if self._samples else (QA,)
+        ids = np.full((len(parts) * len(rows), length), self.special.pad, dtype=np.int64)
+        columns: list[tuple[NDArray[Any], ...]] = []
+        for part in parts:
             for owner, row in enumerate(rows):
-                full = [*row.prefix, self.special.ans, *row.answer]
-                targets = [*full[1:], self.special.eos] if part == QA else [*full, self.special.eos]
+                at = part * len(rows) + owner
+                full = np.concatenate([row.prefix, [self.special.ans], row.answer])
+                gen = self.special.task(row.task) if self._per_task else self.special.gen
+                tokens = full if part == QA else np.concatenate([[gen], full])
+                following = np.append(full[1:] if part == QA else full, self.special.eos)
                 first = len(row.prefix) if part == QA else 0
-                tokens = full if part == QA else [row.gen, *full]
-                start = len(ids) * length
-                for at in range(first, len(tokens)):
-                    is_ans = part == LM and at == len(row.prefix)
-                    labels.append((start + at, targets[at], owner, part, self._ans_weight if is_ans else 1.0))
-                ids.append(tokens + [self.special.pad] * (length - len(tokens)))
-        place, target, owner_N, part_N, unit = zip(*labels, strict=True)
+                labels = np.ones(len(tokens), dtype=np.float32)
+                if part == LM:
+                    labels[len(row.prefix)] = self._ans_weight
+                ids[at, : len(tokens)] = tokens
+                count = len(tokens) - first
+                columns.append(
+                    (
+                        at * length + np.arange(first, len(tokens)),
+                        following[first:],
+                        np.full(count, owner),
+                        np.full(count, part),
+                        labels[first:],
+                    )
+                )
+        place, target, owner_N, part_N, unit = (np.concatenate(column) for column in zip(*columns, strict=True))
         batch = {
-            "input_ids": torch.tensor(ids),
-            "place": torch.tensor(place),
-            "target": torch.tensor(target),
-            "owner": torch.tensor(owner_N),
-            "part": torch.tensor(part_N),
-            "unit": torch.tensor(unit),
+            "input_ids": torch.from_numpy(ids),
+            "place": torch.from_numpy(place),
+            "target": torch.from_numpy(target.astype(np.int64)),
+            "owner": torch.from_numpy(owner_N),
+            "part": torch.from_numpy(part_N),
+            "unit": torch.from_numpy(unit),
             "row": torch.tensor(numbers),
             "task": torch.tensor([row.task for row in rows]),
             "replayed": torch.tensor([float(row.replayed) for row in rows]),
             "weight": weights(indices),
         }
         return {key: value.to(device) for key, value in batch.items()}
+
+
+def _tokens(numbers: Sequence[int]) -> Tokens:
+    return np.array(numbers, dtype=np.int32)

@@ -1,5 +1,6 @@
 """A row of a task, and a loaded task: plain data, torch-free."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,15 +41,15 @@ class TaskData:
     """Class k of the task's head is labels[k]; none where answers are free text."""
     question: str
     """What a decoder is asked about each row, besides its text_pair."""
-    train: tuple[Row, ...]
-    dev: tuple[Row, ...]
-    test: tuple[Row, ...]
+    train: Sequence[Row]
+    dev: Sequence[Row]
+    test: Sequence[Row]
     digests: dict[str, str]
     """sha256 per split over ids, texts and labels in order: what enters fingerprints."""
     overlap: int
     """Dev and test rows whose text is also a train row (after dropping, 0)."""
     warnings: tuple[str, ...] = ()
 
-    def rows(self, split: str) -> tuple[Row, ...]:
+    def rows(self, split: str) -> Sequence[Row]:
         """Return the rows of one split."""
         return {"train": self.train, "dev": self.dev, "test": self.test}[split]

@@ -1,6 +1,7 @@
 """What voting stages leave behind, as files."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def read_critical(folder: Path) -> dict[str, Any]:
     return found
 
 
-def voting_rows(data: TaskData, samples: int) -> tuple[Row, ...]:
+def voting_rows(data: TaskData, samples: int) -> Sequence[Row]:
     """Return the rows of a task that may vote: its first dev rows, or train rows where it has no dev rows."""
     return (data.dev or data.train)[:samples]
 

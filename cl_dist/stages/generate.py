@@ -27,6 +27,7 @@ from cl_dist.models.decode import Line, draw, rows_within, write
 from cl_dist.parallel.seeds import seed_of
 from cl_dist.stage import Generate
 from cl_dist.stages.build import build_learner, to_inference
+from cl_dist.stages.shards import ShardedKind
 from cl_dist.stages.stage_job import Job, replayed_rows, row_length, task_data
 
 SHOWN = 20
@@ -269,3 +270,6 @@ def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None
             )
     write_samples(out, kept)
     (out / STATISTICS).write_text(json.dumps({"tasks": facts}, indent=1, ensure_ascii=False), encoding="utf8")
+
+
+KIND = ShardedKind(shards, GenerateWorker, merge)

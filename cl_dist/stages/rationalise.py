@@ -15,8 +15,9 @@ from cl_dist.models.backbone import load_tokenizer
 from cl_dist.parallel.world import World
 from cl_dist.stage import Rationalise
 from cl_dist.stages.build import build_learner
+from cl_dist.stages.shards import ShardedKind
 from cl_dist.stages.stage_job import Job, task_data
-from cl_dist.stages.voting_shards import Shard
+from cl_dist.stages.voting_shards import Shard, shards
 
 FOUND = "rationalise.json"
 
@@ -80,3 +81,6 @@ def merge(job: Job, results: Iterable[tuple[Shard, Marked]], out: Path) -> None:
     facts: dict[str, Any] = {"standings": scores, "chosen": scores.index(max(scores)), "rows": len(lines)}
     facts["empty"] = sum(not spans for _, spans in lines)
     (out / FOUND).write_text(json.dumps(facts, indent=1), encoding="utf8")
+
+
+KIND = ShardedKind(shards, RationaliseWorker, merge)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
+from cl_dist.checks import check_model, token_report, writing_fault
 from cl_dist.data.sources import listing
 from cl_dist.errors import ClDistError, ClusterError, ConfigError, printable
 from cl_dist.run import Run
@@ -109,7 +110,7 @@ def _model(config: RunConfig) -> Iterator[Finding]:
     model = config.science.model
     try:
         known = load_config(model)
-        Run(config).check_model()
+        check_model(Run(config))
     except ClDistError as error:
         remedy = "name a folder, package:NAME/path, or a hub name that is in the cache or can be reached"
         yield Finding("model", "fail", model.source, str(error), remedy, _code(error))
@@ -128,12 +129,12 @@ def _tokens(config: RunConfig) -> list[Finding]:
     for each in (config, *(config.baseline(name) for name in config.baselines)):
         opened, source = Run(each), each.science.model.source
         try:
-            opened.check_model()
+            check_model(opened)
         except ClDistError as error:
             found.append(Finding("model", "fail", source, str(error), "mend the model's folder", _code(error)))
             continue
         for number, task in enumerate(opened.tasks.tasks):
-            reading = opened.reading(number)
+            reading = token_report(opened, number)
             if reading.faults:
                 lines = f"rows that cannot be read:\n{listing(reading.faults)}"
                 found.append(Finding("data", "fail", f"task {task.id}", lines, "mend the rows, or take another model"))
@@ -155,7 +156,7 @@ def _writing(config: RunConfig) -> list[Finding]:
         for number, task in enumerate(opened.tasks.tasks):
             remedy = "rename labels with source.label_map, raise train.max_length, or shorten the rows"
             try:
-                fault = opened.writing_fault(number)
+                fault = writing_fault(opened, number)
             except ClDistError as error:
                 fault, remedy = str(error), "install the package, or name another metric"
             finding = Finding("data", "fail", f"task {task.id}", str(fault), remedy)

@@ -186,7 +186,7 @@ def test_a_metric_without_its_package_is_told_before_the_first_stage(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, f"{package}.rouge_scorer", None)
-    run = writes(tmp_path, answer="text", metric=metric)
+    run = writes(tmp_path, output="text", metric=metric)
     code, found = looked_at(cli, run)
     assert (code, found["fail"][0]["where"]) == (4, "task film")
     assert f"tasks.film.metric '{metric}': this metric needs {package}" in found["fail"][0]["found"]

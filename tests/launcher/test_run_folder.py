@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from cl_dist import run as jobs
 from cl_dist.storage import run_lock
 from tests import tiny
 from tests.launcher.commands import Cli, save_run
@@ -73,7 +72,6 @@ def relabelled(path: Path, split: str) -> None:
     """Give every row of a split the label 'good'."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
     tiny.save_rows(path, [row | ({"label": "good"} if row["split"] == split else {}) for row in rows])
-    jobs._load.cache_clear()  # as in a process that begins now
 
 
 @pytest.mark.parametrize(

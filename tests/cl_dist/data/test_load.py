@@ -297,7 +297,7 @@ def test_a_joint_state_needs_to_know_the_turns_of_each_dialogue(
         assert (checked.faults, checked.warnings) == ((), ())
     else:
         assert re.search(expected, str(checked.faults[0])), checked.faults[0]
-    assert not check(path, turns(*ids), answer="text", metric="turn_state", row_id=column).faults
+    assert not check(path, turns(*ids), output="text", metric="turn_state", row_id=column).faults
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_a_file_per_split_is_loaded_and_a_missing_one_is_named(tmp_path: Path) -
     source = {"kind": "tsv", "paths": paths, "split": {"by": "files"}}
     task = parse(TaskConfig, {"id": "t", "source": source})
     loaded = load_task(task, DataConfig())
-    assert [row.id for row in loaded.train + loaded.dev] == ["train-0", "train-1", "dev-0", "dev-1"]
+    assert [row.id for row in (*loaded.train, *loaded.dev)] == ["train-0", "train-1", "dev-0", "dev-1"]
     Path(paths["dev"]).unlink()
     (fault,) = check_task(task, DataConfig()).faults
     assert fault.file == paths["dev"]

@@ -17,7 +17,7 @@ from cl_dist.run import Run
 from cl_dist.stage import StageRef
 from cl_dist.stages import rationalise, train
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.shards import sharded
 from cl_dist.stages.stage_job import Job
 from cl_dist.stages.weights import ShardedWeights
 from tests import tiny
@@ -86,7 +86,7 @@ def test_any_number_of_shards_marks_the_same(run: Run, tmp_path: Path, size: int
     job = stage_job(run, "rationalise")
     changed = job.stage.vote.model_copy(update={"shard_samples": size})  # type: ignore[union-attr]
     job = replace(job, stage=job.stage.model_copy(update={"vote": changed}))
-    kind = SHARDED["rationalise"]
+    kind = sharded("rationalise")
     worker = kind.worker(job)
     kind.merge(job, [(shard, worker.run(shard)) for shard in reversed(kind.cut(job))], tmp_path)
     for path in tmp_path.iterdir():

@@ -15,12 +15,12 @@ from cl_dist.errors import CheckpointError, ConfigError, DataError
 from cl_dist.parallel.gradients import frozen_entries
 from cl_dist.planning.trace import TracedLearner
 from cl_dist.run import Run
-from cl_dist.run_events import _vote_facts
+from cl_dist.run_events import summary
 from cl_dist.stage import Record, StageRef, Train, Vote, ref
 from cl_dist.stages import train, vote
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.predict import Predictor
-from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.shards import sharded
 from cl_dist.stages.stage_job import Job
 from cl_dist.stages.voting_shards import Shard
 from tests import tiny
@@ -46,7 +46,7 @@ def results(job: Job, out: Path, size: int) -> dict[str, bytes]:
     assert not isinstance(job.stage, Train)
     changed = job.stage.vote.model_copy(update={"shard_samples": size})  # type: ignore[union-attr]
     job = replace(job, stage=job.stage.model_copy(update={"vote": changed}))
-    kind = SHARDED[job.stage.kind]
+    kind = sharded(job.stage.kind)
     workers = [kind.worker(job), kind.worker(job)]
     cut = kind.cut(job)
     found = [(shard, workers[number % 2].run(shard)) for number, shard in enumerate(reversed(cut))]
@@ -75,7 +75,7 @@ def test_the_plan_is_the_papers_four_steps(run: Run) -> None:
 def test_any_number_of_shards_finds_the_same(run: Run, tmp_path: Path, kind: str, size: int) -> None:
     stage = run.stage(StageRef(task=1, stage=kind))
     found = results(run.job(stage), tmp_path / "out", size)
-    assert len(SHARDED[kind].cut(run.job(stage))) == 2  # of six dev rows four at a time
+    assert len(sharded(kind).cut(run.job(stage))) == 2  # of six dev rows four at a time
     for name, content in found.items():
         assert content == (run.ledger.path(ref(stage)) / name).read_bytes()
 
@@ -98,7 +98,7 @@ def test_the_vote_tells_what_it_rests_on(run: Run) -> None:
 
 
 def test_the_summary_keeps_how_c_is_distributed(run: Run) -> None:
-    (found,) = _vote_facts(run)
+    (found,) = summary(run)["votes"]
     stored = run.ledger.read(StageRef(task=1, stage="vote"), "critical.json")
     ((layer, unit),) = stored["chosen"]
     assert found["distribution"]["chosen"] == [stored["histogram"][layer][unit]]

@@ -13,7 +13,8 @@ from cl_dist.config import parse
 from cl_dist.errors import ClDistError, ConfigError, DataError
 from cl_dist.models.backbone import load_backbone, load_config, load_tokenizer
 from cl_dist.models.config import ModelConfig
-from cl_dist.run import Run, model_digest
+from cl_dist.models.digest import model_digest
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from launcher import runs
 from tests import tiny

@@ -20,7 +20,7 @@ from cl_dist.run import Run
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stage import StageRef
 from cl_dist.stages import build
-from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.shards import sharded
 from tests import tiny
 
 METHODS: dict[str, Any] = {
@@ -68,7 +68,7 @@ def test_a_divided_model_leaves_the_same_bytes(
     all_runs: dict[str, Run], divided: Divided, tmp_path: Path, name: str, kind: str
 ) -> None:
     run = all_runs[name]
-    job, shards = run.job(run.stage(StageRef(task=1, stage=kind))), SHARDED[kind]
+    job, shards = run.job(run.stage(StageRef(task=1, stage=kind))), sharded(kind)
     worker = shards.worker(job)
     out = tmp_path / "out"
     out.mkdir()
