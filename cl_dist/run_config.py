@@ -12,7 +12,7 @@ from cl_dist.config import Section, Tree, apply_overrides, did_you_mean, merged,
 from cl_dist.data.orders import check_order, read_orders
 from cl_dist.data.tasks import DataConfig, TaskConfig
 from cl_dist.errors import ConfigError, DataError
-from cl_dist.methods import METHODS, capabilities_of, get_method, method_config
+from cl_dist.methods import METHODS, capabilities_of, get_method, installed, method_config
 from cl_dist.methods.base import MethodConfig, TaskSequence
 from cl_dist.models.config import ModelConfig, check_length, known_sizes, max_positions
 from cl_dist.parallel.config import EngineConfig
@@ -291,12 +291,21 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
 def json_schema() -> Tree:
     """Return the JSON Schema of a run file, with the settings of every method."""
     schema = RunConfig.model_json_schema()
-    methods = []
+    methods: list[Tree] = []
     for method in dict.fromkeys(entry.config for entry in METHODS.values()):
         inner = method.model_json_schema()
         schema["$defs"] |= inner.pop("$defs", {})
         schema["$defs"][method.__name__] = inner
         methods.append({"$ref": f"#/$defs/{method.__name__}"})
+    other = {"anyOf": [{"pattern": r"^[\w.]+:\w+$"}, {"enum": sorted(installed())}]}
+    methods.append(
+        {
+            "type": "object",
+            "description": "A method of another package, by entry point or 'package.module:METHOD'.",
+            "properties": {"name": {"type": "string", **other}},
+            "required": ["name"],
+        }
+    )
     schema["$defs"]["Science"]["properties"]["method"] = {
         "oneOf": methods,
         "description": "The method and its settings.",
