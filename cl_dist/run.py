@@ -165,6 +165,8 @@ class Run:
             engine=self.config.cluster,
             seed=science.seed,
             chain=tuple(str(self.ledger.path(ref).absolute()) for ref in self._chain(stage)),
+            log_every=self.config.run.log_every,
+            profiles=str((self.config.folder / "profile").absolute()),
         )
 
     def check_inputs(self, stage: Stage) -> None:

@@ -28,6 +28,7 @@ class RunSection(Section):
     """Name and place of the run."""
 
     name: Annotated[str, Field(pattern=NAME)]
+    """Name of the run and of its folder; a run file without it gives its own file name."""
     dir: Place = "runs"
     """Folder that holds run folders, `~` is expanded; on a cluster, one that every node sees."""
     mirror: str | None = None
@@ -36,6 +37,9 @@ class RunSection(Section):
     trackers: list[Name] = []
     """Also send numbers to tensorboard, mlflow or wandb; the run folder holds all of them without. Needs
     `pip install 'cl-dist[tracking]'`."""
+    log_every: int = Field(10, ge=0)
+    """Report learning rate, loss terms, gradient norm, throughput and peak memory every N optimizer steps, and after
+    the last step of a stage: to metrics/events.jsonl, the trackers and the log. 0 disables it."""
 
     @model_validator(mode="after")
     def _can_be_a_folder(self) -> "RunSection":
@@ -60,7 +64,9 @@ class Science(Section):
     """Everything that decides results, and nothing else: what stages are identified by."""
 
     schema_version: Literal[1] = 1
+    """Version of the run file's format."""
     seed: int = Field(0, ge=0)
+    """Seed of all random draws of the run."""
     model: ModelConfig
     method: SerializeAsAny[MethodConfig]
     tasks: list[TaskConfig] = Field(min_length=1)
@@ -145,13 +151,16 @@ class ClusterConfig(EngineConfig):
     address: str | None = None
     """Ray cluster to join ('auto' finds one on this machine); None starts a local one for the run."""
     workers: int = Field(1, gt=0)
+    """Number of training processes, each with its own device."""
     min_workers: int | None = Field(None, gt=0)
     """With it the gang is elastic: it goes on with so few workers where nodes are lost, and grows to `workers` when
     they come back, each time from the last checkpoint (see checkpoint_minutes)."""
     elastic_interval_s: float = Field(60.0, gt=0)
     """How often an elastic gang looks whether it can grow."""
     cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs that Ray reserves for a worker."""
     gpus_per_worker: float = Field(0.0, ge=0)
+    """GPUs that Ray reserves for a worker; 0 trains on CPUs."""
     workers_per_model: int = Field(1, gt=0)
     """How many workers' resources hold one model where it has to be whole: when it writes, votes or is scored. With
     more than 1 a model that the first of these GPUs cannot hold lies on all of them, by layers; same bits."""

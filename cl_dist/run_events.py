@@ -63,7 +63,7 @@ class Tracker:
     def stage(self, stage: Stage) -> Iterator[None]:
         """Frame the events of a stage."""
         self._stage = stage
-        self.event({"event": "stage_start"})
+        self.event({"event": "stage_start", "fingerprint": self._run.ledger.fingerprint(stage)})
         began = time.monotonic()
         yield
         self.event({"event": "stage_end", "seconds": round(time.monotonic() - began, 3)})
@@ -78,7 +78,7 @@ class Tracker:
                 "kind": self._stage.kind,
             }
         line |= event
-        if event.get("event") != "step":  # thousands of them; the rounds say enough
+        if event.get("event") != "step":  # one per optimizer step, for the progress bar; telemetry is stored
             _append(self._folder / "metrics" / "events.jsonl", json.dumps(line))
         self._watch(line)
 

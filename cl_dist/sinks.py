@@ -1,7 +1,9 @@
 """What a run tells, sent on to TensorBoard, MLflow or Weights & Biases as well; the driver's side, without torch.
 
-Numbers of training lie at the optimizer step, counted over all tasks; numbers of a finished stage at its task. What a
-tracker needs to go on as the same run lies in the run folder: a run of many attempts is one run there.
+Telemetry (train/...) and the means of a round (round/..., dev/...) are logged at the global optimizer step, which
+counts over all tasks; numbers of a finished stage at its task. The ids under which a tracker continues the same run
+are in the run folder, so a run of many attempts is one run there. Steps that a resumed attempt repeats are not logged
+again.
 """
 
 import json
@@ -10,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,6 +22,9 @@ from cl_dist.ledger import write_json
 
 Name = Literal["tensorboard", "mlflow", "wandb"]
 STATE, EVENTS = "metrics/trackers.json", "metrics/events.jsonl"
+AT_STEPS = ("telemetry", "round")
+"""Events whose numbers belong to an optimizer step."""
+NOTED = ("stage_start", *AT_STEPS)
 ENDINGS = {"finished": "FINISHED", "failed": "FAILED"}
 """MLflow's words; a run that was stopped or interrupted is KILLED there until it goes on."""
 
@@ -42,17 +48,15 @@ class Trackers:
         Raises:
             ConfigError: If the package of one is not installed.
         """
-        self._totals = _totals(folder / EVENTS)
+        self._stages = _read_stages(folder / EVENTS)
         self._sinks = [_opened(name)(folder, run, settings) for name in names]
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Send on what an event says."""
         kind = event["event"]
-        if kind == "round":
-            self._totals[event["stage"]] = event["total_steps"]
-            stages = list(self._totals)
-            before = sum(self._totals[stage] for stage in stages[: stages.index(event["stage"])])
-            self._log({name: value for name, value in event.items() if "/" in name}, before + event["step"], "step")
+        if kind in NOTED:
+            if _note(self._stages, event) and kind in AT_STEPS:
+                self._log(_step_numbers(event), self._global_step(event), "step")
         elif kind == "stage_done":
             told = ("train/", "dev/")  # round by round
             self._log(
@@ -63,22 +67,60 @@ class Trackers:
             for sink in self._sinks:
                 sink.close(kind)
 
+    def _global_step(self, event: Mapping[str, Any]) -> int:
+        """Return the optimizer steps of the stages before, in the order in which they began, and of the event's own."""
+        stages = list(self._stages)
+        earlier = stages[: stages.index(event["stage"])]
+        return sum(self._stages[stage].total for stage in earlier) + int(event["step"])
+
     def _log(self, numbers: Mapping[str, float], step: int, axis: str) -> None:
         if numbers:
             for sink in self._sinks:
                 sink.log(numbers, step, axis)
 
 
-def _totals(path: Path) -> dict[str, int]:
-    """Return the optimizer steps of each stage that earlier attempts have told of, in their order."""
-    totals: dict[str, int] = {}
+@dataclass
+class _StageSteps:
+    """Progress of a stage as far as it has been logged."""
+
+    fingerprint: str = ""
+    total: int = 0
+    """Its optimizer steps; 0 if it does not train."""
+    last: dict[str, int] = field(default_factory=dict)
+    """Last step that was logged, by kind of event."""
+
+
+def _note(stages: dict[str, _StageSteps], event: Mapping[str, Any]) -> bool:
+    """Note an event of a stage, and return whether its step lies after all others of its kind."""
+    kind, stage = event["event"], stages.setdefault(event["stage"], _StageSteps())
+    if kind == "stage_start":
+        if stage.fingerprint != event["fingerprint"]:  # with other settings it is another stage
+            stage.fingerprint, stage.last = event["fingerprint"], {}
+        return True
+    step, stage.total = int(event["step"]), int(event["total_steps"])
+    is_new = step > stage.last.get(kind, 0)
+    if is_new:
+        stage.last[kind] = step
+    return is_new
+
+
+def _step_numbers(event: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of an event at a step; the means of a round get names of their own."""
+    numbers = {name: value for name, value in event.items() if "/" in name}
+    if event["event"] == "round":
+        return {name.replace("train/", "round/"): value for name, value in numbers.items()}
+    return numbers
+
+
+def _read_stages(path: Path) -> dict[str, _StageSteps]:
+    """Return the progress of the stages of earlier attempts, in the order in which they began."""
+    stages: dict[str, _StageSteps] = {}
     if path.exists():
         for line in path.read_text(encoding="utf8", errors="replace").splitlines():
-            if '"round"' in line:
+            if any(f'"{kind}"' in line for kind in NOTED):
                 with suppress(ValueError, KeyError, TypeError, RecursionError):  # a kill may have cut a line off
-                    event = json.loads(line)
-                    totals[event["stage"]] = event["total_steps"]
-    return totals
+                    _note(stages, json.loads(line))
+    return stages
 
 
 def _opened(name: Name) -> Callable[[Path, str, Mapping[str, Any]], Sink]:

@@ -30,9 +30,11 @@ class TrainConfig(Section):
     """How a Train stage optimises, whatever the method."""
 
     epochs: int = Field(5, gt=0)
+    """Passes over the train rows of a task."""
     lr: float = Field(5e-5, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of the steps with a rising learning rate; it falls linearly to 0 afterwards."""
     max_grad_norm: float = Field(1.0, ge=0)
@@ -73,6 +75,7 @@ class GenerateConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     """Draw among the likeliest tokens that together have this probability."""
     temperature: float = Field(1.0, gt=0)
+    """Divides the logits before sampling; below 1 makes likely tokens more likely."""
     max_attempts: int = Field(8, gt=0)
     """How often a sample is drawn anew when it is malformed, the first time included."""
     require_known_label: bool = True

@@ -176,7 +176,7 @@ class Watch:
         self._bar: TaskID | None = None
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}", markup=False),
@@ -201,6 +201,9 @@ class Watch:
         if kind == "stage_start":
             note = "starting workers" if event["kind"] == "train" else ""
             self._bar = self._progress.add_task(printable(stage), total=None, note=note)
+        elif kind == "telemetry" and self._bar is not None:
+            note = f"loss {event['train/loss']:.3f}  {_rate(event['train/tokens_per_s'])} tokens/s"
+            self._progress.update(self._bar, completed=event["step"], total=event["total_steps"], note=note)
         elif kind == "round" and self._bar is not None:
             note = f"loss {event['train/loss']:.3f}"
             if "dev/accuracy" in event:
@@ -218,12 +221,20 @@ class Watch:
 
     def _plain(self, event: Mapping[str, Any]) -> None:
         """Write one line: to the log file always, to stderr where no bar is shown."""
-        skipped = {"ts", "event", "stage", "task", "kind", "metrics", "tasks"}
+        skipped = {"ts", "event", "stage", "task", "kind", "metrics", "tasks", "fingerprint"}
         words = [f"{key}={_short(value)}" for key, value in event.items() if key not in skipped]
         line = " ".join([event["event"], *([f"stage={event['stage']}"] if "stage" in event else []), *words])
-        self._log.info(line)
-        if not err.is_terminal:
+        self._log.log(logging.WARNING if "warning" in event else logging.INFO, line)
+        if not err.is_terminal and event["event"] != "telemetry":  # one line every few steps: for the log alone
             err.print(f"{event['ts'][11:19]} {line}", soft_wrap=True)
+
+
+def _rate(value: float) -> str:
+    """Return a rate in at most five characters, such as 950, 1.2k, 3.4M."""
+    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.{0 if value >= 10 * factor else 1}f}{letter}"
+    return f"{value:.0f}"
 
 
 def _short(value: Any) -> str:

@@ -103,7 +103,7 @@ def peak(rank: int, world: int, job: Job, out: str) -> int:
 
     Path(out).mkdir(parents=True, exist_ok=True)
     with live:
-        train.run(job, Path(out), lambda event: None, alive=alive)
+        train.run(job, Path(out), lambda event: None, heartbeat=alive)
     return most
 
 

@@ -191,7 +191,7 @@ def test_what_a_task_may_not_move_does_not_move(runs: Runs, tmp_path: Path, meth
     job = runs.job(method, "train")
     assert isinstance(job.stage, Train)
     before = build_learner(job)
-    train.start(job, before)
+    train.prepare_learner(job, before)
     frozen = {name for name, p in before.model.named_parameters() if not p.requires_grad}
     start = {name: p.detach().clone() for name, p in before.model.named_parameters()}
     after = parity.train_here(job, tmp_path / "out").weights
@@ -309,7 +309,7 @@ def test_capabilities_are_those_of_the_learner(runs: Runs, monkeypatch: pytest.M
 
     monkeypatch.setattr("cl_dist.stages.build.load_backbone", watched)
     learner = build_learner(job)
-    train.start(job, learner)
+    train.prepare_learner(job, learner)
     inside = {id(parameter) for parameter in learner.model.parameters()}
     trained = any(parameter.requires_grad for parameter in pretrained if id(parameter) in inside)
     assert_declared(runs, method, "freezes_backbone", not trained)
@@ -346,7 +346,7 @@ def test_a_method_for_quantized_backbones_neither_trains_nor_wraps_linear_layers
     monkeypatch.setattr("cl_dist.stages.build.load_backbone", opaque)
     try:
         learner = build_learner(job)
-        train.start(job, learner)
+        train.prepare_learner(job, learner)
         loss = learner.loss(learner.model.train(), two_rows(learner, job), Progress(0, 10, 0, 10))
         torch.stack([term.sum() for term in loss.per_example.values()]).sum().backward()
         works = True
@@ -398,7 +398,7 @@ def test_a_loss_reads_parameters_in_the_forward_pass_alone(runs: Runs, method: s
     """Under ZeRO 3 they are empty elsewhere; here the same check runs on one worker, over all parameters."""
     job = runs.job(method, "train")
     learner = build_learner(job)
-    train.start(job, learner)
+    train.prepare_learner(job, learner)
     reads = ForwardOnly(dict(learner.model.named_parameters()))
 
     def model(batch: Any) -> Any:

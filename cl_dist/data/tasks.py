@@ -20,6 +20,7 @@ class Split(Section):
     """
 
     by: Literal["field", "id_hash", "files"] = "id_hash"
+    """How rows are assigned to splits: by a column, by a hash of the row id, or by files."""
     field: str = "split"
     """Column that names the split (by: field)."""
     names: dict[str, SplitName | None] = {}
@@ -45,15 +46,18 @@ class Source(Section):
     """
 
     kind: Literal["jsonl", "csv", "tsv", "parquet", "lines", "datasets", "planted"]
+    """Format of the rows."""
     path: Place = ""
     """File (.gz is read too); for `datasets` a folder written by `save_to_disk`, or the name of a hub set; for
     `planted` the theme of made-up texts with known rationales: food, film or place."""
     paths: dict[SplitName, Place] = {}
+    """One file per split (split.by: files)."""
     config: str | None = None
     """Configuration of a hub data set."""
     revision: str | None = None
     """Commit of a hub data set: name one, so that the data cannot change under a run."""
     encoding: str = "utf-8"
+    """Text encoding of the file."""
     pattern: str | None = None
     r"""For `lines`: a regular expression with named groups, such as '(?P<label>\w+):\S+ (?P<text>.*)'."""
     where: dict[str, str | Annotated[list[str], Field(min_length=1)]] = {}
@@ -120,8 +124,11 @@ class RowLimits(Section):
     """
 
     train: int | None = Field(None, gt=0)
+    """Maximum number of train rows."""
     dev: int | None = Field(None, gt=0)
+    """Maximum number of dev rows."""
     test: int | None = Field(None, gt=0)
+    """Maximum number of test rows."""
     balance: bool | list[SplitName] = False
     """Splits, or true for all, that get as many rows of every label as they have; the others keep the shares that
     labels have in the whole split. Balanced test rows score another test than the data's."""
@@ -143,8 +150,11 @@ class TaskConfig(Section):
     """Name of the task; it becomes a folder name, so letters, digits, '_', '.' and '-' only."""
     source: Source
     text: str = "text"
+    """Column with the text."""
     text_pair: str | None = None
+    """Column with a second text, such as an aspect."""
     label: str = "label"
+    """Column with the label or the answer."""
     row_id: str | None = None
     """Column with the row's id; None numbers the rows of the file."""
     labels: list[str] | None = None

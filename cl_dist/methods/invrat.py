@@ -27,6 +27,7 @@ class InvratConfig(Section):
     share: float = Field(0.2, gt=0, lt=1)
     """Share of a text's tokens that a rationale should have."""
     share_weight: float = Field(1.0, ge=0)
+    """Weight of the deviation from that share."""
     breaks_weight: float = Field(5.0, ge=0)
     """Weight of the changes between selected and not selected: higher, and rationales are fewer and longer spans."""
     gap_weight: float = Field(10.0, ge=0)

@@ -184,7 +184,7 @@ class TorchEngine:
         self._optimizing, self._num_micro = optimizing, num_micro
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer, self.schedule = _adamw(model, optimizing)
-        self._micro, self._norm = 0, 0.0
+        self._micro, self._norm = 0, torch.zeros(())
 
     @property
     def flats(self) -> list[Tensor]:
@@ -212,14 +212,14 @@ class TorchEngine:
             assert parameter.grad is not None  # a loss reaches all that is trained
             parameter.grad += penalty.gradient(parameter.detach())
         clip = self._optimizing.clip or float("inf")
-        self._norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, clip))
+        self._norm = torch.nn.utils.clip_grad_norm_(self._parameters, clip)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
 
     def grad_norm(self) -> float:
         """See Engine."""
-        return self._norm
+        return float(self._norm)
 
     def close(self) -> None:
         """See Engine."""

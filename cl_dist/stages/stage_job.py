@@ -44,6 +44,10 @@ class Job:
     seed: int
     chain: tuple[str, ...]
     """Folders of the Train stages whose weights make up the model, oldest first."""
+    log_every: int
+    """Optimizer steps between two telemetry events; 0 disables them."""
+    profiles: str
+    """Folder for the traces of `engine.profile`."""
 
     @property
     def key(self) -> str:

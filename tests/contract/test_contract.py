@@ -41,7 +41,7 @@ def test_methods_with_masks_freeze_entries(runs: Runs, method: str) -> None:
     """Else the test of what may not move would pass without looking at an entry."""
     job = runs.job(method, "train")
     learner = build_learner(job)
-    train.start(job, learner)
+    train.prepare_learner(job, learner)
     named = dict(learner.model.named_parameters())
     masked = any(bool(frozen_entries(t, named[n]).any()) for n, t in learner.gradient_transforms().items())
     assert masked == (method in {"ctr", "hat", "lamol", "lamol_real", "rational_lamol"})

@@ -76,7 +76,7 @@ def test_what_is_frozen_keeps_every_bit(
     ranks.run(_train, job, str(out), timeout_s=200.0)
     after, before = ShardedWeights(out), ShardedWeights(job.chain[-1])
     learner = build_learner(job)
-    train.start(job, learner)
+    train.prepare_learner(job, learner)
     facts = json.loads((out / "train.json").read_text())
     total = sum(parameter.numel() for parameter in learner.model.parameters())
     trained = sum(parameter.numel() for parameter in learner.model.parameters() if parameter.requires_grad)

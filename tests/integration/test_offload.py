@@ -179,7 +179,7 @@ def test_frozen_heads_keep_their_bits_and_checkpoints_are_written(
     ranks.run(hold, replace(job, engine=config), str(_new(tmp_path / "out")), timeout_s=250.0)
     after, before = ShardedWeights(tmp_path / "out"), ShardedWeights(job.chain[-1])
     learner = build_learner(job)
-    train.start(job, learner)
+    train.prepare_learner(job, learner)
     held = {name: scale for name, scale in learner.gradient_transforms().items() if scale.decay}
     assert held
     for name, scale in held.items():

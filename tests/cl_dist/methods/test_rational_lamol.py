@@ -201,7 +201,7 @@ def test_what_is_frozen_keeps_every_bit_through_decay_and_clipping(tmp_path: Pat
     job = run.job(stage)
     after = train_here(job, tmp_path / "out").weights
     learner = build_learner(job)
-    train.start(job, learner)
+    train.prepare_learner(job, learner)
     if level == "block":
         mine = [name for name, p in learner.model.named_parameters() if not p.requires_grad]
         assert mine
@@ -227,7 +227,7 @@ def test_all_else_is_updated_as_without_freezing(tmp_path: Path) -> None:
         job = run.job(stage)
         found[freeze] = train_here(job, tmp_path / f"out-{freeze}").weights
     learner = build_learner(job)
-    train.start(job, learner)
+    train.prepare_learner(job, learner)
     held = {name: scale for name, scale in learner.gradient_transforms().items() if scale.decay}
     assert held
     for name, weight in found["none"].items():
