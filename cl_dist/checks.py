@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from cl_dist.data.sources import listing
 from cl_dist.errors import ConfigError, DataError
+from cl_dist.methods import capabilities_of
 from cl_dist.models.config import ModelConfig
 from cl_dist.run import Run
 from cl_dist.stage import Choose
@@ -112,7 +113,8 @@ def writing_fault(run: Run, task: int) -> str | None:
 
 def _adds_embeddings(run: Run) -> bool:
     """Return whether the model gets embeddings for tokens that the backbone lacks."""
-    return run.output == "lm" and getattr(run.science.method, "lora", None) is None
+    able = capabilities_of(run.science.method, run.science.model)
+    return run.output == "lm" and not able.freezes_backbone
 
 
 _REPORTS: dict[tuple[str, ...], "TokenReport"] = {}

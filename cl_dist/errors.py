@@ -57,6 +57,12 @@ class ProtectionError(ClDistError):
     exit_code = 5
 
 
+class EmptiedParameterError(ClDistError):
+    """A method reads a parameter where ZeRO-3 has emptied it."""
+
+    exit_code = 5
+
+
 class CheckpointError(ClDistError):
     """A stored result is missing, damaged, or differs in shape from what the run expects."""
 

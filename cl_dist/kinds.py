@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 from cl_dist.data.rows import TaskData
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.data.votes import voting_rows
+from cl_dist.methods import get_method
 from cl_dist.methods.base import MethodConfig, TaskSequence
 from cl_dist.stage import (
     Choose,
@@ -163,6 +164,8 @@ def _train_facts(run: RunView, stage: Train) -> Facts:
         "evaluate": {"batch": science.evaluate.batch},  # dev rows are scored in batches of this size
         "max_length": {} if stage.settings is not None else _lengths(run, stage, read),
     }
+    if version := get_method(science.method.name).version:
+        facts["method_version"] = version
     if stage.role == "invrat":
         facts["environments"] = [run.data(u).digests.get("environments") for u in stage.data]
     if run.output == "lm":

@@ -13,7 +13,7 @@ from cl_dist.data.tasks import DataConfig, TaskConfig
 from cl_dist.errors import StageConflictError
 from cl_dist.kinds import kind_of
 from cl_dist.ledger import Ledger
-from cl_dist.methods import METHODS
+from cl_dist.methods import get_method
 from cl_dist.models.config import absent
 from cl_dist.models.digest import ON_HUB, model_facts
 from cl_dist.run_config import RunConfig, Science
@@ -42,13 +42,13 @@ class Run:
     @property
     def output(self) -> str:
         """Output layer that the method puts on the backbone: "classifier" or "lm"."""
-        return METHODS[self.science.method.name].output(self.science.model.output)
+        return get_method(self.science.method.name).output(self.science.model.output)
 
     def plan(self, task: int) -> list[Stage]:
         """Return the stages of a task, in order."""
         if task not in self._plans:
             method = self.science.method
-            self._plans[task] = METHODS[method.name].plan(method, self.tasks, task)
+            self._plans[task] = get_method(method.name).plan(method, self.tasks, task)
         return self._plans[task]
 
     def stages(self) -> Iterator[Stage]:

@@ -12,7 +12,7 @@ from cl_dist.config import Section, Tree, apply_overrides, did_you_mean, merged,
 from cl_dist.data.orders import check_order, read_orders
 from cl_dist.data.tasks import DataConfig, TaskConfig
 from cl_dist.errors import ConfigError, DataError
-from cl_dist.methods import METHODS
+from cl_dist.methods import METHODS, capabilities_of, get_method, installed, method_config
 from cl_dist.methods.base import MethodConfig, TaskSequence
 from cl_dist.models.config import ModelConfig, check_length, known_sizes, max_positions
 from cl_dist.parallel.config import EngineConfig
@@ -87,16 +87,17 @@ class Science(Section):
         if not isinstance(given, Mapping):
             return given
         name = given.get("name")
-        if not isinstance(name, str) or name not in METHODS:
-            raise ValueError(f"name={name!r} is not a method{did_you_mean(str(name), list(METHODS))}")
-        return METHODS[str(name)].config.model_validate(given)
+        try:
+            return method_config(str(name), given)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
     def _tasks_fit_together(self) -> "Science":
         ids = [task.id for task in self.tasks]
         if len(set(ids)) != len(ids):
             raise ValueError(f"tasks: ids must be distinct, got {ids}")
-        output = METHODS[self.method.name].output(self.model.output)
+        output = get_method(self.method.name).output(self.model.output)
         for task in self.tasks:
             self.train_of(task)
             if task.output == "text" and output == "classifier":
@@ -216,21 +217,26 @@ class RunConfig(Section):
                 "otherwise there are no float32 master weights"
             )
         method = self.science.method.name
-        if METHODS[method].penalises and self.cluster.offload and self.cluster.zero_stage < 3:
+        able = capabilities_of(self.science.method, self.science.model)
+        if able.penalties and self.cluster.offload and self.cluster.zero_stage < 3:
             raise ValueError(
                 f"method {method!r} adds penalties to gradients, which DeepSpeed does not expose with offload and "
                 f"zero_stage {self.cluster.zero_stage}; expected zero_stage 3, or no offload"
             )
         bits = self.science.model.weight_bits
-        if bits is not None and not METHODS[method].takes_quantized:
-            able = ", ".join(name for name, entry in METHODS.items() if entry.takes_quantized)
+        if bits is not None and not able.takes_quantized:
+            names = ", ".join(name for name in METHODS if self._takes_quantized(name))
             raise ValueError(
                 f"science.model.weight_bits={bits}: method {method!r} trains or wraps the backbone's layers; "
-                f"use one of {able}, or, in a baseline, model: {{weight_bits: null}}"
+                f"use one of {names}, or, in a baseline, model: {{weight_bits: null}}"
             )
         for name in self.baselines:
             self.baseline(name)
         return self
+
+    def _takes_quantized(self, method: str) -> bool:
+        """Return whether a method, with its default settings, works on quantized weights."""
+        return capabilities_of(METHODS[method].config(name=method), self.science.model).takes_quantized
 
     @property
     def folder(self) -> Path:
@@ -260,7 +266,7 @@ class RunConfig(Section):
         Raises:
             ConfigError: If it does not.
         """
-        is_lm = METHODS[self.science.method.name].output(self.science.model.output) == "lm"
+        is_lm = get_method(self.science.method.name).output(self.science.model.output) == "lm"
         limit = sizes.get("max_position_embeddings", sizes.get("n_positions")) if is_lm else max_positions(sizes)
         for task in self.science.tasks:
             check_length(self.science.train_of(task).max_length, limit if isinstance(limit, int) else None)
@@ -294,12 +300,21 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
 def json_schema() -> Tree:
     """Return the JSON Schema of a run file, with the settings of every method."""
     schema = RunConfig.model_json_schema()
-    methods = []
+    methods: list[Tree] = []
     for method in dict.fromkeys(entry.config for entry in METHODS.values()):
         inner = method.model_json_schema()
         schema["$defs"] |= inner.pop("$defs", {})
         schema["$defs"][method.__name__] = inner
         methods.append({"$ref": f"#/$defs/{method.__name__}"})
+    other = {"anyOf": [{"pattern": r"^[\w.]+:\w+$"}, {"enum": sorted(installed())}]}
+    methods.append(
+        {
+            "type": "object",
+            "description": "A method of another package, by entry point or 'package.module:METHOD'.",
+            "properties": {"name": {"type": "string", **other}},
+            "required": ["name"],
+        }
+    )
     schema["$defs"]["Science"]["properties"]["method"] = {
         "oneOf": methods,
         "description": "The method and its settings.",

@@ -243,12 +243,12 @@ def of_steps(small: bool) -> Iterator[Line]:
     """Yield the time of a CTR step at the last of 19 tasks against a plain adapter's and LoRA's."""
     from transformers import BertConfig, BertModel
 
-    from cl_dist.models.adapters import AdapterClassifier
     from cl_dist.models.backbone import lower
     from cl_dist.models.config import LoraShape, PluginShape
     from cl_dist.models.lowrank import add_update
     from cl_dist.models.noise import gumbel
     from cl_dist.models.plugin import CtrClassifier
+    from cl_dist.models.task_modules import AdapterClassifier
 
     tasks, (rows, length) = (3, (4, 32)) if small else (19, (64, 128))
     sizes: Tree = {**BASE, **SMALL} if small else BASE

@@ -162,6 +162,18 @@ def encode_row(
     return context[:room], encoded_question, answer
 
 
+@dataclass(frozen=True, slots=True)
+class EncodingOptions:
+    """How LanguageRows lays out its rows."""
+
+    samples: bool = False
+    """Whether a batch holds every row as a sample too."""
+    per_task: bool = True
+    """Whether each task has a token of its own that asks for a sample."""
+    ans_weight: float = 1.0
+    """Weight of the label `ans` within a sample."""
+
+
 class LanguageRows(LazyExamples[EncodedText]):
     """Rows of one or more tasks, numbered consecutively; batches are padded to their longest row."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cl_dist.data.sampler import global_batch, num_micro_batches, share
-from cl_dist.methods.base import Rows
+from cl_dist.learners.base import Rows
 from cl_dist.models.classifier import Batch
 from cl_dist.parallel.world import World
 from cl_dist.stages.stage_job import Job
@@ -33,7 +33,7 @@ class MicroBatch:
     examples: int
     tokens: int
     """Tokens of the global batch, without padding."""
-    units: Mapping[str, float]
+    normalizers: Mapping[str, float]
     """Divisor of each loss term's sum over the global batch; `examples` for a term that it does not name."""
 
     def on(self, device: torch.device) -> Batch:
@@ -64,12 +64,12 @@ def micro_batches(job: Job, rows: Rows, steps: Iterable[int], world: World, spli
     for step in steps:
         _, indices = global_batch(job.seed, task_id, step, len(rows), size)
         indices = np.array(rows.by_length(indices))
-        units, tokens = rows.normalizers(indices), sum(rows.length(int(number)) for number in indices)
+        normalizers, tokens = rows.normalizers(indices), sum(rows.length(int(number)) for number in indices)
         for places in share(indices, world.rank, world.size, split.micro, split.num_micro):
             inputs = rows.batch(places)
             if world.device.type == "cuda":
                 inputs = {name: value.pin_memory() for name, value in inputs.items()}
-            yield MicroBatch(step, inputs, len(indices), tokens, units)
+            yield MicroBatch(step, inputs, len(indices), tokens, normalizers)
 
 
 class Prefetch(Iterator[T], Generic[T]):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from cl_dist.data.sampler import num_micro_batches, share
-from cl_dist.methods.base import Learner, Rows
+from cl_dist.learners.base import Learner, Rows
 from cl_dist.parallel.engine import Engine
 
 

@@ -18,10 +18,12 @@ from cl_dist.data.sampler import num_steps, sample
 from cl_dist.data.samples import read_samples
 from cl_dist.data.votes import read_critical
 from cl_dist.errors import StoppedError
-from cl_dist.methods.base import Learner, Rows
+from cl_dist.learners.base import Learner, Rows
+from cl_dist.methods import capabilities_of
 from cl_dist.models.backbone import load_tokenizer, recompute_activations
 from cl_dist.models.classifier import count_parameters
-from cl_dist.parallel.engine import Engine, GradScale, Optimizing, Pull, build_engine
+from cl_dist.parallel.engine import Engine, Optimizing, build_engine
+from cl_dist.parallel.gradients import GradientTransform, Penalty
 from cl_dist.parallel.guard import Guard
 from cl_dist.parallel.profile import StepProfiler
 from cl_dist.parallel.seeds import seeded
@@ -68,7 +70,8 @@ def run(
 
     learner = build_learner(job, divided=partitions(job.engine, world))
     prepare_learner(job, learner)
-    scales, pulls = learner.grad_scales(), learner.pulls()  # from the weights that the stage starts with
+    # both from the weights that the stage starts with
+    transforms, penalties = learner.gradient_transforms(), learner.penalties()
     saved = _resume_weights(out, learner, world, report)
 
     rows, dev = _rows(job, stage, learner)
@@ -76,10 +79,10 @@ def run(
     schedule = Schedule(job.train.epochs * steps_per_epoch, steps_per_epoch, job.train.min_round_steps)
     split = Split.of(job, world)
 
-    engine = _engine(job, learner, scales, pulls, schedule, split)
+    engine = _engine(job, learner, transforms, penalties, schedule, split)
     if saved is not None:
         saved.load_moments(engine)
-    guard = Guard(engine, scales) if job.engine.verify_protection_every else None
+    guard = Guard(engine, transforms) if job.engine.verify_protection_every else None
     loop = _Loop(job, learner, engine, schedule, split, rows, dev, entered)
     loop.resume(saved)
     parameters = dict(zip(("trainable", "total"), count_parameters(engine.module), strict=True))
@@ -189,16 +192,17 @@ class _Loop:
                 micro = next(batches)
                 assert micro.step == step
                 batch = micro.on(world.device)
-                loss = self.learner.loss(engine, batch, progress)
+                with engine.reads_only_forward():
+                    loss = self.learner.loss(engine, batch, progress)
                 terms = {
-                    name: (term * batch["weight"]).sum() / micro.units.get(name, micro.examples)
-                    for name, term in loss.rows.items()
+                    name: (term * batch["weight"]).sum() / micro.normalizers.get(name, micro.examples)
+                    for name, term in loss.per_example.items()
                 }
-                engine.backward(_total(terms, world), _total(loss.own, world))
+                engine.backward(_total(terms, world), _total(loss.regularizers, world))
                 engine.step()
-                own = {name: term / num_micro for name, term in loss.own.items()}
-                self._sums.add(terms, own)
-                telemetry.add(terms, own)
+                regularizers = {name: term / num_micro for name, term in loss.regularizers.items()}
+                self._sums.add(terms, regularizers)
+                telemetry.add(terms, regularizers)
         telemetry.end_step(step + 1, micro.examples, micro.tokens)
         self._tokens, self._steps = self._tokens + micro.tokens, self._steps + 1
         self._step_seconds += time.monotonic() - began
@@ -276,8 +280,8 @@ def _rows(job: Job, stage: Train, learner: Learner) -> tuple[Rows, dict[int, Row
 def _engine(
     job: Job,
     learner: Learner,
-    scales: Mapping[str, GradScale],
-    pulls: Mapping[str, Pull],
+    transforms: Mapping[str, GradientTransform],
+    penalties: Mapping[str, Penalty],
     schedule: Schedule,
     split: Split,
 ) -> Engine:
@@ -289,7 +293,7 @@ def _engine(
         lr=config.lr,
         lr_of=learner.learning_rates(),
         # AdamW decays a weight even where its gradient is masked to zero.
-        no_decay=frozenset(name for name, scale in scales.items() if not scale.decay),
+        no_decay=frozenset(name for name, transform in transforms.items() if not transform.decay),
         weight_decay=config.weight_decay,
         clip=config.max_grad_norm,
         total_steps=schedule.total_steps,
@@ -302,18 +306,20 @@ def _engine(
         num_micro=split.num_micro,
         micro_batch=split.micro,
         bf16=job.model.dtype == "bfloat16",
-        grad_scales=scales,
-        pulls=pulls,
+        transforms=transforms,
+        penalties=penalties,
     )
 
 
 def consolidate(job: Job, learner: Learner, rows: Rows, weights: ShardedWeights, world: World) -> Learner:
     """Let the learner store what later tasks need of the finished one, and return it."""
-    if learner.end_rows:
+    assert isinstance(job.stage, Train)
+    end_rows = capabilities_of(job.method, job.model, job.stage.learner).end_rows
+    if end_rows:
         learner = rebuild_selected(job, weights, world)
     learner.activate(job.stage.task)
     task_id = job.tasks[job.stage.task].id
-    seen = sample(job.seed, task_id, len(rows), learner.end_rows)[world.rank :: world.size]
+    seen = sample(job.seed, task_id, len(rows), end_rows)[world.rank :: world.size]
     learner.end_task(weights, (rows.batch([number], world.device) for number in seen))
     return learner
 
@@ -335,7 +341,7 @@ def train_summary(rounds: list[dict[str, float]], learner: Learner) -> dict[str,
         "metrics": {name: value for name, value in selected.items() if name != "step"},
         "selected_step": selected["step"],
         "rounds": rounds,
-        "learner": learner.facts(),
+        "learner": learner.report_info(),
     }
 
 

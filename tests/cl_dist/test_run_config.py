@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -209,9 +210,9 @@ def test_the_schema_holds_every_setting_of_every_section_and_method() -> None:
     sections: list[type[Section]] = [RunSection, Science, ClusterConfig, *(m.config for m in METHODS.values())]
     for section in sections:
         assert properties(schema, section.__name__) == set(section.model_fields)
-    choices = {
-        choice["$ref"].rpartition("/")[2] for choice in schema["$defs"]["Science"]["properties"]["method"]["oneOf"]
-    }
+    *known, other = schema["$defs"]["Science"]["properties"]["method"]["oneOf"]
+    assert re.match(other["properties"]["name"]["anyOf"][0]["pattern"], "my_pkg.probe:METHOD")
+    choices = {choice["$ref"].rpartition("/")[2] for choice in known}
     assert choices == {method.config.__name__ for method in METHODS.values()}
     assert set(schema["properties"]) == {"run", "science", "cluster", "baselines"}
 

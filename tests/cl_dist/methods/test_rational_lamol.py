@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cl_dist.data.rows import Row
 from cl_dist.errors import CheckpointError, ConfigError, DataError
+from cl_dist.parallel.gradients import frozen_entries
 from cl_dist.planning.trace import TracedLearner
 from cl_dist.run import Run
 from cl_dist.run_events import summary
@@ -207,10 +208,10 @@ def test_what_is_frozen_keeps_every_bit_through_decay_and_clipping(tmp_path: Pat
         assert all(".h.1." in name for name in mine)
         assert not set(mine) & after.keys()  # nothing of it is in the optimizer, or stored again
         return
-    held = {name: scale for name, scale in learner.grad_scales().items() if scale.decay}
+    held = {name: scale for name, scale in learner.gradient_transforms().items() if scale.decay}
     assert {name.split(".", 4)[-1] for name in held} == {"attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight"}
     for name, scale in held.items():
-        kept = scale.factor(first[name]) == 0
+        kept = frozen_entries(scale, first[name])
         assert torch.equal(after[name][kept], first[name][kept])
         assert not torch.equal(after[name][~kept], first[name][~kept])
 
@@ -227,10 +228,10 @@ def test_all_else_is_updated_as_without_freezing(tmp_path: Path) -> None:
         found[freeze] = train_here(job, tmp_path / f"out-{freeze}").weights
     learner = build_learner(job)
     train.prepare_learner(job, learner)
-    held = {name: scale for name, scale in learner.grad_scales().items() if scale.decay}
+    held = {name: scale for name, scale in learner.gradient_transforms().items() if scale.decay}
     assert held
     for name, weight in found["none"].items():
-        moves = held[name].factor(weight) != 0 if name in held else torch.ones_like(weight, dtype=torch.bool)
+        moves = ~frozen_entries(held[name], weight) if name in held else torch.ones_like(weight, dtype=torch.bool)
         assert torch.equal(found["list"][name][moves], weight[moves])
         assert name not in held or not torch.equal(found["list"][name][~moves], weight[~moves])
 

@@ -120,7 +120,7 @@ def test_distillation_follows_the_model_before_the_task(tmp_path: Path) -> None:
         rows = learner.rows(_tokenizer(run), 16, training=True)
         rows.add(0, data, data.train[:4], replayed=True)
         loss = learner.loss(learner.model.train(), rows.batch([0, 1, 2, 3]), None)  # type: ignore[arg-type]
-        total = sum(float(term.sum()) for term in loss.rows.values())
+        total = sum(float(term.sum()) for term in loss.per_example.values())
         assert (total < 1e-4) == (share == 1.0)
     weights = [ShardedWeights(run.ledger.path(StageRef(task=1, stage="train"))) for run in found]
     name = min(weights[0])

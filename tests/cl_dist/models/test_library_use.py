@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from cl_dist.methods.hat import Hat, HatConfig
-from cl_dist.models.adapters import AdapterClassifier
+from cl_dist.learners.hat import Hat
+from cl_dist.methods.hat import HatConfig
 from cl_dist.models.config import MaskShape, ModelConfig, PluginShape
 from cl_dist.models.gates import slope
 from cl_dist.models.plugin import CtrClassifier
+from cl_dist.models.task_modules import AdapterClassifier
 from tests.encoders import batch_of, encoder, snapshot, train
 
 STEPS, ROOT = 80, Path(__file__).parents[3]

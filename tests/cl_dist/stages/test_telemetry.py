@@ -14,7 +14,7 @@ import torch
 
 from cl_dist.data.sampler import global_batch
 from cl_dist.errors import StoppedError, TrainingError
-from cl_dist.methods.base import Progress
+from cl_dist.learners.base import Progress
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.run import Run
 from cl_dist.stage import Train
@@ -93,7 +93,7 @@ def slow(job: Job) -> list[tuple[float, float]]:
     for step in range(12):
         _, indices = global_batch(job.seed, "food", step, len(rows), job.train.global_batch)
         losses = [learner.loss(learner.model.train(), rows.batch([n]), Progress(step, 12, 0, 12)) for n in indices]
-        loss = torch.stack([term.sum() for each in losses for term in each.rows.values()]).sum() / len(indices)
+        loss = torch.stack([term.sum() for each in losses for term in each.per_example.values()]).sum() / len(indices)
         optimizer.zero_grad()
         loss.backward()
         gradients = [weight.grad for weight in weights if weight.grad is not None]

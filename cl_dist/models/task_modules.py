@@ -1,4 +1,4 @@
-"""Parts that a task may own inside a backbone: layer norms, bottleneck adapters, embedding tables, and where they sit.
+"""Modules that each task has of its own inside a backbone: layer norms, bottleneck adapters, embedding tables.
 
 Axes: B rows, L tokens, H hidden units.
 """
@@ -71,7 +71,7 @@ def insert(
     return names, all_norms
 
 
-class Adapters(nn.Module):
+class HoulsbyAdapters(nn.Module):
     """A bottleneck per task behind one sub-block: x + up(GELU(down(x))), near the identity at the start.
 
     Source: Houlsby et al. 2019, "Parameter-efficient transfer learning for NLP".
@@ -103,17 +103,17 @@ class AdapterClassifier(Classifier):
         super().__init__(backbone, pooling)
         freeze(backbone)
         self.active = ActiveTask()
-        self.adapters: list[Adapters] = []
+        self.adapters: list[HoulsbyAdapters] = []
 
         def adapter(inner: nn.Module) -> nn.Module:
-            self.adapters.append(Adapters(inner, backbone.config.hidden_size, size, self.active))
+            self.adapters.append(HoulsbyAdapters(inner, backbone.config.hidden_size, size, self.active))
             return self.adapters[-1]
 
         _, self.norms = insert(backbone, self.active, adapter)
 
     def add_task(self, num_labels: int) -> None:
         """Append the next task's parts."""
-        parts: list[Adapters | TaskNorms] = [*self.adapters, *self.norms]
+        parts: list[HoulsbyAdapters | TaskNorms] = [*self.adapters, *self.norms]
         for part in parts:
             part.add_task()
         self.add_head(num_labels)
