@@ -261,7 +261,7 @@ class RunConfig(Section):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
-def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
+def read_run_file(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a run file and lay dotted overrides over it.
 
     Raises:

@@ -68,10 +68,10 @@ def train(
     """Run a task sequence; what the run folder already holds is not computed again."""
     console.start_logging(verbose)
     gates = parse_gates(fail_if or [])
-    from cl_dist.run_config import load_run
+    from cl_dist.run_config import read_run_file
 
     source = runs.run_file(config)
-    _compute(load_run(source, overrides or []), baselines, gates, as_json, source)
+    _compute(read_run_file(source, overrides or []), baselines, gates, as_json, source)
 
 
 @app.command()
@@ -258,9 +258,9 @@ def data_check(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
     from cl_dist.data.rows import SPLITS
     from cl_dist.data.sources import listing
     from cl_dist.errors import DataError
-    from cl_dist.run_config import load_run
+    from cl_dist.run_config import read_run_file
 
-    science = load_run(runs.run_file(config), overrides or []).science
+    science = read_run_file(runs.run_file(config), overrides or []).science
     checked = {task.id: check_task(task, science.data) for task in science.sequence().tasks}
     if as_json:
         tasks = {
@@ -293,9 +293,9 @@ def data_show(config: Config, overrides: Overrides = None) -> None:
     """Print the first train row of each task as the model reads it."""
     from cl_dist.models.backbone import load_tokenizer
     from cl_dist.run import Run
-    from cl_dist.run_config import load_run
+    from cl_dist.run_config import read_run_file
 
-    run = Run(load_run(runs.run_file(config), overrides or []))
+    run = Run(read_run_file(runs.run_file(config), overrides or []))
     run.check_data()
     run.check_tokens()
     tokenizer = load_tokenizer(run.config.science.model)

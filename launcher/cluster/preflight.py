@@ -53,9 +53,9 @@ def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
 
     Exits with 4 if something fails, and with 2 if that is the model, whose settings or files are to be mended.
     """
-    from cl_dist.run_config import load_run
+    from cl_dist.run_config import read_run_file
 
-    findings = preflight(load_run(runs.run_file(config), overrides or []))
+    findings = preflight(read_run_file(runs.run_file(config), overrides or []))
     failed = [finding for finding in findings if finding.state == "fail"]
     if as_json:
         document = {"passed": not failed, "findings": [dataclasses.asdict(finding) for finding in findings]}

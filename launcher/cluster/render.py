@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cl_dist.config import Dumper, Tree, yaml_text
 from cl_dist.errors import ConfigError, require
-from cl_dist.run_config import ClusterConfig, RunConfig, load_run
+from cl_dist.run_config import ClusterConfig, RunConfig, read_run_file
 from launcher import console, runs
 from launcher.options import Config, Overrides
 
@@ -285,7 +285,7 @@ def kuberay(
     workers_per_node: PerNode = 1,
 ) -> None:
     """Write a RayJob (or RayCluster) of the run, with its run file as ConfigMap."""
-    run = load_run(runs.run_file(config), overrides or [])
+    run = read_run_file(runs.run_file(config), overrides or [])
     if shm_gib >= memory_gib:
         raise ConfigError(f"--shm-gib {shm_gib}: expected less than --memory-gib {memory_gib}, of which it is a part")
     options = PodOptions(
@@ -298,5 +298,5 @@ def kuberay(
 @app.command()
 def slurm(config: Config, overrides: Overrides = None, out: Out = None, workers_per_node: PerNode = 1) -> None:
     """Write an sbatch script of the run, with its run file in it; queue, memory and time are sbatch's own options."""
-    run = load_run(runs.run_file(config), overrides or [])
+    run = read_run_file(runs.run_file(config), overrides or [])
     _give(slurm_text(run, workers_per_node), out, f"{run.run.name}.sbatch")

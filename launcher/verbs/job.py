@@ -23,9 +23,9 @@ def submit(
     job_id: Annotated[str | None, typer.Option("--id", help="id of the job; else made from the run file")] = None,
 ) -> None:
     """Run a task sequence as a job of a Ray cluster; prints the job's id. Doing it twice makes no second job."""
-    from cl_dist.run_config import load_run
+    from cl_dist.run_config import read_run_file
 
-    found, is_new = Jobs(address).submit(load_run(runs.run_file(config), overrides or []), job_id)
+    found, is_new = Jobs(address).submit(read_run_file(runs.run_file(config), overrides or []), job_id)
     if not is_new:
         console.err.print(f"job {found} is there already")
     console.out.print(found)

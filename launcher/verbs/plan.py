@@ -12,7 +12,7 @@ from cl_dist.planning import memory, scaling
 from cl_dist.planning.inputs import ModelEstimate, PlanInputs
 from cl_dist.planning.memory import GIB, Estimate, Gang, Quantity
 from cl_dist.run import Run
-from cl_dist.run_config import RunConfig, load_run
+from cl_dist.run_config import RunConfig, read_run_file
 from cl_dist.stage import Choose, Evaluate, Generate, Rationalise, Record, Stage, Train, Vote, ref
 from launcher import console, runs
 from launcher.options import AsJson, Config, Overrides
@@ -50,7 +50,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Print the stages of a run, what each needs, which are done, and the memory and disk it takes; starts nothing."""
-    run = load_run(runs.run_file(config), overrides or [])
+    run = read_run_file(runs.run_file(config), overrides or [])
     document = planned(run, tuple(device_gib or DEVICES), with_memory)
     if with_scaling and document["memory"] is not None:
         document["scaling"] = list(scaling.step_costs(scaling.work_of(run, document), scaling.Machine()))
