@@ -40,6 +40,8 @@ class Tracker:
         self._stage: Stage | None = None
         self._state: dict[str, Any] = {}
         self._began = time.monotonic()
+        self.found: dict[str, Any] | None = None
+        """The summary as of the last finished stage; None before it has been computed."""
 
     def begin(self, stages: Sequence[Stage], done: set[StageRef]) -> None:
         """Note that an attempt at the run begins, and which stages it finds done."""
@@ -83,6 +85,7 @@ class Tracker:
 
     def stage_done(self, stage: Stage) -> None:
         """Note that a stage's result is in place; with new scores, bring the matrix and the summary up to date."""
+        self.found = None
         event: dict[str, Any] = {"event": "stage_done", "metrics": stage_metrics(self._run, stage)}
         if isinstance(stage, Evaluate):
             found = self.write_summary()
@@ -94,10 +97,10 @@ class Tracker:
 
     def write_summary(self) -> dict[str, Any]:
         """Write R.csv and summary.json, and return the summary."""
-        found = summary(self._run) | {"status": self._state["status"]}
-        write_matrix(self._folder / "metrics" / "R.csv", self._run, found["matrix"]["accuracy"])
-        write_json(self._folder / "metrics" / "summary.json", found)
-        return found
+        self.found = (summary(self._run) if self.found is None else self.found) | {"status": self._state["status"]}
+        write_matrix(self._folder / "metrics" / "R.csv", self._run, self.found["matrix"]["accuracy"])
+        write_json(self._folder / "metrics" / "summary.json", self.found)
+        return self.found
 
     def finish(self, status: str = "finished") -> None:
         """Note how the attempt ended; nothing if it had not begun."""
@@ -174,11 +177,8 @@ def write_matrix(path: Path, run: Run, cells: Matrix) -> None:
     write_text(path, text.getvalue())
 
 
-def summary(run: Run, individual: Sequence[float | None] | None = None, joint: Any = None) -> dict[str, Any]:
-    """Return all that a run found, as plain data.
-
-    individual[t] is the score of a model of its own for task t, joint[t] that of one trained on all tasks at once.
-    """
+def summary(run: Run) -> dict[str, Any]:
+    """Return a run's results as plain data; `with_references` adds metrics that compare it with other runs."""
     config, state = run.config, read_state(run.config.folder)
     accuracy, f1 = matrix(run, "score"), matrix(run, "f1_macro")
     result: dict[str, Any] = {
@@ -193,7 +193,7 @@ def summary(run: Run, individual: Sequence[float | None] | None = None, joint: A
         "cluster": config.cluster.model_dump(mode="json", include={"dispatcher", "engine", "workers", "zero_stage"}),
         "tasks": [_task_facts(run, t) for t in range(len(run.tasks))],
         "matrix": {"accuracy": accuracy, "f1_macro": f1},
-        "metrics": summarize(_floats(accuracy), _floats(f1), individual=_row(individual), joint=_row(joint)),
+        "metrics": summarize(_floats(accuracy), _floats(f1)),
         "references": {"individual": None, "joint": None},
         "stages": _stage_facts(run),
     }
@@ -204,6 +204,22 @@ def summary(run: Run, individual: Sequence[float | None] | None = None, joint: A
     if replay := _replay_facts(run):
         result["replay"] = replay
     return result
+
+
+def with_references(
+    found: Mapping[str, Any],
+    individual: Sequence[float | None] | None = None,
+    joint: Sequence[float | None] | None = None,
+) -> dict[str, Any]:
+    """Return a summary with the metrics that compare it with reference scores.
+
+    Args:
+        found: The summary of a run.
+        individual: Per task, the score of a model trained on that task alone.
+        joint: Per task, the score of one model trained on all tasks at once.
+    """
+    accuracy, f1 = _floats(found["matrix"]["accuracy"]), _floats(found["matrix"]["f1_macro"])
+    return {**found, "metrics": summarize(accuracy, f1, individual=_row(individual), joint=_row(joint))}
 
 
 def _task_facts(run: Run, t: int) -> dict[str, Any]:
