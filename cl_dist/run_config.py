@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -276,13 +276,13 @@ class RunConfig(Section):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
-def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
+def read_run_file(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file and apply dotted overrides.
 
     Raises:
         ConfigError: With one line per fault, or if a local model does not support `max_length`.
     """
-    tree = apply_overrides(read_yaml(path), overrides or [])
+    tree = apply_overrides(read_yaml(path), overrides)
     tree.setdefault("run", {})
     if isinstance(tree["run"], dict) and "name" not in tree["run"]:
         if not re.fullmatch(NAME, path.stem):
@@ -291,6 +291,15 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
                 f"{NAME_TEXT}; set run.name=... or rename the file"
             )
         tree["run"]["name"] = path.stem
+    return parse_run(tree)
+
+
+def parse_run(tree: Mapping[str, Any]) -> RunConfig:
+    """Return the run file that a tree of plain data describes.
+
+    Raises:
+        ConfigError: With one line per fault, or if rows may be longer than a model that is at hand can read.
+    """
     run = parse(RunConfig, tree)
     for each in (run, *(run.baseline(name) for name in run.baselines)):
         each.check_lengths(known_sizes(each.science.model))

@@ -41,6 +41,8 @@ class Tracker:
         self._stage: Stage | None = None
         self._state: dict[str, Any] = {}
         self._began = time.monotonic()
+        self.found: dict[str, Any] | None = None
+        """The summary as of the last finished stage; None before it has been computed."""
 
     def begin(self, stages: Sequence[Stage], done: set[StageRef]) -> None:
         """Record the start of an attempt and the stages already done."""
@@ -84,6 +86,7 @@ class Tracker:
 
     def stage_done(self, stage: Stage) -> None:
         """Record that a stage is finished; if it has new scores, update the matrix and the summary."""
+        self.found = None
         event: dict[str, Any] = {"event": "stage_done", "metrics": stage_metrics(self._run, stage)}
         if isinstance(stage, Evaluate):
             found = self.write_summary()
@@ -95,10 +98,10 @@ class Tracker:
 
     def write_summary(self) -> dict[str, Any]:
         """Write R.csv and summary.json, and return the summary."""
-        found = summary(self._run) | {"status": self._state["status"]}
-        write_matrix(self._folder / "metrics" / "R.csv", self._run, found["matrix"]["accuracy"])
-        write_json(self._folder / "metrics" / "summary.json", found)
-        return found
+        self.found = (summary(self._run) if self.found is None else self.found) | {"status": self._state["status"]}
+        write_matrix(self._folder / "metrics" / "R.csv", self._run, self.found["matrix"]["accuracy"])
+        write_json(self._folder / "metrics" / "summary.json", self.found)
+        return self.found
 
     def finish(self, status: str = "finished") -> None:
         """Record how the attempt ended, if it has begun."""
@@ -175,12 +178,8 @@ def write_matrix(path: Path, run: Run, cells: Matrix) -> None:
     write_text(path, text.getvalue())
 
 
-def summary(run: Run, individual: Sequence[float | None] | None = None, joint: Any = None) -> dict[str, Any]:
-    """Return the results of a run as plain data.
-
-    individual[t] is the score on task t of a model trained on that task only, joint[t] that of a model trained on all
-    tasks at once.
-    """
+def summary(run: Run) -> dict[str, Any]:
+    """Return a run's results as plain data; `with_references` adds metrics that compare it with other runs."""
     config, state = run.config, read_state(run.config.folder)
     accuracy, f1 = matrix(run, "score"), matrix(run, "f1_macro")
     result: dict[str, Any] = {
@@ -195,13 +194,29 @@ def summary(run: Run, individual: Sequence[float | None] | None = None, joint: A
         "cluster": config.cluster.model_dump(mode="json", include={"dispatcher", "engine", "workers", "zero_stage"}),
         "tasks": [_task_summary(run, t) for t in range(len(run.tasks))],
         "matrix": {"accuracy": accuracy, "f1_macro": f1},
-        "metrics": summarize(_floats(accuracy), _floats(f1), individual=_row(individual), joint=_row(joint)),
+        "metrics": summarize(_floats(accuracy), _floats(f1)),
         "references": {"individual": None, "joint": None},
         "stages": _stage_summaries(run),
     }
     if plugins := _plugin_summary(run):
         result["plugins"] = plugins
     return result | _sections(run)
+
+
+def with_references(
+    found: Mapping[str, Any],
+    individual: Sequence[float | None] | None = None,
+    joint: Sequence[float | None] | None = None,
+) -> dict[str, Any]:
+    """Return a summary with the metrics that compare it with reference scores.
+
+    Args:
+        found: The summary of a run.
+        individual: Per task, the score of a model trained on that task alone.
+        joint: Per task, the score of one model trained on all tasks at once.
+    """
+    accuracy, f1 = _floats(found["matrix"]["accuracy"]), _floats(found["matrix"]["f1_macro"])
+    return {**found, "metrics": summarize(accuracy, f1, individual=_row(individual), joint=_row(joint))}
 
 
 def _task_summary(run: Run, t: int) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Everything a person types: the command line, recipes, reports. It composes and holds no algorithm."""
+"""The command line, recipes and reports of cl-dist; algorithms are in cl_dist."""

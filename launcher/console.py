@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere; and how errors look."""
+"""Output for people: progress bars on a terminal, plain lines elsewhere, the table of results, and errors."""
 
 import io
 import json
@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
-from pathlib import Path
 from typing import Any, TextIO
 
 import typer
@@ -18,17 +17,17 @@ from rich.table import Table
 from rich.text import Text
 
 from cl_dist.errors import ClDistError, ConfigError, StorageError, printable
+from cl_dist.logs import LINE, PrintableFormatter, event_line, log_event
 from cl_dist.storage import refused
 
 INTERRUPTED = 130
-LINE = "%(asctime)s %(levelname)-5s %(name)s  %(message)s"
 
 
 class Screen(Console):
-    """A stream for people: texts of users are shown as they are, without markup, emoji codes or control characters.
+    """A console that prints users' texts without markup, emoji codes or control characters.
 
-    A stream that has gone takes what is written and nothing happens: a reader of stdout has seen enough, and the
-    terminal of a run that goes on was closed. A full disk under stdout is an error.
+    Writing to a closed stream has no effect: a run continues after its terminal closes. A full disk under stdout is an
+    error.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
@@ -39,7 +38,7 @@ class Screen(Console):
         )
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Make a text ready to be shown."""
+        """Return a text for printing, with control characters escaped."""
         return super().render_str(printable(text), **options)
 
     def _check_buffer(self) -> None:
@@ -51,15 +50,15 @@ class Screen(Console):
 
 
 out = Screen()
-"""Results: stdout."""
+"""Results go to stdout."""
 err = Screen(stderr=True)
-"""Everything else: stderr."""
+"""Everything else goes to stderr."""
 
 
 def prepare_streams() -> None:
-    """Let stdout and stderr escape what the locale's encoding lacks, and stderr outlive its reader or terminal.
+    """Escape characters that the locale's encoding lacks, and ignore errors of a closed stderr.
 
-    Libraries write progress to stderr, and take a closed one for a fault of theirs: a run of days must not end by it.
+    Libraries write progress to stderr and fail if it is closed, which must not end a long run.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -70,7 +69,7 @@ def prepare_streams() -> None:
 
 
 class _Lossy(io.FileIO):
-    """A file that takes what it cannot write, from then on into nothing."""
+    """A file that discards all output after the first failed write."""
 
     def write(self, data: Any) -> int:
         try:
@@ -87,25 +86,25 @@ def _send_nowhere(number: int) -> None:
 
 
 def lost(stream: Any, error: OSError) -> None:
-    """Have a stream that cannot be written take the rest unseen.
+    """Discard the rest of the output of a stream that cannot be written.
 
     Raises:
-        StorageError: If it is stdout, and not because its reader has gone.
+        StorageError: If it is stdout, unless its reader has closed it.
     """
-    with suppress(OSError, AttributeError):  # what is buffered must go somewhere too, or Python fails as it ends
+    with suppress(OSError, AttributeError):  # flush the buffer too, or Python fails at exit
         _send_nowhere(stream.fileno())
         stream.flush()
     if stream is not sys.stderr and not isinstance(error, BrokenPipeError):
-        raise StorageError(f"stdout cannot be written: {error}; make room, or write it to another place") from error
+        raise StorageError(f"stdout cannot be written: {error}; free space, or redirect it elsewhere") from error
 
 
 def write(text: str, stream: TextIO | None = None, *, utf8: bool = False) -> bool:
-    """Write a text to stdout as it is, for programs; return whether its reader is still there.
+    """Write a text to stdout without changes, for programs; return False if the reader has closed stdout.
 
-    utf8: as UTF-8 whatever the locale, as the same text would be in a file.
+    With utf8, encode it as UTF-8 in every locale.
     """
     stream = stream or sys.stdout
-    if stream is None:  # closed from the start
+    if stream is None:  # closed before the process started
         return False
     try:
         if utf8 and hasattr(stream, "buffer"):
@@ -121,21 +120,14 @@ def write(text: str, stream: TextIO | None = None, *, utf8: bool = False) -> boo
 
 
 def document(data: Any) -> None:
-    """Write one JSON document to stdout, in ASCII, so that it is the same in every locale."""
+    """Write one JSON document to stdout, in ASCII, which is the same in every locale."""
     write(json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
-class _Shown(logging.Formatter):
-    """Log lines without control characters."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
 def start_logging(verbose: bool) -> None:
-    """Send our warnings (everything with -v) to stderr, and keep other libraries quiet."""
+    """Print cl-dist's warnings to stderr, or its whole log with -v."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Shown(LINE, "%H:%M:%S"))
+    handler.setFormatter(PrintableFormatter(LINE, "%H:%M:%S"))
     handler.setLevel(logging.DEBUG if verbose else logging.WARNING)
     root = logging.getLogger("cl_dist")
     root.handlers[:] = [handler]
@@ -145,34 +137,24 @@ def start_logging(verbose: bool) -> None:
 
 @contextmanager
 def results_only() -> Iterator[TextIO]:
-    """Yield stdout, and keep off it and off the screen what libraries write while they load and save models."""
+    """Yield stdout, and keep the output and progress bars of libraries away from it."""
     from transformers.utils import logging as untyped
 
     noise: Any = untyped
     stdout, bars = sys.stdout, noise.is_progress_bar_enabled()
     noise.disable_progress_bar()
     try:
-        with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers may import, logs to what stdout is by then
+        with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers may import, logs to stdout
             yield stdout
     finally:
         if bars:
             noise.enable_progress_bar()
 
 
-def log_to(path: Path) -> logging.Handler:
-    """Also write the log to a file of the run folder; return the handler, to be removed when the run ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf8", errors="backslashreplace")
-    handler.setFormatter(_Shown(LINE))
-    logging.getLogger("cl_dist").addHandler(handler)
-    return handler
-
-
 class Watch:
     """Shows the events of a run. Use as a context manager and as the tracker's watcher."""
 
     def __init__(self) -> None:
-        self._log = logging.getLogger("cl_dist.run")
         self._bar: TaskID | None = None
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -221,12 +203,9 @@ class Watch:
 
     def _plain(self, event: Mapping[str, Any]) -> None:
         """Write one line: to the log file always, to stderr where no bar is shown."""
-        skipped = {"ts", "event", "stage", "task", "kind", "metrics", "tasks", "fingerprint"}
-        words = [f"{key}={_short(value)}" for key, value in event.items() if key not in skipped]
-        line = " ".join([event["event"], *([f"stage={event['stage']}"] if "stage" in event else []), *words])
-        self._log.log(logging.WARNING if "warning" in event else logging.INFO, line)
+        log_event(event)
         if not err.is_terminal and event["event"] != "telemetry":  # one line every few steps: for the log alone
-            err.print(f"{event['ts'][11:19]} {line}", soft_wrap=True)
+            err.print(f"{event['ts'][11:19]} {event_line(event)}", soft_wrap=True)
 
 
 def _rate(value: float) -> str:
@@ -235,14 +214,6 @@ def _rate(value: float) -> str:
         if value >= factor:
             return f"{value / factor:.{0 if value >= 10 * factor else 1}f}{letter}"
     return f"{value:.0f}"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, Mapping):
-        return ",".join(f"{key}:{_short(item)}" for key, item in value.items())
-    return str(value)
 
 
 def comparison(summaries: list[dict[str, Any]]) -> Table:
@@ -268,13 +239,13 @@ def comparison(summaries: list[dict[str, Any]]) -> Table:
 
 
 def show_error(error: BaseException, verbose: bool, as_json: bool) -> int:
-    """Tell a person (or a program) what went wrong; return the exit code."""
+    """Print an error for a person or, as JSON, for a program; return the exit code."""
     error = refused(error) or error
     code, kind, message = 1, type(error).__name__, str(error)
     if isinstance(error, ClDistError):
         code = error.exit_code
     elif isinstance(error, KeyboardInterrupt | typer.Abort):
-        code, message = INTERRUPTED, "interrupted; `cl-dist resume` goes on with the first unfinished stage"
+        code, message = INTERRUPTED, "interrupted; `cl-dist resume` continues at the first unfinished stage"
     elif hasattr(error, "format_message"):  # a usage error; typer brings its own copy of click's classes
         if kind == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]  # the help
@@ -287,7 +258,7 @@ def show_error(error: BaseException, verbose: bool, as_json: bool) -> int:
     if as_json:
         document({"code": code, "kind": kind, "message": message})
     elif code == 1:
-        err.print("This is a fault of cl-dist; please report it with the lines above and `cl-dist env`.")
+        err.print("This is a bug in cl-dist; please report it with the lines above and the output of `cl-dist env`.")
     else:
         err.print(kind, style="bold red", end=": ")
         err.print(message, soft_wrap=True)

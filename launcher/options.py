@@ -5,24 +5,40 @@ from typing import Annotated
 
 import typer
 
-Config = Annotated[str, typer.Argument(help="a run file, or the name of a recipe")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="settings over the file's: science.train.epochs=3")]
-RunFolder = Annotated[Path, typer.Argument(help="a run folder")]
-RunOrLast = Annotated[Path | None, typer.Argument(help="a run folder; the one worked on last if left out")]
-Task = Annotated[str, typer.Option(help="id of the task")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+from launcher import runs
+
+
+def _recipes(incomplete: str) -> list[str]:
+    """Return the recipes for shell completion; the shell adds files."""
+    return [name for name in runs.recipes() if name.startswith(incomplete)]
+
+
+Config = Annotated[str, typer.Argument(help="A run file, or the name of a recipe.", autocompletion=_recipes)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings that replace those of the file: science.train.epochs=3")
+]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
+RunOrLast = Annotated[Path | None, typer.Argument(help="A run folder; by default the last one used below runs/.")]
+Task = Annotated[str, typer.Option(help="Id of the task.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Address = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="job server of a Ray head, http://HOST:8265; RAY_ADDRESS, or one on this machine"),
+    typer.Option(
+        metavar="URL",
+        help="Job server of a Ray head: http://HOST:8265. Default: RAY_ADDRESS, or the cluster on this machine.",
+    ),
 ]
-JobId = Annotated[str, typer.Argument(help="id of a job, as `submit` prints it")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="the log on stderr, tracebacks with errors")]
-Baselines = Annotated[bool, typer.Option(help="also run the baselines that the run file names")]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of a job, as `job submit` and `job list` print it.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print the log to stderr, and tracebacks of errors.")]
+Baselines = Annotated[bool, typer.Option(help="Also run the baselines that the run file names.")]
 FailIf = Annotated[
     list[str] | None,
-    typer.Option(metavar="METRIC>NUMBER", help="exit 8 if this holds of the run, or cannot be told; also >= < <="),
+    typer.Option(
+        metavar="METRIC>NUMBER",
+        help="Exit with 8 if the condition is true, or if the metric was not measured. Operators: > >= < <=",
+    ),
 ]
 AddTasks = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="append the tasks of a YAML file (tasks: [...]), also to a finished run"),
+    typer.Option(metavar="FILE", help="Append the tasks of a YAML file (tasks: [...]); also to a finished run."),
 ]

@@ -41,12 +41,11 @@ from torch import Tensor, nn
 
 from cl_dist.config import Tree, merged, parse
 from cl_dist.parallel.config import EngineConfig
-from cl_dist.planning.scaling import work_of
+from cl_dist.planning.planner import planned, work_of
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import StageRef
 from cl_dist.stages import train
-from launcher.verbs.plan import planned
 from tests import tiny
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
@@ -202,7 +201,8 @@ def stepped(tree: Tree, out: Path) -> Line:
         train.run(job, out, lambda event: None, heartbeat=alive)
     taken = statistics.median(after - before for before, after in zip(marks[WARM:], marks[WARM + 1 :], strict=False))
     work = work_of(config, plan)
-    told = next(rank["peak_bytes"] for rank in plan["memory"]["ranks"] if rank["configured"])
+    assert plan.memory is not None
+    told = plan.memory.configured.estimate.peak
     return {
         "step_s": taken,
         "tokens_per_s": work.global_batch * work.tokens / taken,

@@ -19,13 +19,14 @@ import torch
 from cl_dist.config import Tree, parse
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.planning.live import LiveTensorBytes
+from cl_dist.planning.plan import MemoryPlan
+from cl_dist.planning.planner import planned
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Stage, StageRef, ref
 from cl_dist.stages import train
 from cl_dist.stages.shards import sharded
 from cl_dist.stages.stage_job import Job
-from launcher.verbs.plan import planned
 from tests import tiny
 from tests.pool import Ranks
 
@@ -80,15 +81,11 @@ def config(folder: Path, name: str, workers: int, zero_stage: int | None, **clus
     return parse(RunConfig, tree)
 
 
-def told(run: RunConfig) -> Tree:
+def estimated(run: RunConfig) -> MemoryPlan:
     """Return the memory of a run's plan."""
-    memory: Tree = planned(run, ())["memory"]
+    memory = planned(run, ()).memory
+    assert memory is not None
     return memory
-
-
-def of_rank(memory: Tree) -> int:
-    """Return the peak of the gang that is configured."""
-    return int(next(rank["peak_bytes"] for rank in memory["ranks"] if rank["configured"]))
 
 
 def peak(rank: int, world: int, job: Job, out: str) -> int:
@@ -151,7 +148,7 @@ def training(folder: Path, name: str, gangs: tuple[tuple[int, int | None], ...] 
                 pool = pools.setdefault(workers, Ranks(workers))
                 most = max(pool.run(peak, job, str(out), timeout_s=300.0))
             line = {"what": f"{name}, train", "workers": workers, "zero_stage": zero_stage}
-            yield line | {"micro_batch": micro_batch, "told": of_rank(told(run)), "measured": most}
+            yield line | {"micro_batch": micro_batch, "told": estimated(run).configured.estimate.peak, "measured": most}
     for pool in pools.values():
         pool.close()
 
@@ -159,12 +156,12 @@ def training(folder: Path, name: str, gangs: tuple[tuple[int, int | None], ...] 
 def pooled(folder: Path, name: str) -> Iterator[Tree]:
     """Yield what was told and what was measured of the stages that are cut into shards."""
     run = config(folder, name, 1, None)
-    memory = told(run)
+    memory = estimated(run)
     for stage in Run(run).plan(1):
         if stage.kind in POOLED[name]:
             opened = prepared(run, ref(stage))
             found = {
-                "told": sum(each["bytes"] for each in memory["pool"][stage.kind]),
+                "told": sum(each.bytes for each in memory.pool[stage.kind]),
                 "measured": shard(opened, stage),
             }
             yield {"what": f"{name}, {stage.kind}", "workers": 1, "zero_stage": None, "micro_batch": None} | found

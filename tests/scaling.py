@@ -16,10 +16,10 @@ import torch
 import yaml
 
 from cl_dist.config import merged, parse
-from cl_dist.planning.scaling import Machine, stages_on_paper, step_costs, work_of
+from cl_dist.planning.planner import planned, with_scaling
+from cl_dist.planning.scaling import Machine
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import EvaluateConfig, GenerateConfig
-from launcher.verbs.plan import planned
 from tests import tiny
 from tests.integration import ray_runs
 from tests.integration.ray_runs import Command
@@ -107,9 +107,9 @@ def paper(folder: Path) -> list[dict[str, Any]]:
         cluster |= {"workers_per_model": per_model}
         tree = tiny.tree(folder, {"science": science, "cluster": cluster}, tasks=("food", "film"))
         run = parse(RunConfig, tree)
-        plan = planned(run, (80.0,))
-        steps = list(step_costs(work_of(run, plan), Machine()))
-        stages = [line for line in stages_on_paper(run, plan, Machine()) if line["stage"].startswith("01-film/")]
+        plan = with_scaling(planned(run, (80.0,)), run).document()
+        steps = plan["scaling"]
+        stages = [line for line in plan["stage_seconds"] if line["stage"].startswith("01-film/")]
         lines.append({"what": what, "steps": steps, "stages": stages})
     return lines
 

@@ -1,6 +1,6 @@
 """Rows for prediction: JSON lines with the field names of a task's data, or `text`, `text_pair` and `id`."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cl_dist.config import did_you_mean
@@ -30,6 +30,24 @@ def read_unlabelled(lines: Iterable[bytes], task: TaskConfig) -> Iterator[tuple[
         number += 1
 
 
+def rows_of_texts(texts: Sequence[str], pairs: Sequence[str] | None, task: TaskConfig) -> list[Row]:
+    """Return rows without labels; pairs are the second texts of a task that reads two. A row's id is its position.
+
+    Raises:
+        DataError: At the first text that cannot be used.
+    """
+    if pairs is not None and len(pairs) != len(texts):
+        raise DataError(f"{len(texts)} texts and {len(pairs)} pairs: expected one pair for each text")
+    rows = []
+    for number, text in enumerate(texts):
+        values = {"text": text} if pairs is None else {"text": text, "text_pair": pairs[number]}
+        try:
+            rows.append(_row(values, task, number, None)[1])
+        except ValueError as error:
+            raise DataError(f"row {number}: {error}") from None
+    return rows
+
+
 def _values(data: bytes) -> dict[str, Any]:
     try:
         text = data.decode("utf-8-sig")
@@ -38,7 +56,7 @@ def _values(data: bytes) -> dict[str, Any]:
     return json_fields(text, 'a JSON object such as {"text": ...}')
 
 
-def _row(values: Mapping[str, Any], task: TaskConfig, number: int, where: Where) -> tuple[Any, Row]:
+def _row(values: Mapping[str, Any], task: TaskConfig, number: int, where: Where | None) -> tuple[Any, Row]:
     renamed = {name: value for name, value in values.items() if name not in task.source.columns}
     renamed |= {new: values[old] for old, new in task.source.columns.items() if old in values}
     name, text = _field(renamed, values, task.text, "text")

@@ -23,12 +23,11 @@ checkpoints, the cache of keys and values, the host's part (launching kernels, c
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from cl_dist.planning.memory import share
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import Evaluate, Generate, Record, Stage, Train, Vote
+from cl_dist.stage import Evaluate, Generate, Record, Stage, Train, Vote, ref
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 
@@ -80,12 +79,41 @@ class Work:
     """Of a row in a forward pass."""
     answer: int = 1
     """Tokens that are written to answer a row; one where that is a class."""
-    slots: int = 0
-    """Samples that are written side by side."""
+    parallel_samples: int = 0
+    """Samples that an actor generates at the same time."""
     workers_per_model: int = 1
 
 
-def step_costs(work: Work, machine: Machine, ranks: Sequence[int] = RANKS) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Estimated cost of an optimizer step on a number of ranks."""
+
+    ranks: int
+    rows: int
+    """Rows of a rank."""
+    compute_s: float
+    moved_bytes: int
+    link_s: float
+    step_s: float
+    least_s: float
+    tokens_per_s: float
+    share_of_first: float
+    """Tokens a second and rank, relative to the smallest gang."""
+    note: str
+    """The reason why more ranks do not help; "" where they do."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """Estimated seconds of a stage for each number of GPUs in RANKS."""
+
+    stage: str
+    rows: int | None
+    seconds: tuple[float, ...] | None
+    """None where there is no estimate."""
+
+
+def step_costs(work: Work, machine: Machine, ranks: Sequence[int] = RANKS) -> Iterator[StepCost]:
     """Yield the cost of a step for gangs of some sizes, the smallest first."""
     first: float | None = None
     for size in ranks:
@@ -95,18 +123,18 @@ def step_costs(work: Work, machine: Machine, ranks: Sequence[int] = RANKS) -> It
         compute_s, link_s = machine.computing(rows * work.operations), moved / machine.link(size)
         rate = work.global_batch * work.tokens / (compute_s + link_s)
         first = rate / size if first is None else first
-        yield {
-            "ranks": size,
-            "rows": rows,
-            "compute_s": compute_s,
-            "moved_bytes": moved,
-            "link_s": link_s,
-            "step_s": compute_s + link_s,
-            "least_s": max(compute_s, link_s),
-            "tokens_per_s": rate,
-            "share_of_first": rate / size / first,
-            "note": _note(work, size, compute_s, link_s),
-        }
+        yield StepCost(
+            ranks=size,
+            rows=rows,
+            compute_s=compute_s,
+            moved_bytes=moved,
+            link_s=link_s,
+            step_s=compute_s + link_s,
+            least_s=max(compute_s, link_s),
+            tokens_per_s=rate,
+            share_of_first=rate / size / first,
+            note=_note(work, size, compute_s, link_s),
+        )
 
 
 def _moved(work: Work, ranks: int, micro: int) -> int:
@@ -137,16 +165,15 @@ class Shards:
     """Forward passes of a shard: (how many, tokens of each)."""
 
 
-def stages_on_paper(
-    config: RunConfig, document: dict[str, Any], machine: Machine, ranks: Sequence[int] = RANKS
-) -> Iterator[dict[str, Any]]:
-    """Yield the seconds of each stage of a plan, for each number of GPUs; None where that is not told."""
-    run, work = Run(config), work_of(config, document)
+def stage_costs(
+    config: RunConfig, rows: Sequence[int | None], work: Work, machine: Machine, ranks: Sequence[int] = RANKS
+) -> Iterator[StageCost]:
+    """Yield the seconds of each stage for each number of GPUs; `rows` has each stage's rows, None if unknown."""
+    run = Run(config)
     stages = (stage for task in range(len(run.tasks)) for stage in run.plan(task))
-    for stage, line in zip(stages, document["stages"], strict=True):
-        rows = line["rows"]
-        seconds = _seconds(config, stage, rows, work, machine, ranks) if rows else None
-        yield {"stage": line["stage"], "rows": rows, "seconds": seconds}
+    for stage, number in zip(stages, rows, strict=True):
+        seconds = _seconds(config, stage, number, work, machine, ranks) if number else None
+        yield StageCost(run.ledger.key(ref(stage)), number, None if seconds is None else tuple(seconds))
 
 
 def _seconds(
@@ -157,7 +184,7 @@ def _seconds(
         train = stage.settings or config.science.train_of(config.science.sequence().tasks[stage.task])
         steps = train.epochs * share(rows, train.global_batch)
         found = step_costs(replace(work, global_batch=train.global_batch), machine, ranks)
-        return [loading + steps * step["step_s"] for step in found]
+        return [loading + steps * step.step_s for step in found]
     shards = _shards(config, stage, rows, work)
     if shards is None:
         return None
@@ -182,8 +209,8 @@ def _shards(config: RunConfig, stage: Stage, rows: int, work: Work) -> Shards | 
             return Shards(share(rows, size), (reads, (reads[0] * (work.answer - 1), batch)))
         case Generate():
             size = min(rows, science.generate.shard_samples)
-            slots = min(size, work.slots)
-            return Shards(share(rows, size), ((share(size, slots) * length, slots),))
+            at_once = min(size, work.parallel_samples)
+            return Shards(share(rows, size), ((share(size, at_once) * length, at_once),))
         case Record() | Vote():
             size = min(rows, stage.vote.shard_samples)
             by_gradients = isinstance(stage, Record) and stage.vote.rationales == "gradient"
@@ -192,28 +219,8 @@ def _shards(config: RunConfig, stage: Stage, rows: int, work: Work) -> Shards | 
             return None
 
 
-def cells(line: dict[str, Any]) -> list[str]:
-    """Return the seconds of a stage as a table shows them."""
-    if line["seconds"] is None:
+def cells(seconds: Sequence[float] | None) -> list[str]:
+    """Return the seconds of a stage as a table shows them; "-" where there is no estimate."""
+    if seconds is None:
         return ["-"] * len(RANKS)
-    return [f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}" for seconds in line["seconds"]]
-
-
-def work_of(config: RunConfig, document: dict[str, Any]) -> Work:
-    """Return the work of a run, from its plan."""
-    found, science, cluster = document["memory"], config.science, config.cluster
-    settings = [science.train_of(task) for task in science.sequence().tasks]
-    return Work(
-        elements=found["elements"]["P"],
-        trained=found["elements"]["T"],
-        item=found["bytes_per_element"],
-        global_batch=max(train.global_batch for train in settings),
-        tokens=found["max_length"],
-        zero_stage=cluster.zero_stage,
-        most_rows=found["micro_batch"],
-        operations=found["operations"]["trained_row"],
-        read_operations=found["operations"]["read_row"],
-        answer=found["labels"].get("qa", found["micro_batch"]) // found["micro_batch"],
-        slots=found["slots"],
-        workers_per_model=cluster.workers_per_model if cluster.gpus_per_worker else 1,
-    )
+    return [f"{each:,.0f}" if each >= 100 else f"{each:.3g}" for each in seconds]

@@ -1,7 +1,7 @@
-"""Manifests of a run for the scheduler of a cluster: KubeRay's RayJob and RayCluster, and an sbatch script.
+"""Manifests for cluster schedulers: KubeRay's RayJob and RayCluster, and an sbatch script for Slurm.
 
-What they hold comes from the run file and a few options. They carry the run file with them, with the overrides and
-variables that it was rendered with, so a manifest is all that a cluster must be given. Nothing is sent anywhere.
+They are made from the run file and a few options. A manifest contains the run file with its overrides and variables
+resolved, so a cluster needs nothing else. Rendering sends nothing.
 """
 
 import math
@@ -10,33 +10,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import typer
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cl_dist.config import Tree
 from cl_dist.errors import ConfigError, require
-from cl_dist.run_config import ClusterConfig, RunConfig, load_run
+from cl_dist.run_config import ClusterConfig, RunConfig
 from cl_dist.strict_yaml import Dumper, yaml_text
-from launcher import console, runs
-from launcher.options import Config, Overrides
 
-app = typer.Typer(no_args_is_help=True, help="Write manifests for KubeRay or Slurm from a run file.")
 SHARED = "/mnt/cl-dist"
-"""Where pods see the volume that they share, and what relative paths of a run file start from in them."""
+"""Mount point of the pods' shared volume; relative paths of a run file start there."""
 RUN_FILE = "/etc/cl-dist/run.yaml"
 TOKEN = "cl-dist-token"
-"""The Secret that holds Ray's token; KubeRay wants it under the key auth_token."""
+"""Name of the Secret with Ray's token; KubeRay expects it under the key auth_token."""
 MAX_NAME = 47
-"""KubeRay refuses longer names of RayJobs: it makes names of services from them."""
+"""KubeRay refuses longer names of RayJobs, since it derives service names from them."""
 MAX_RUN_FILE = 1_000_000
-"""Bytes; a ConfigMap holds 1 MiB."""
+"""Bytes; a ConfigMap can store 1 MiB."""
 MARGIN_S = 60
-"""What a stop may take beyond the saving of the stage: Ray shuts down, the report is left out."""
-# The SIGTERM that ends a pod goes to the container's first process, which does not pass it on to the driver. The
-# brackets in the pattern keep it from finding this very command.
+"""Seconds that a stop may need after the stage is saved, for Ray to shut down."""
+# The SIGTERM that ends a pod goes to the container's first process, which does not forward it to the driver. The
+# brackets keep the pattern from matching this command itself.
 STOP_DRIVER = r"""drivers() { for p in /proc/[0-9]*; do
   if tr '\0' ' ' <"$p/cmdline" 2>/dev/null | grep -qE '/[c]l-dist @WHICH@ '; then echo "${p#/proc/}"; fi
 done; }
@@ -44,29 +40,26 @@ for pid in $(drivers); do kill -TERM "$pid"; done
 while [ -n "$(drivers)" ]; do sleep 1; done
 """
 
-Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="DIR", help="write a file there instead of stdout")]
-PerNode = Annotated[int, typer.Option(min=1, help="workers that share a pod or node")]
-
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
-    """How many nodes of which size hold the gang."""
+    """Number and size of the nodes for a gang."""
 
     count: int
     fewest: int
-    """With fewer of them the run cannot go on."""
+    """The run stops with fewer nodes."""
     cpus: int
     gpus: int
 
 
 def nodes_of(cluster: ClusterConfig, workers_per_node: int) -> Nodes:
-    """Return the nodes that a run needs when so many of its workers share one.
+    """Return the nodes that a run needs with a number of workers on each.
 
     Raises:
-        ConfigError: If the run does not use Ray, so that no cluster would help it.
+        ConfigError: If the run does not use Ray, or joins an existing cluster.
     """
     require(cluster.dispatcher == "ray", "cluster.dispatcher", cluster.dispatcher, "'ray' for a run on a cluster")
-    require(cluster.address is None, "cluster.address", cluster.address, "nothing: the manifest starts its own Ray")
+    require(cluster.address is None, "cluster.address", cluster.address, "null: the manifest starts its own Ray")
     each = min(workers_per_node, cluster.workers)
     return Nodes(
         count=math.ceil(cluster.workers / each),
@@ -77,7 +70,7 @@ def nodes_of(cluster: ClusterConfig, workers_per_node: int) -> Nodes:
 
 
 def notice_s(cluster: ClusterConfig) -> int:
-    """Return how long before its end a run must be told to stop."""
+    """Return the seconds between the signal to stop and the end of the allocation."""
     return math.ceil(cluster.stop_timeout_s) + MARGIN_S
 
 
@@ -99,7 +92,7 @@ def name_of(config: RunConfig) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PodOptions:
-    """What the run file does not say about pods."""
+    """Properties of pods that the run file does not have."""
 
     image: str
     claim: str
@@ -137,17 +130,17 @@ def _config_map(config: RunConfig) -> Tree:
     text = run_text(config)
     size = len(text.encode())
     if size > MAX_RUN_FILE:
-        raise ConfigError(f"the run file has {size:,} bytes: expected at most {MAX_RUN_FILE:,}, what a ConfigMap holds")
+        raise ConfigError(f"the run file has {size:,} bytes: expected at most {MAX_RUN_FILE:,} for a ConfigMap")
     return _object("v1", "ConfigMap", f"{name_of(config)}-run", {"data": {"run.yaml": text}})
 
 
 def _cluster_spec(config: RunConfig, workers_per_node: int, options: PodOptions, drivers: str) -> Tree:
-    """Return head and workers; drivers are the commands that are told to stop, and waited for, before the head goes."""
+    """Return head and workers; `drivers` is the pattern of the commands that stop before the head does."""
     nodes = nodes_of(config.cluster, workers_per_node)
     wait = {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": str(notice_s(config.cluster))}
     head = _pod(config, "head", {"cpu": "2", "memory": f"{options.memory_gib}Gi"}, options)
     (container,) = head["spec"]["containers"]
-    container["env"].append(wait)  # else Ray kills a job 3 s after it told it to stop
+    container["env"].append(wait)  # otherwise Ray kills a job 3 s after its signal to stop
     stop = STOP_DRIVER.replace("@WHICH@", drivers)
     container["lifecycle"] = {"preStop": {"exec": {"command": ["/bin/sh", "-c", stop]}}}
     container["ports"] = [
@@ -174,7 +167,7 @@ def _cluster_spec(config: RunConfig, workers_per_node: int, options: PodOptions,
 
 
 def _pod(config: RunConfig, name: str, size: Mapping[str, str], options: PodOptions) -> Tree:
-    """Return a pod of the cluster; what it requests is also its limit, so that none is evicted for another's sake."""
+    """Return a pod of the cluster; requests equal limits, so that Kubernetes evicts none in favour of another."""
     place = config.run.dir if Path(config.run.dir).is_absolute() else SHARED
     token = {"secretKeyRef": {"name": TOKEN, "key": "auth_token"}}
     container = {
@@ -218,10 +211,10 @@ def _pod(config: RunConfig, name: str, size: Mapping[str, str], options: PodOpti
 
 
 class _Dumper(Dumper):
-    """YAML as people write it: texts of several lines as blocks, no references."""
+    """Writes YAML with blocks for texts of several lines, and without references."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write equal parts twice."""
+        """Write equal parts in full."""
         return True
 
 
@@ -233,9 +226,10 @@ _Dumper.add_representer(str, _text)
 
 
 def kuberay_text(objects: list[Tree], claim: str) -> str:
-    """Return the objects as one YAML stream, with what must be there before them."""
+    """Return the objects as one YAML stream, with its prerequisites as comments."""
     head = (
-        "# Made by `cl-dist render kuberay`; the run file is in it. KubeRay 1.6 or newer. Once in its namespace:\n"
+        "# Made by `cl-dist render kuberay`; it contains the run file and needs KubeRay 1.6 or newer.\n"
+        "# Create once in its namespace:\n"
         f'#   kubectl create secret generic {TOKEN} --from-literal=auth_token="$(openssl rand -hex 32)"\n'
         f"#   a PersistentVolumeClaim {claim} that many nodes can write (ReadWriteMany), with models and data on it\n"
     )
@@ -243,7 +237,7 @@ def kuberay_text(objects: list[Tree], claim: str) -> str:
 
 
 def slurm_text(config: RunConfig, workers_per_node: int) -> str:
-    """Return an sbatch script that starts Ray on its nodes, trains, and requeues itself when it was told to stop."""
+    """Return an sbatch script that starts Ray on its nodes, trains, and requeues itself when Slurm stops it early."""
     templates = Environment(
         loader=PackageLoader("launcher"),
         undefined=StrictUndefined,
@@ -259,45 +253,3 @@ def slurm_text(config: RunConfig, workers_per_node: int) -> str:
         start_s=math.ceil(config.cluster.start_timeout_s),
         run_file=run_text(config),
     )
-
-
-def _give(text: str, out: Path | None, name: str) -> None:
-    if out is None:
-        console.write(text, utf8=True)
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    (out / name).write_text(text, encoding="utf8")
-    console.out.print(str(out / name), soft_wrap=True)
-
-
-@app.command()
-def kuberay(
-    config: Config,
-    overrides: Overrides = None,
-    out: Out = None,
-    kind: Annotated[
-        Literal["job", "cluster"],
-        typer.Option(help="job: a Ray cluster for this run alone; cluster: a standing one of its size"),
-    ] = "job",
-    image: Annotated[str, typer.Option(help="image of every pod; cl-dist:gpu or cl-dist:cpu if left out")] = "",
-    claim: Annotated[str, typer.Option(help="PersistentVolumeClaim that all pods share")] = "cl-dist",
-    memory_gib: Annotated[int, typer.Option(min=2, help="memory of a pod, shared memory included")] = 32,
-    shm_gib: Annotated[int, typer.Option(min=1, help="shared memory of a pod, for Ray's object store")] = 8,
-    workers_per_node: PerNode = 1,
-) -> None:
-    """Write a RayJob (or RayCluster) of the run, with its run file as ConfigMap."""
-    run = load_run(runs.run_file(config), overrides or [])
-    if shm_gib >= memory_gib:
-        raise ConfigError(f"--shm-gib {shm_gib}: expected less than --memory-gib {memory_gib}, of which it is a part")
-    options = PodOptions(
-        image or ("cl-dist:gpu" if run.cluster.gpus_per_worker else "cl-dist:cpu"), claim, memory_gib, shm_gib
-    )
-    objects = (ray_job if kind == "job" else ray_cluster)(run, workers_per_node, options)
-    _give(kuberay_text(objects, claim), out, f"{run.run.name}.ray{kind}.yaml")
-
-
-@app.command()
-def slurm(config: Config, overrides: Overrides = None, out: Out = None, workers_per_node: PerNode = 1) -> None:
-    """Write an sbatch script of the run, with its run file in it; queue, memory and time are sbatch's own options."""
-    run = load_run(runs.run_file(config), overrides or [])
-    _give(slurm_text(run, workers_per_node), out, f"{run.run.name}.sbatch")

@@ -1,4 +1,4 @@
-"""What lies in a run folder, a stage folder or a .safetensors file, and whether it is whole; read without torch."""
+"""Contents and integrity of a run folder, a stage folder or a .safetensors file, read without torch."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from cl_dist.ledger import MANIFEST, parse_manifest, sha256
 from cl_dist.models.config import ModelConfig
 from cl_dist.paths import resolve
 from cl_dist.run_config import ClusterConfig, RunConfig
-from launcher import runs
+from cl_dist.run_folder import reopen
 from launcher.inspect.tensors import BITS, Stored, groups, masks, read_header, read_weights
 
 LEARNER, FACTS = "learner.safetensors", "train.json"
@@ -19,10 +19,10 @@ OK = "OK"
 
 
 def inspect_path(path: Path) -> Tree:
-    """Return what a path holds, as plain data; `faults` says what is damaged, a line each.
+    """Return the contents of a path as plain data; `faults` has a line for each damage.
 
     Raises:
-        ConfigError: If it is nothing that this project writes.
+        ConfigError: If cl-dist does not write such a file or folder.
     """
     if path.suffix == ".safetensors" and path.is_file():
         return _file(path)
@@ -37,7 +37,7 @@ def inspect_path(path: Path) -> Tree:
 
 
 def _file(path: Path) -> Tree:
-    """Describe a .safetensors file; a manifest beside it, if there is one, knows its digest."""
+    """Describe a .safetensors file; its digest comes from a manifest in the same folder, if any."""
     document: Tree = {"what": "tensors", "path": str(path), "bytes": path.stat().st_size, "state": OK, "faults": []}
     manifest, _ = _manifest(path.parent)
     known = manifest["files"].get(path.name) if manifest else None
@@ -47,7 +47,7 @@ def _file(path: Path) -> Tree:
     except CheckpointError as error:
         return document | {"state": "damaged", "faults": [str(error)], "groups": [], "masks": None}
     if document["digest"] == "damaged":
-        document |= {"state": "damaged", "faults": [f"{path}: damaged: not the file that its manifest names"]}
+        document |= {"state": "damaged", "faults": [f"{path}: damaged: its digest differs from the manifest's"]}
     return document | {"groups": groups(tensors), "masks": masks(tensors, None)}
 
 
@@ -61,7 +61,7 @@ def _stage(folder: Path) -> Tree:
         if document["kind"] == "train":
             tensors["trainable"] = read_weights(folder)
     run = folder.resolve().parents[2]
-    config = runs.reopen(run, []) if (run / "config.yaml").is_file() else None
+    config = reopen(run) if (run / "config.yaml").is_file() else None
     document["tensors"] = {name: groups(found) for name, found in tensors.items()}
     document["masks"] = masks(tensors.get(LEARNER, {}), _facts(folder))
     document["plugins"] = None
@@ -72,7 +72,7 @@ def _stage(folder: Path) -> Tree:
 
 def _run(folder: Path) -> Tree:
     """Describe a run's folder: its stages, and the model after the last finished Train stage."""
-    config: RunConfig = runs.reopen(folder, [])
+    config: RunConfig = reopen(folder)
     begun = _begun(folder / "stages")
     finished = [path for path in begun if (path / MANIFEST).is_file()]
     stages = {f"{path.parent.name}/{path.name}": _manifested(path) for path in finished}
@@ -80,9 +80,9 @@ def _run(folder: Path) -> Tree:
     for key, stage in stages.items():
         for name, fingerprint in stage["inputs"].items():
             if name not in stages:
-                faults.append(f"{folder / 'stages' / key}: was made from {name}, which is not here")
+                faults.append(f"{folder / 'stages' / key}: was made from {name}, which is missing")
             elif stages[name]["fingerprint"] != fingerprint:
-                faults.append(f"{folder / 'stages' / key}: was made from another {name} than is here")
+                faults.append(f"{folder / 'stages' / key}: was made from a different {name}")
     others = [path for path in begun if path not in finished]
     document: Tree = {
         "what": "run",
@@ -119,13 +119,13 @@ def _run(folder: Path) -> Tree:
 
 
 def _begun(stages: Path) -> list[Path]:
-    """Return the folders of stages; one that may not be read is an error here, where a glob would see nothing."""
+    """Return the folders of stages; unlike a glob, this fails for a folder without read permission."""
     tasks = [path for path in stages.iterdir() if path.is_dir()] if stages.is_dir() else []
     return sorted(path for task in tasks for path in task.iterdir() if path.is_dir())
 
 
 def _chain(stages: Path, key: str) -> list[str]:
-    """Return the Train stages whose weights make up a model, newest first, as their manifests tell."""
+    """Return the Train stages whose weights make up a model, newest first, from their manifests."""
     chain = [key]
     while init := json.loads((stages / chain[-1] / MANIFEST).read_text(encoding="utf8"))["stage"].get("init"):
         (folder,) = (path for path in stages.glob(f"{init['task']:02d}-*") if (path / init["stage"]).is_dir())
@@ -134,7 +134,7 @@ def _chain(stages: Path, key: str) -> list[str]:
 
 
 def _manifest(folder: Path) -> tuple[Tree | None, str]:
-    """Return the manifest of a stage's folder, or None and why there is none."""
+    """Return the manifest of a stage's folder, or None and the reason."""
     path = folder / MANIFEST
     try:
         return parse_manifest(path.read_text(encoding="utf8")), ""
@@ -145,7 +145,7 @@ def _manifest(folder: Path) -> tuple[Tree | None, str]:
 
 
 def _manifested(folder: Path) -> Tree:
-    """Describe a stage by its manifest, and hold its files against the digests there."""
+    """Describe a stage by its manifest, and compare its files with the digests there."""
     manifest, fault = _manifest(folder)
     faults = [fault] if fault else []
     document: Tree = {"what": "stage", "path": str(folder), "stage": f"{folder.parent.name}/{folder.name}"}
@@ -173,7 +173,7 @@ def _manifested(folder: Path) -> Tree:
 
 
 def _facts(folder: Path) -> Tree | None:
-    """Return what the learner told when its task was finished."""
+    """Return the learner's own part of train.json; None if it cannot be read."""
     try:
         learner: Tree = json.loads((folder / FACTS).read_text(encoding="utf8"))["learner"]
     except (OSError, ValueError, KeyError):
@@ -182,14 +182,14 @@ def _facts(folder: Path) -> Tree | None:
 
 
 def plugins(tensors: Mapping[str, Stored], model: ModelConfig, cluster: ClusterConfig) -> Tree | None:
-    """Return the size of what the method has put into the backbone; None if it is nothing.
+    """Return the size of the tensors that the method adds to the backbone; None if it adds none.
 
-    Under ZeRO-3 a rank holds its share of every tensor, rounded up to whole elements; otherwise it holds all of them.
+    Under ZeRO-3 a rank has its share of every tensor, rounded up to whole elements; otherwise it has all of them.
     """
     backbone = _backbone_names(model)
     if backbone is None:
         where = f"the backbone {model.source!r} is not on this machine"
-        return {"unknown": f"{where}: its tensors cannot be told from those that the method has put into it"}
+        return {"unknown": f"{where}: its tensors cannot be distinguished from those that the method adds"}
     inside = [tensor for name, tensor in tensors.items() if name.startswith("backbone.")]
     own = [tensor for tensor in inside if tensor.name.removeprefix("backbone.") not in backbone]
     if not own:
@@ -206,7 +206,7 @@ def plugins(tensors: Mapping[str, Stored], model: ModelConfig, cluster: ClusterC
 
 
 def _backbone_names(model: ModelConfig) -> set[str] | None:
-    """Return the names of a backbone's tensors, also without the prefix that some checkpoints give them."""
+    """Return the names of a backbone's tensors, with and without the prefix that some checkpoints have."""
     if model.source.startswith(("package:", ".", "/", "~")) or Path(model.source).is_dir():
         try:
             folder = resolve(model.source)
@@ -220,5 +220,7 @@ def _backbone_names(model: ModelConfig) -> set[str] | None:
             return None
         folder = Path(cached).parent
     names = [name for file in sorted(folder.glob("*.safetensors")) for name in read_header(file)]
-    names = [re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)) for name in names]  # of old checkpoints
+    names = [
+        re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)) for name in names
+    ]  # names in old checkpoints
     return {*names, *(name.partition(".")[2] for name in names)} or None

@@ -1,4 +1,4 @@
-"""How an inspected path looks to a person."""
+"""Tables of an inspected path."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,9 +9,9 @@ from launcher.inspect.contents import OK
 
 
 def tables(document: Tree) -> Iterator[Table | str]:
-    """Yield what a person sees of an inspected path."""
+    """Yield tables and lines of text that describe an inspected path."""
     if document["what"] == "tensors":
-        digest = {OK: "its manifest knows it", "unknown": "no manifest knows it"}.get(document["digest"], "damaged")
+        digest = {OK: "matches its manifest", "unknown": "no manifest"}.get(document["digest"], "damaged")
         yield f"{document['path']}: {document['bytes']:,} bytes, {document['state']} ({digest})"
         yield _groups_table(document["path"], document["groups"])
     elif document["what"] == "stage":
@@ -39,7 +39,7 @@ def _stage_tables(document: Tree) -> Iterator[Table | str]:
     yield f"{document['stage']}: {document['kind']}, {document['state']}"
     if document["kind"] is None:
         return
-    yield f"fingerprint {document['fingerprint']}, begun {document['started']}, {document['seconds']} s"
+    yield f"fingerprint {document['fingerprint']}, started {document['started']}, {document['seconds']} s"
     for name, fingerprint in document["inputs"].items():
         yield f"made from {name} {fingerprint}"
     table = Table("file", "bytes", "state")
@@ -52,7 +52,7 @@ def _stage_tables(document: Tree) -> Iterator[Table | str]:
 
 def _run_tables(document: Tree) -> Iterator[Table | str]:
     yield f"{document['run']}: {document['method']}, {document['bytes']:,} bytes in stages, {document['state']}"
-    table = Table("stage", "kind", "fingerprint", "begun", "seconds", "inputs", "bytes", "state")
+    table = Table("stage", "kind", "fingerprint", "started", "seconds", "inputs", "bytes", "state")
     for stage in document["stages"]:
         size = f"{sum(file['bytes'] or 0 for file in stage['files']):,}"
         what = (str(stage["kind"]), str(stage["fingerprint"])[:12], str(stage["started"]), str(stage["seconds"]))

@@ -1,8 +1,7 @@
-"""The verbs of jobs: `submit`, `jobs`, `logs`, `stop`, and what `status` and `resume` do when they are given an id."""
+"""The verbs `job submit|list|status|logs|stop|resume`: runs as jobs of a Ray cluster."""
 
 import dataclasses
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,19 +19,19 @@ def submit(
     config: Config,
     overrides: Overrides = None,
     address: Address = None,
-    job_id: Annotated[str | None, typer.Option("--id", help="id of the job; else made from the run file")] = None,
+    job_id: Annotated[
+        str | None, typer.Option("--id", help="Id of the job. Default: derived from the run file.")
+    ] = None,
 ) -> None:
-    """Run a task sequence as a job of a Ray cluster; prints the job's id. Doing it twice makes no second job."""
-    from cl_dist.run_config import load_run
-
-    found, is_new = Jobs(address).submit(load_run(runs.run_file(config), overrides or []), job_id)
+    """Submit a run as a job and print its id. Submitting the same run again finds the same job."""
+    found, is_new = Jobs(address).submit(runs.read(config, overrides), job_id)
     if not is_new:
-        console.err.print(f"job {found} is there already")
+        console.err.print(f"job {found} exists already")
     console.out.print(found)
 
 
-def jobs(address: Address = None, as_json: AsJson = False) -> None:
-    """List the jobs of a cluster that are runs of cl-dist, the latest first."""
+def list_(address: Address = None, as_json: AsJson = False) -> None:
+    """List the cluster's cl-dist jobs, the latest first."""
     found = Jobs(address).list()
     if as_json:
         console.document([dataclasses.asdict(job) for job in found])
@@ -43,46 +42,44 @@ def jobs(address: Address = None, as_json: AsJson = False) -> None:
     console.out.print(table)
 
 
+def status(job_id: JobId, address: Address = None, as_json: AsJson = False) -> None:
+    """Show the status of a job and the last lines of its log."""
+    known = Jobs(address)
+    _show(known, known.get(job_id), as_json)
+
+
 def logs(
     job_id: JobId,
     follow: Annotated[
-        bool, typer.Option("-f", "--follow", help="go on until the job ends, and exit as it does")
+        bool, typer.Option("-f", "--follow", help="Continue until the job ends, and exit with its exit code.")
     ] = False,
     address: Address = None,
 ) -> None:
-    """Print what a job's driver has written: a line for each stage, round and score."""
+    """Print the log of a job's driver: a line for each stage, training round and score."""
     known = Jobs(address)
     if not follow:
         console.write(printable(known.logs(job_id)))
         return
     for part in known.follow(job_id):
         if not console.write(printable(part)):
-            return  # nobody reads any more
+            return  # the reader of stdout has closed it
     job = known.wait(job_id, timeout_s=60.0)
     raise typer.Exit(_exit_code(job))
 
 
 def stop(job_id: JobId, address: Address = None, as_json: AsJson = False) -> None:
-    """Have a job save the stage it is at and end; `cl-dist resume ID --address URL` goes on from there."""
+    """Stop a job once it has saved its current stage. `job resume` continues it."""
     known = Jobs(address)
     _show(known, known.stop(job_id), as_json)
 
 
-def resume(run: Path | None, overrides: list[str], address: str, *, has_more: bool) -> None:
-    """Go on with a job that has ended; prints its id."""
-    job_id = _id(run)
-    if has_more:
-        raise ConfigError("--address: a job takes overrides and nothing else; resume its run folder on the cluster")
-    if moved := [text for text in overrides if text.partition("=")[0] in ("run", "run.dir", "run.name")]:
-        raise ConfigError(f"{moved[0]!r}: a job is resumed in its own run folder")
-    Jobs(address).resume(job_id, overrides)
+def resume(job_id: JobId, overrides: Overrides = None, address: Address = None) -> None:
+    """Continue a job that has ended, under the same id, and print the id."""
+    settings = overrides or []
+    if moved := [text for text in settings if text.partition("=")[0] in ("run", "run.dir", "run.name")]:
+        raise ConfigError(f"{moved[0]!r}: a job resumes in its own run folder")
+    Jobs(address).resume(job_id, settings)
     console.out.print(job_id)
-
-
-def status(run: Path | None, address: str, as_json: bool) -> None:
-    """Tell how far a job is: from its last lines, since its run folder need not be visible from here."""
-    known = Jobs(address)
-    _show(known, known.get(_id(run)), as_json)
 
 
 def _show(known: Jobs, job: Info, as_json: bool) -> None:
@@ -90,20 +87,14 @@ def _show(known: Jobs, job: Info, as_json: bool) -> None:
     if as_json:
         console.document({**dataclasses.asdict(job), "log": lines})
         return
-    began, ended = _time(job.started), f", ended {_time(job.ended)}" if job.status in ENDED else ""
-    console.out.print(f"{job.id} {job.status}, began {began}{ended}, run folder {job.folder}")
+    started, ended = _time(job.started), f", ended {_time(job.ended)}" if job.status in ENDED else ""
+    console.out.print(f"{job.id} {job.status}, started {started}{ended}, run folder {job.folder}")
     for line in lines:
         console.out.print(f"  {line}", soft_wrap=True)
 
 
-def _id(run: Path | None) -> str:
-    if run is None:
-        raise ConfigError("--address: expected the id of a job before it; `cl-dist jobs` lists them")
-    return str(run)
-
-
 def _exit_code(job: Info) -> int:
-    """Return the driver's exit code, as far as Ray knows it."""
+    """Return the driver's exit code; an equivalent one where Ray does not know it."""
     if job.exit_code is not None:
         return job.exit_code
     return 0 if job.status == "SUCCEEDED" else 75 if job.status == "STOPPED" else TrainingError.exit_code

@@ -1,4 +1,4 @@
-"""Quality gates: `--fail-if "cl/forgetting_max>0.05"` makes a command whose run misses a bound fail."""
+"""Quality gates: with `--fail-if "cl/forgetting_max>0.05"` a command fails if the condition is true."""
 
 import math
 import operator
@@ -18,14 +18,14 @@ _EXPRESSION = re.compile(r"\s*([^\s<>=]+)\s*([<>]=?)\s*([^\s<>=]+)\s*")
 
 @dataclass(frozen=True, slots=True)
 class FailIf:
-    """A condition under which a run does not pass."""
+    """A condition under which a command fails."""
 
     metric: str
     sign: str
     bound: float
 
     def reason(self, metrics: Mapping[str, Mapping[str, Any]]) -> str | None:
-        """Return why a run with these metrics (those of summary.json) does not pass; None if it does."""
+        """Return the reason why metrics of summary.json fail the gate; None if they pass."""
         value = metrics.get(self.metric, {}).get("value")
         condition = f"--fail-if '{self.metric}{self.sign}{self.bound:g}'"
         if value is None:
@@ -36,10 +36,10 @@ class FailIf:
 
 
 def parse_gates(expressions: Sequence[str]) -> list[FailIf]:
-    """Return the conditions that a person wrote.
+    """Parse `--fail-if` conditions.
 
     Raises:
-        ConfigError: If one is not METRIC, a sign and a number, or names no metric.
+        ConfigError: If a condition is not METRIC, operator and number, or the metric does not exist.
     """
     gates = []
     for text in expressions:

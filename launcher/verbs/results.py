@@ -1,70 +1,78 @@
-"""Verbs on what a run has stored: score a model again, ask it, look into its files, take it elsewhere."""
+"""The verbs on the models of a run: `predict`, `eval`, `inspect` and `export`."""
 
 import json
 import sys
-from itertools import islice
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
-from cl_dist.errors import CheckpointError, ConfigError, DataError
-from launcher import console, runs
+from cl_dist.data.rows import Row
+from cl_dist.data.unlabelled import read_unlabelled
+from cl_dist.errors import CheckpointError, DataError
+from cl_dist.model_lookup import number_of
+from cl_dist.stored_run import load_run
+from launcher import console
 from launcher.inspect.contents import inspect_path
 from launcher.inspect.tables import tables
-from launcher.model_lookup import answering, last_learned, number_of
 from launcher.options import AsJson, RunFolder, Task, Verbose
 
-if TYPE_CHECKING:
-    from cl_dist.run import Run
+
+def predict(run: RunFolder, task: Task, verbose: Verbose = False) -> None:
+    """Predict with the last trained model: reads JSON lines from stdin, writes JSON lines to stdout.
+
+    Input: {"text": ..., "text_pair": ..., "id": ...}, or the fields of the task's own data.
+    Output: {"id": ..., "prediction": ..., "scores": ...}, where scores are the probabilities of the labels. A language
+    model gives no scores.
+    """
+    console.start_logging(verbose)
+    opened = load_run(run)
+    known = opened.run.tasks.tasks[number_of(opened.run, task)]
+    if sys.stdin is None:
+        raise DataError("stdin is closed: expected JSON lines on it")
+    ids = deque[Any]()
+    with console.results_only() as stdout:
+        rows = _noting(read_unlabelled(sys.stdin.buffer, known), ids)
+        for found in opened.predict_rows(task, rows):
+            line = {"id": ids.popleft(), "prediction": found.answer}
+            if found.scores is not None:
+                line["scores"] = dict(found.scores)
+            if not console.write(f"{json.dumps(line)}\n", stdout):
+                return  # the reader of stdout has closed it
+
+
+def _noting(rows: Iterable[tuple[Any, Row]], ids: deque[Any]) -> Iterator[Row]:
+    """Yield rows, and append to `ids` the id of each as the input spells it."""
+    for given, row in rows:
+        ids.append(given)
+        yield row
 
 
 def eval_(
     run: RunFolder,
-    task: Annotated[list[str] | None, typer.Option(help="id of a task, repeatable; all learned ones if not")] = None,
-    after: Annotated[str | None, typer.Option(help="with the model after this task; the last one if left out")] = None,
-    split: Annotated[Literal["dev", "test"], typer.Option(help="rows to score")] = "test",
+    task: Annotated[
+        list[str] | None, typer.Option(help="Id of a task; repeatable. Default: all trained tasks.")
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option(help="Use the model after this task. Default: the last trained one.")
+    ] = None,
+    split: Annotated[Literal["dev", "test"], typer.Option(help="The rows to score.")] = "test",
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Score tasks of a run again, in this process; nothing is written."""
-    from cl_dist.metrics import majority_accuracy
-
+    """Score stored models again in this process, on test or dev rows. Writes nothing."""
     console.start_logging(verbose)
-    opened = _open(run)
-    last = last_learned(opened) if after is None else number_of(opened, after, "--after")
-    tasks = [number_of(opened, name) for name in dict.fromkeys(task)] if task else list(range(last + 1))
-    for number in tasks:
-        if not opened.data(number).rows(split):
-            raise ConfigError(f"--split {split}: task {opened.data(number).id} has no {split} rows")
-    models = answering(opened, tasks, last)
-    from cl_dist.stages.evaluate import compared
-    from cl_dist.stages.predict import Predictor
-
-    lines = {}
-    if split == "test":
-        opened.check_rows(*(stage for stage, _ in models))
-    for stage, own in models:
-        with console.results_only():
-            predictor = Predictor(opened.job(stage))
-            answers = {number: predictor.answers(number, opened.data(number).rows(split)) for number in own}
-        for number in own:
-            data, rows = opened.data(number), opened.data(number).rows(split)
-            lines[number] = {
-                "task": data.id,
-                "model": opened.ledger.key(stage.model),
-                "rows": len(rows),
-                **compared(opened.tasks.tasks[number], data.labels, rows, answers[number]),
-                "majority": majority_accuracy([row.label for row in data.train], [row.label for row in rows]),
-            }
-    scored = [lines[number] for number in tasks]
-    after = opened.tasks.tasks[last].id
+    opened = load_run(run)
+    last = opened.tasks[opened.last_task(after)]
+    with console.results_only():
+        scored = opened.evaluate(task, after=last, split=split)
     if as_json:
-        document = {"run": opened.config.run.name, "after": after, "split": split, "tasks": scored}
-        console.document(document)
+        console.document({"run": opened.config.run.name, "after": last, "split": split, "tasks": scored})
         return
-    table = Table(title=f"{opened.config.run.name}: {split} rows, after task {after}")
+    table = Table(title=f"{opened.config.run.name}: {split} rows, after task {last}")
     for heading in ("task", "model", "rows", "score", "accuracy", "macro F1", "majority"):
         table.add_column(heading, justify="left" if heading in ("task", "model") else "right")
     for line in scored:
@@ -74,66 +82,25 @@ def eval_(
     console.out.print(table)
 
 
-def predict(run: RunFolder, task: Task, verbose: Verbose = False) -> None:
-    """Answer JSON lines from stdin with JSON lines on stdout, by the model after the last learned task.
-
-    A line is {"text": ..., "text_pair": ..., "id": ...}, or has the fields of the task's own data. The answer is
-    {"id": ..., "prediction": ..., "scores": {label: probability}}; a method that writes its answers gives no scores.
-    """
-    from cl_dist.data.unlabelled import read_unlabelled
-
-    console.start_logging(verbose)
-    opened = _open(run)
-    number = number_of(opened, task)
-    ((stage, _),) = answering(opened, [number], last_learned(opened))
-    if sys.stdin is None:
-        raise DataError("stdin is closed: expected JSON lines on it")
-    rows = read_unlabelled(sys.stdin.buffer, opened.tasks.tasks[number])
-    from cl_dist.stages.predict import Predictor
-
-    with console.results_only() as stdout:
-        predictor = Predictor(opened.job(stage))
-        # As many rows at a time as a shard has: a task's own rows meet in the batches of its Evaluate stage.
-        while shard := list(islice(rows, opened.config.science.evaluate.shard_rows)):
-            chosen = [row for _, row in shard]
-            predictor.refuse_unreadable(number, chosen)
-            found: list[dict[str, object]]
-            if predictor.writes:
-                found = [{"prediction": text} for text in predictor.answers(number, chosen)]
-            else:
-                shares = predictor.probabilities(number, chosen)
-                found = [{"prediction": max(own, key=own.__getitem__), "scores": own} for own in shares]
-            lines = [{"id": given} | answer for (given, _), answer in zip(shard, found, strict=True)]
-            if not console.write("".join(f"{json.dumps(line)}\n" for line in lines), stdout):
-                return  # nobody reads any more
-
-
 def export(
     run: RunFolder,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that does not exist, or is empty")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
     task: Task,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the model after the last learned task as a folder; its README.md has the lines that load it.
+    """Write the last trained model as a folder of its own, with a README that shows how to load it.
 
-    A classifier is loaded by cl_dist.stages.export.load_exported; plain transformers refuses it.
-    A model that writes its answers is loaded by AutoModelForCausalLM and AutoTokenizer.
+    `from cl_dist import load_exported` loads a classifier; transformers alone refuses it. A language model loads with
+    AutoModelForCausalLM and AutoTokenizer of transformers.
     """
     console.start_logging(verbose)
-    opened = _open(run)
-    number = number_of(opened, task)
-    ((stage, _),) = answering(opened, [number], last_learned(opened))
-    from cl_dist.stages.export import check_free
-    from cl_dist.stages.export import export as write
-
-    check_free(folder)
+    opened = load_run(run)
     with console.results_only():
-        write(opened.job(stage), number, folder, opened.ledger.fingerprint(opened.stage(stage.model)))
+        model = opened.export(task, folder)
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
     if as_json:
-        model = opened.ledger.key(stage.model)
         console.document({"folder": str(folder), "task": task, "model": model, "files": files})
         return
     for name, size in files.items():
@@ -141,10 +108,10 @@ def export(
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="a run folder, a stage folder or a .safetensors file")],
+    path: Annotated[Path, typer.Argument(help="A run folder, a stage folder or a .safetensors file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show what is stored and whether it is whole; exit 6 if something is damaged."""
+    """Show stored files and tensors, and verify them. Exits with 6 if something is damaged."""
     document = inspect_path(path)
     if as_json:
         console.document(document)
@@ -155,9 +122,3 @@ def inspect(
         raise typer.Exit(CheckpointError.exit_code)  # the document names them
     if document["faults"]:
         raise CheckpointError("\n".join(document["faults"]))
-
-
-def _open(run: Path) -> "Run":
-    from cl_dist.run import Run
-
-    return Run(runs.reopen(run, []))

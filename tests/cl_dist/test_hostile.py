@@ -26,10 +26,10 @@ from cl_dist.models.backbone import load_tokenizer
 from cl_dist.parallel.world import World
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
+from cl_dist.run_folder import reopen
 from cl_dist.stage import StageRef, ref
 from cl_dist.stages import checkpoint
 from cl_dist.stages.weights import ShardedWeights
-from launcher import runs
 from tests import tiny
 from tests.integration.test_step_checkpoints import made, train_until
 
@@ -135,7 +135,7 @@ def test_a_folder_that_claims_to_be_a_run(folder: Path, text: Any) -> None:
     (run / "more.yaml").write_bytes(text if isinstance(text, bytes) else text.encode("utf8", "surrogatepass"))
     for added in (None, run / "more.yaml"):
         with pytest.raises(ClDistError):
-            runs.reopen(run, [], added)
+            reopen(run, [], added)
 
 
 ROW = {"id": "1", "text": "the soup is tasty", "label": "good", "split": "train", "rationale": [[1, 2]]}

@@ -11,7 +11,7 @@ from cl_dist.errors import ConfigError
 from cl_dist.methods import METHODS
 from cl_dist.methods.ctr import CtrConfig
 from cl_dist.methods.finetune import FinetuneConfig
-from cl_dist.run_config import ClusterConfig, RunConfig, RunSection, Science, json_schema, load_run
+from cl_dist.run_config import ClusterConfig, RunConfig, RunSection, Science, json_schema, read_run_file
 
 RECIPES = sorted((Path(__file__).parents[2] / "launcher" / "recipes").glob("*.yaml"))
 IDS = ("food", "film", "topic")
@@ -151,8 +151,8 @@ def test_a_run_file_survives_being_written_out_resolved() -> None:
 def test_a_file_names_the_run_unless_it_says_otherwise(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"science": tree()["science"]}))
-    assert load_run(path).run.name == "mine"
-    assert load_run(path, ["run.name=other", "science.seed=4"]).folder == Path("runs/other")
+    assert read_run_file(path).run.name == "mine"
+    assert read_run_file(path, ["run.name=other", "science.seed=4"]).folder == Path("runs/other")
 
 
 def test_the_run_folder_may_be_below_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -185,20 +185,20 @@ def test_rows_longer_than_the_positions_of_a_model_are_refused_when_a_run_file_i
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"science": tree()["science"]}))
     for model in (f"science.model.source={tmp_path}", f"science.model.config={json.dumps(sizes)}"):
-        assert load_run(path, [model, "science.train.max_length=32"])
+        assert read_run_file(path, [model, "science.train.max_length=32"])
         longer = [model, "science.train.max_length=32", "science.tasks.film.train={max_length: 33}"]
         if limit is None:
-            assert load_run(path, longer)
+            assert read_run_file(path, longer)
             continue
         with pytest.raises(ConfigError, match=r"train.max_length=33: this model reads at most 32 tokens"):
-            load_run(path, longer)
+            read_run_file(path, longer)
 
 
 def test_a_model_that_writes_reads_no_more_than_it_was_trained_for(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"science": tree("science.method={name: lamol}")["science"]}))
     with pytest.raises(ConfigError, match=r"train.max_length=128: this model reads at most 32 tokens"):
-        load_run(path, ["science.model.config={model_type: llama, max_position_embeddings: 32}"])
+        read_run_file(path, ["science.model.config={model_type: llama, max_position_embeddings: 32}"])
 
 
 def properties(schema: Tree, name: str) -> set[str]:
@@ -227,13 +227,13 @@ def test_shipped_recipes_fit_the_schema_and_parse(path: Path, monkeypatch: pytes
         monkeypatch.setenv(name, "somewhere")
     recipe = read_yaml(path)
     Draft202012Validator(json_schema()).validate(recipe)
-    order = [task.id for task in load_run(path).science.sequence().tasks]
+    order = [task.id for task in read_run_file(path).science.sequence().tasks]
     asked = recipe["science"].get("order")
     if isinstance(asked, str):
         asked = recipe["science"]["orders"][asked]
     assert order == (asked or [task["id"] for task in recipe["science"]["tasks"]])
     for name in recipe.get("baselines", {}):
-        assert load_run(path).baseline(name).science.sequence() == load_run(path).science.sequence()
+        assert read_run_file(path).baseline(name).science.sequence() == read_run_file(path).science.sequence()
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
+from cl_dist import session
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.errors import CheckpointError, StoppedError
 from cl_dist.metrics import summarize
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.run_events import Tracker, Watcher, matrix, read_state, summary
+from cl_dist.run_events import Tracker, Watcher, matrix, read_state, summary, with_references
 from cl_dist.sequence import run_stages
 from cl_dist.stage import StageRef
 from cl_dist.stages.stage_job import Job
-from launcher import runs
 from tests import tiny
 
 FAST = {"train": {"epochs": 1, "min_round_steps": 1}}
@@ -77,7 +77,7 @@ def test_metrics_of_the_summary_are_those_of_its_matrix(run: Run) -> None:
 
 
 def test_references_fill_the_metrics_that_need_them(run: Run) -> None:
-    found = summary(run, individual=[0.5, 0.5, 0.5], joint=[1.0, None, 1.0])
+    found = with_references(summary(run), individual=[0.5, 0.5, 0.5], joint=[1.0, None, 1.0])
     learned = [row[t] for t, row in enumerate(matrix(run, "accuracy"))]
     assert all(score is not None for score in learned)
     expected = sum(score - 0.5 for score in learned if score is not None) / 3
@@ -180,8 +180,8 @@ def test_killed_while_it_notes_its_end_a_run_is_finished_by_a_resume(
     def watched(config: RunConfig, watch: Watcher) -> Watcher:
         return lambda event: told.append(f"{event['event']} {read_state(folder)['status']}")
 
-    monkeypatch.setattr(runs, "_watched", watched)
-    runs.execute(run.config, "cl-dist resume")
+    monkeypatch.setattr(session, "_watchers", watched)
+    session.train(run.config)
     assert told == ["begin running", "finished finished"]  # a mirror copies what is there by then
     assert (folder / "metrics/R.csv").read_bytes() == matrix_file
     assert read(run, "metrics/summary.json")["status"] == "finished"
@@ -195,7 +195,7 @@ def test_a_run_that_is_stopped_before_it_begins_says_so(tmp_path: Path, monkeypa
     run = tiny.make_run(tmp_path, {"science": SEQUENTIAL}, tasks=("food",))
     monkeypatch.setattr("cl_dist.run_events._git", stopped)
     with pytest.raises(StoppedError, match="told to"):
-        runs.execute(run.config, "cl-dist train")
+        session.train(run.config)
     assert read_state(run.config.folder) == {}
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from cl_dist import session
 from cl_dist import sinks as trackers
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError
 from cl_dist.run_config import RunConfig
 from cl_dist.sinks import Trackers
-from launcher import runs
 from tests import tiny
 
 FAST = {"train": {"epochs": 2, "min_round_steps": 1}, "method": {"name": "sequential"}}
@@ -51,7 +51,7 @@ def steps_of(logged: Logged, name: str) -> list[int]:
 def attempts(settings: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run up to the second task's training, then to the end."""
     with monkeypatch.context() as patch:
-        watched = runs._watched
+        watched = session._watchers
 
         def stopping(each: RunConfig, watch: Any) -> Any:
             seen = watched(each, watch)
@@ -63,10 +63,10 @@ def attempts(settings: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
 
             return both
 
-        patch.setattr(runs, "_watched", stopping)
+        patch.setattr(session, "_watchers", stopping)
         with pytest.raises(StopError):
-            runs.execute(settings, "cl-dist train")
-    runs.execute(settings, "cl-dist resume")
+            session.train(settings)
+    session.train(settings)
 
 
 def test_steps_count_over_tasks_and_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_generate_and_vote_tell_numbers_too(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(trackers, "_opened", lambda name: lambda folder, run, settings: Recorder(logged, []))
     science = {"method": dict(tiny.METHODS["rational_lamol"]), "train": dict(tiny.TEXT_TRAIN)}
     tree = tiny.tree(tmp_path, {"science": science, "run": {"trackers": ["mlflow"]}}, tasks=("food", "film"))
-    runs.execute(parse(RunConfig, tree), "cl-dist train")
+    session.train(parse(RunConfig, tree))
     names = {name for _, _, numbers in logged for name in numbers}
     assert {"replay/kept", "vote/margin", "vote/samples", "perf/tokens_per_s"} <= names
 

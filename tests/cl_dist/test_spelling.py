@@ -14,7 +14,7 @@ from pydantic import Field
 
 from cl_dist.config import Section, Tree, apply_overrides, parse, plain_yaml
 from cl_dist.errors import ConfigError
-from cl_dist.run_config import RunConfig, load_run
+from cl_dist.run_config import RunConfig, read_run_file
 from cl_dist.strict_yaml import yaml_text
 from tests import tiny
 
@@ -177,9 +177,9 @@ def test_a_run_file_whose_name_is_none_for_a_run_says_so(tmp_path: Path, name: s
     path = tmp_path / name
     path.write_text(yaml.safe_dump(tree), encoding="utf8")
     with pytest.raises(ConfigError, match=r"run.name is not set, .*: expected up to 100 letters") as caught:
-        load_run(path)
+        read_run_file(path)
     assert str(path) in str(caught.value)
-    assert load_run(path, ["run.name=fine"]).run.name == "fine"
+    assert read_run_file(path, ["run.name=fine"]).run.name == "fine"
 
 
 @many

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
+from cl_dist import session
 from cl_dist.checks import check_tokens
 from cl_dist.errors import ConfigError, DataError
 from cl_dist.models.backbone import check_vocabulary, load_tokenizer, num_embeddings
 from cl_dist.models.config import ModelConfig
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from launcher import runs
 from tests import tiny
 
 
@@ -35,7 +35,7 @@ def append(folder: Path, text: str, split: str = "test") -> None:
 def refused(found: Run, kind: type[Exception]) -> str:
     """Return why a run is refused; nothing of it has been written."""
     with pytest.raises(kind) as caught:
-        runs.execute(found.config, "train")
+        session.train(found.config)
     assert not found.config.folder.exists()
     return str(caught.value)
 
@@ -170,4 +170,4 @@ def test_rows_of_baselines_are_read_by_their_own_tokenizers(tmp_path: Path, mode
     baselines = {"other": {"model": {"source": str(tmp_path / "other")}}}
     config = make_run(tmp_path).config.tree() | {"baselines": baselines}
     with pytest.raises(ConfigError, match="espresso"):
-        runs.execute(RunConfig.model_validate(config), "train")
+        session.train(RunConfig.model_validate(config))

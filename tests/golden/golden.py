@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from cl_dist.run import Run
-from cl_dist.run_config import load_run
+from cl_dist.run_config import read_run_file
 from cl_dist.stage import Stage, StageRef, digest_of, ref
 from launcher.runs import recipes
 from tests import tiny
@@ -80,7 +80,7 @@ def readable() -> list[str]:
 
 def fingerprints(recipe: str) -> dict[str, str]:
     """Return the fingerprint of every stage of a recipe and of its baselines, by 'run/task/stage'."""
-    config = load_run(recipes()[recipe], list(SETTINGS.get(recipe, ())))
+    config = read_run_file(recipes()[recipe], list(SETTINGS.get(recipe, ())))
     return {
         f"{name}/{opened.ledger.key(stage_ref)}": found
         for name, run in {"main": config, **{b: config.baseline(b) for b in config.baselines}}.items()

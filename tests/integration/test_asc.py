@@ -7,7 +7,7 @@ import pytest
 
 from cl_dist.checks import check_data
 from cl_dist.run import Run
-from cl_dist.run_config import load_run
+from cl_dist.run_config import read_run_file
 from launcher.runs import recipes
 
 FOLDER = Path(os.environ.get("ASC_DIR", "no such folder"))
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_the_recipe_reads_all_19_domains_as_published() -> None:
-    run = Run(load_run(recipes()["ctr-asc19"]))
+    run = Run(read_run_file(recipes()["ctr-asc19"]))
     check_data(run)
     sizes = {
         task.id: [len(run.data(t).rows(split)) for split in ("train", "dev", "test")]

@@ -89,7 +89,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
                 [sys.executable, "-m", "launcher", *args],
                 cwd=folder, env=ray_runs.environment(), capture_output=True, text=True, timeout=120,
             )
-            for args in (["train", "watched.yaml", "run.name=other", "cluster.address=auto"], ["jobs"])
+            for args in (["train", "watched.yaml", "run.name=other", "cluster.address=auto"], ["job", "list"])
         }  # fmt: skip
         places = [path for place in (run, temp) for path in place.rglob("*") if path != secret and path.is_file()]
         files = {str(path): path.read_bytes() for path in places}

@@ -71,44 +71,44 @@ def test_a_job_is_submitted_watched_stopped_and_resumed(place: Place, tmp_path: 
     plain = place.run_file("plain", tmp_path, address=place.nodes.address, cpus_per_worker=0.5)
     place.ask("train", str(plain), long)
 
-    submitted = place.ask("submit", "job.yaml", long, "cluster.checkpoint_minutes=0")
+    submitted = place.ask("job", "submit", "job.yaml", long, "cluster.checkpoint_minutes=0")
     job = submitted.stdout.strip()
     assert job.startswith("job-")
     assert "\n" not in job
-    again = place.ask("submit", "job.yaml", long, "cluster.checkpoint_minutes=0")
+    again = place.ask("job", "submit", "job.yaml", long, "cluster.checkpoint_minutes=0")
     assert again.stdout == submitted.stdout
-    assert "is there already" in again.stderr
+    assert "exists already" in again.stderr
     wait_for(lambda: any(event["event"] == "stage_start" for event in events(run)), ray_runs.START_S, "a stage")
 
-    (listed,) = json.loads(place.ask("jobs", "--json").stdout)
+    (listed,) = json.loads(place.ask("job", "list", "--json").stdout)
     assert (listed["id"], listed["status"], listed["folder"]) == (job, "RUNNING", str(run))
     names = {task["name"] for task in dashboard(place, "/api/v0/tasks?limit=1000")["data"]["result"]["result"]}
     assert "00-food/train" in names
     assert not [name for name in names if name.startswith("Mailbox.") and "working" not in name and "init" not in name]
-    told = place.ask("status", job, "--address", place.nodes.url)
+    told = place.ask("job", "status", job, "--address", place.nodes.url)
     assert "RUNNING" in told.stdout
-    assert "stage_start stage=00-food/train" in place.ask("logs", job).stdout
-    assert place.ask("resume", job, "--address", place.nodes.url, code=2).stderr.count("RUNNING") == 1
+    assert "stage_start stage=00-food/train" in place.ask("job", "logs", job).stdout
+    assert place.ask("job", "resume", job, "--address", place.nodes.url, code=2).stderr.count("RUNNING") == 1
 
     wait_for(lambda: any(event["event"] == "round" for event in events(run)), ray_runs.START_S, "a round")
-    stopped = place.ask("stop", job)
+    stopped = place.ask("job", "stop", job)
     assert "STOPPED" in stopped.stdout
     assert "StoppedError" in stopped.stdout  # as at exit 75
-    assert any(event["event"] == "saved" for event in events(run)), place.ask("logs", job).stdout
-    assert "goes on with it" in place.ask("submit", "job.yaml", long, "cluster.checkpoint_minutes=0", code=2).stderr
+    assert any(event["event"] == "saved" for event in events(run)), place.ask("job", "logs", job).stdout
+    assert "continues it" in place.ask("job", "submit", "job.yaml", long, "cluster.checkpoint_minutes=0", code=2).stderr
 
     for name in ("food", "film", "topic"):  # the run folder has them
         (place.folder / f"{name}.jsonl").rename(place.folder / f"{name}.away")
     try:
-        resumed = place.ask("resume", job, "--address", place.nodes.url)
-        followed = place.ask("logs", "-f", job)
+        resumed = place.ask("job", "resume", job, "--address", place.nodes.url)
+        followed = place.ask("job", "logs", "-f", job)
     finally:
         for name in ("food", "film", "topic"):
             (place.folder / f"{name}.away").rename(place.folder / f"{name}.jsonl")
     assert resumed.stdout.strip() == job
     assert "continued stage=" in followed.stderr + followed.stdout
     assert (run / "metrics/R.csv").read_bytes() == (tmp_path / "plain/metrics/R.csv").read_bytes()
-    assert "SUCCEEDED" in place.ask("status", job, "--address", place.nodes.url).stdout
+    assert "SUCCEEDED" in place.ask("job", "status", job, "--address", place.nodes.url).stdout
 
 
 def test_a_cluster_is_checked_before_a_run(place: Place) -> None:
@@ -126,7 +126,7 @@ def test_a_cluster_is_checked_before_a_run(place: Place) -> None:
 
 
 def test_a_stranger_without_the_token_is_told_so(place: Place) -> None:
-    command = [sys.executable, "-m", "launcher", "jobs", "--address", place.nodes.url]
+    command = [sys.executable, "-m", "launcher", "job", "list", "--address", place.nodes.url]
     env = {**place.nodes.env, "RAY_AUTH_TOKEN": "0" * 64}
     done = subprocess.run(command, cwd=place.folder, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 7
@@ -135,8 +135,8 @@ def test_a_stranger_without_the_token_is_told_so(place: Place) -> None:
 
 def test_a_relative_run_folder_and_unknown_jobs_are_refused(place: Place) -> None:
     place.run_file("relative", "runs")
-    assert "run.dir=/shared/runs" in place.ask("submit", "relative.yaml", code=2).stderr
-    assert "no job 'nobody'" in place.ask("logs", "nobody", code=7).stderr
+    assert "run.dir=/shared/runs" in place.ask("job", "submit", "relative.yaml", code=2).stderr
+    assert "no job 'nobody'" in place.ask("job", "logs", "nobody", code=7).stderr
 
 
 def test_a_run_that_loses_the_head_ends_and_is_resumed_on_the_next(place: Place, undisturbed: Path) -> None:

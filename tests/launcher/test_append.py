@@ -81,8 +81,8 @@ def test_what_cannot_be_appended_is_refused_before_anything_is_written(cli: Cli,
         ),
         ("", "expected a mapping `tasks: [...]` with tasks"),
         (yaml.safe_dump({"tasks": []}), "expected a mapping `tasks: [...]` with tasks"),
-        (yaml.safe_dump({"tasks": tasks, "seed": 1}), "and nothing else"),
-        (yaml.safe_dump({"tasks": [{**tasks[0], "id": "food"}]}), "the run has food already"),
+        (yaml.safe_dump({"tasks": tasks, "seed": 1}), "and no other key"),
+        (yaml.safe_dump({"tasks": [{**tasks[0], "id": "food"}]}), "the run already has food"),
         (yaml.safe_dump({"tasks": [{**tasks[0], "txt": "x"}]}), "unknown key 'txt'; did you mean 'text'?"),
     ):
         more.write_text(text)

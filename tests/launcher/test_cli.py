@@ -351,7 +351,7 @@ class ToldInside:
 def test_a_stop_that_compiled_code_wraps_is_a_stop(
     cli: Cli, run_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("launcher.runs._dispatcher", lambda config: ToldInside())
+    monkeypatch.setattr("cl_dist.session._dispatcher", lambda config: ToldInside())
     ended = cli("train", run_file)
     assert (ended.code, "Traceback" in ended.err) == (75, False)
     assert "stopped by SIGTERM" in ended.err

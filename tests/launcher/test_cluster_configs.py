@@ -10,7 +10,7 @@ import pytest
 
 from cl_dist.errors import ConfigError
 from cl_dist.parallel.config import EngineConfig, deepspeed_settings
-from cl_dist.run_config import load_run
+from cl_dist.run_config import read_run_file
 from tests.launcher import manifests
 from tests.launcher.commands import Cli
 from tests.launcher.manifests import RefusedError
@@ -36,7 +36,7 @@ CHECKS: dict[str, Check] = {
     "deepspeed/zero2.json": reading(manifests.check_deepspeed),
     "deepspeed/zero3.json": reading(manifests.check_deepspeed),
     "deepspeed/zero3-offload.json": reading(manifests.check_deepspeed),
-    "reviews.yaml": load_run,
+    "reviews.yaml": read_run_file,
 }
 KUBERAY = (
     ("kind: Ray", "kind: Rays"),

@@ -92,7 +92,7 @@ def test_a_stored_file_is_held_against_the_manifest_beside_it(cli: Cli, run: Pat
     lone = shutil.copyfile(weights, tmp_path / "lone.safetensors")
     document = cli("inspect", lone, "--json").json()
     assert (document["state"], document["digest"]) == ("OK", "unknown")
-    assert "OK (no manifest knows it)" in cli("inspect", lone).out
+    assert "OK (no manifest)" in cli("inspect", lone).out
 
 
 def pieces(folder: Path, ranks: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -271,7 +271,7 @@ def of_another_run(run: Path) -> str:
 
 def without_its_predecessor(run: Path) -> str:
     shutil.rmtree(run / "stages/00-food/train")
-    return f"{run / 'stages/01-film/train'}: was made from 00-food/train, which is not here"
+    return f"{run / 'stages/01-film/train'}: was made from 00-food/train, which is missing"
 
 
 @pytest.mark.parametrize("spoil", [flipped, gone, edited, half_written, of_another_run, without_its_predecessor])

@@ -96,7 +96,7 @@ def test_a_job_that_is_there_is_not_sent_again(jobs: Jobs, here: Path, monkeypat
     assert jobs.submit(run) == (job_id, False)
     assert len(sent(jobs)) == 1
     there.status = "FAILED"
-    with pytest.raises(ConfigError, match=rf"{job_id} is FAILED; `cl-dist resume {job_id}"):
+    with pytest.raises(ConfigError, match=rf"{job_id} is FAILED; `cl-dist job resume {job_id}"):
         jobs.submit(run)
 
 

@@ -66,7 +66,7 @@ def test_large_models_are_planned_in_seconds_without_weights_tokenizer_or_data(
     elements = found["memory"]["elements"]["P"]
     assert elements // 10**6 == millions
     assert [each["rows"] for each in found["stages"]] == [None] * len(found["stages"])
-    assert any("no data of a (a.jsonl), b (b.jsonl)" in reason for reason in found["untold"])
+    assert any("no data of a (a.jsonl), b (b.jsonl)" in reason for reason in found["assumptions"])
     ranks = {rank["zero_stage"]: rank for rank in found["memory"]["ranks"]}
     assert list(ranks) == ([1, 2, 3] if dtype == "bfloat16" else [0, 1, 2, 3])
     assert [stage for stage, rank in ranks.items() if rank["configured"]] == [3]
@@ -106,7 +106,7 @@ def test_a_name_on_the_hub_is_not_downloaded(cli: Cli, run_file: Path, monkeypat
     assert ended.code == 0, ended.err
     found = ended.json()
     assert found["memory"] is None
-    assert any("somebody/some-model" in reason and "nothing is downloaded" in reason for reason in found["untold"])
+    assert any("somebody/some-model" in reason and "nothing is downloaded" in reason for reason in found["assumptions"])
     assert [each["rows"] for each in found["stages"]] == [20, 10, 20, 20]
 
 
@@ -153,8 +153,8 @@ def test_a_decoder_is_planned_with_its_cache_its_votes_and_its_two_losses(cli: C
     assert of(pool["vote"], "attention statistics") == 2 * 16 * 16 * 8
     labels = found["memory"]["labels"]
     assert labels == {"qa": 8 * 2, "lm": 8 * 16}  # every answer is one word and its end
-    assert len(found["untold"]) == 1
-    assert "a frozen block takes 12,704 elements off it" in found["untold"][0]  # 12 * 32 * 32 + 13 * 32
+    assert len(found["assumptions"]) == 1
+    assert "a frozen block removes 12,704 elements" in found["assumptions"][0]  # 12 * 32 * 32 + 13 * 32
 
 
 @pytest.mark.parametrize(

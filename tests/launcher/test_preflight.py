@@ -208,7 +208,7 @@ def test_a_model_that_cannot_read_so_long_rows_is_found(cli: Cli, run_file: Path
     config = parse(RunConfig, read_yaml(run_file) | {})
     longer = config.model_copy(update={"science": config.science.updated({"train": {"max_length": 33}})})
     (found,) = [each for each in preflight.preflight(longer) if each.state == "fail"]  # as a model from the hub is told
-    assert (found.check, found.remedy) == ("model", "lower train.max_length, or take another model")
+    assert (found.check, found.remedy) == ("model", "lower train.max_length, or use another model")
 
 
 def test_a_full_disk_is_found(cli: Cli, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_a_folder_whose_name_is_none_for_a_run_says_so(cli: Cli, tmp_path: Path,
     first, *rest = verb.split()
     ended = cli(first, run, *rest)
     assert ended.code == 2
-    assert "a run has the name of its folder, and 'moved run' is none" in ended.err.replace("\n", " ")
+    assert "a run takes the name of its folder, and 'moved run' is not a valid name" in ended.err.replace("\n", " ")
     assert "rename the folder" in ended.err.replace("\n", " ")
 
 

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cl_dist.learners.base import Progress
 from cl_dist.models.backbone import load_backbone, load_tokenizer, recompute_activations
-from cl_dist.planning.scaling import Machine, Work, stages_on_paper, step_costs, work_of
+from cl_dist.planning.planner import planned, work_of
+from cl_dist.planning.scaling import Machine, Work, stage_costs, step_costs
 from cl_dist.run import Run
 from cl_dist.stages.build import new_learner
-from launcher.verbs.plan import planned
 from tests import tiny
 from tests.launcher.commands import Cli, save_run
 
@@ -37,28 +37,28 @@ LENGTH, ROWS = 48, 8
 
 def test_operations_and_seconds_of_a_step() -> None:
     (eight,) = step_costs(WORK, MACHINE, (8,))
-    assert eight["rows"] == 8
-    assert eight["compute_s"] == 8 * 42_000 / 0.5e12
-    assert eight["moved_bytes"] == 2 * 3 * 100 * 7 // 8  # two micro-batches reduced, one gathering
-    assert eight["link_s"] == eight["moved_bytes"] / 100e9
-    assert eight["step_s"] == eight["compute_s"] + eight["link_s"]
-    assert eight["least_s"] == max(eight["compute_s"], eight["link_s"])
-    assert eight["tokens_per_s"] == pytest.approx(640 / eight["step_s"])
+    assert eight.rows == 8
+    assert eight.compute_s == 8 * 42_000 / 0.5e12
+    assert eight.moved_bytes == 2 * 3 * 100 * 7 // 8  # two micro-batches reduced, one gathering
+    assert eight.link_s == eight.moved_bytes / 100e9
+    assert eight.step_s == eight.compute_s + eight.link_s
+    assert eight.least_s == max(eight.compute_s, eight.link_s)
+    assert eight.tokens_per_s == pytest.approx(640 / eight.step_s)
 
 
 @pytest.mark.parametrize(("stage", "elements"), [(0, 200), (1, 200), (2, 300), (3, 2 * 2100)])
 def test_bytes_by_zero_stage(stage: int, elements: int) -> None:
     (eight,) = step_costs(replace(WORK, zero_stage=stage), MACHINE, (8,))
-    assert eight["moved_bytes"] == 2 * elements * 7 // 8
+    assert eight.moved_bytes == 2 * elements * 7 // 8
 
 
 def test_more_nodes_use_the_slower_link_and_more_ranks_than_rows_idle() -> None:
     eight, sixteen, many = step_costs(replace(WORK, zero_stage=3), MACHINE, (8, 16, 128))
-    assert eight["link_s"] < sixteen["link_s"]
-    assert sixteen["share_of_first"] < 1
-    assert "links take longer" in sixteen["note"]
-    assert many["rows"] == 1
-    assert "64 ranks have no row" in many["note"]
+    assert eight.link_s < sixteen.link_s
+    assert sixteen.share_of_first < 1
+    assert "links take longer" in sixteen.note
+    assert many.rows == 1
+    assert "64 ranks have no row" in many.note
 
 
 def make_run(folder: Path, name: str, again: bool = False, **over: Any) -> Run:
@@ -124,7 +124,8 @@ def test_seconds_of_stages_by_hand(tmp_path: Path) -> None:
     run = make_run(tmp_path, "rational_lamol", **settings)
     plan = planned(run.config, (80.0,))
     work = work_of(run.config, plan)
-    found = {line["stage"]: line for line in stages_on_paper(run.config, plan, MACHINE, (1, 2, 64))}
+    rows = [stage.rows for stage in plan.stages]
+    found = {line.stage: line for line in stage_costs(run.config, rows, work, MACHINE, (1, 2, 64))}
     loading = (4 * work.elements + 4 * work.trained) / 1e6
     weights = 4 * work.elements / 1e9
     token = work.read_operations / LENGTH / 0.5e12
@@ -132,21 +133,21 @@ def test_seconds_of_stages_by_hand(tmp_path: Path) -> None:
     assert work.answer == 2  # the word, and its end
 
     def seconds(stage: str) -> Any:
-        return pytest.approx([each - loading for each in found[stage]["seconds"]])
+        return pytest.approx([each - loading for each in found[stage].seconds or ()])
 
     # 10 samples are 3 shards of 4, each 2 times 3 slots of LENGTH tokens
-    assert found["01-film/generate"]["rows"] == 10
+    assert found["01-film/generate"].rows == 10
     assert [shards * 2 * LENGTH * weights for shards in (3, 2, 1)] == seconds("01-film/generate")
     # 6 voting rows are 2 shards of 4, a row at a time
-    assert found["01-film/record"]["rows"] == found["01-film/vote"]["rows"] == 6
+    assert found["01-film/record"].rows == found["01-film/vote"].rows == 6
     row = max(LENGTH * token, weights)
     assert [shards * 4 * row for shards in (2, 1, 1)] == seconds("01-film/vote")
     # 20 test rows are 3 shards of 8, each 2 batches of 4 rows that are read, then write a token more
-    assert found["01-film/evaluate"]["rows"] == 20
+    assert found["01-film/evaluate"].rows == 20
     batch = max(4 * LENGTH * token, weights) + weights
     assert [shards * 2 * batch for shards in (3, 2, 1)] == seconds("01-film/evaluate")
     # 30 rows are 4 steps, 3 times
-    steps = [step["step_s"] for step in step_costs(work, MACHINE, (1, 2, 64))]
+    steps = [step.step_s for step in step_costs(work, MACHINE, (1, 2, 64))]
     assert [12 * step for step in steps] == seconds("01-film/train")
 
 
@@ -157,8 +158,14 @@ def test_workers_that_hold_a_model_together_are_one(tmp_path: Path) -> None:
     together = run.config.model_copy(
         update={"cluster": run.config.cluster.model_copy(update=cluster | {"workers_per_model": 4})}
     )
-    alone, shared = (list(stages_on_paper(config, plan, MACHINE, (4, 16))) for config in (run.config, together))
-    assert alone[-1]["seconds"][0] == shared[-1]["seconds"][1] < shared[-1]["seconds"][0]
+    rows = [stage.rows for stage in plan.stages]
+    alone, shared = (
+        list(stage_costs(config, rows, work_of(config, plan), MACHINE, (4, 16)))[-1].seconds
+        for config in (run.config, together)
+    )
+    assert alone is not None
+    assert shared is not None
+    assert alone[0] == shared[1] < shared[0]
 
 
 def test_a_plan_shows_stages_by_gpus_and_says_where_it_cannot(cli: Cli, tmp_path: Path) -> None:
@@ -167,7 +174,7 @@ def test_a_plan_shows_stages_by_gpus_and_says_where_it_cannot(cli: Cli, tmp_path
     found = cli("plan", path, "--scaling", "--json").json()
     assert [line["stage"] for line in found["stage_seconds"]] == [stage["stage"] for stage in found["stages"]]
     assert all(len(line["seconds"]) == len(found["scaling"]) == 7 for line in found["stage_seconds"])
-    assert "seconds of a stage on paper" in cli("plan", path, "--scaling").out
+    assert "estimated seconds of a stage" in cli("plan", path, "--scaling").out
     (tmp_path / "film.jsonl").unlink()
     assumptions = cli("plan", path, "--scaling", "--json").json()["stage_seconds"]
     assert {line["seconds"] for line in assumptions} == {None}

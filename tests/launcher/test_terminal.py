@@ -1,6 +1,7 @@
 """What reaches a terminal or a pipe: any label in any locale, without markup or escape codes; closed and full pipes."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from rich.progress import Progress
 
 from cl_dist import errors
 from cl_dist.errors import ClDistError, printable
+from cl_dist.logs import driver_log
 from launcher import console
 from launcher.cli import EXIT_CODES
 from tests import tiny
@@ -111,12 +113,10 @@ def test_names_in_tables_titles_bars_and_logs_are_not_markup(
         watch({"ts": "2026-01-01T00:00:00", "event": "stage_start", "kind": "x", "stage": "00-[/x]\x1b/train"})
         done = {"[/t]\x1b": 0.5}
         watch({"ts": "2026-01-01T00:00:00", "event": "stage_done", "stage": "00-[/x]\x1b/train", "accuracy": done})
-    handler = console.log_to(tmp_path / "driver.log")
     console.start_logging(verbose=True)
-    watch._log.addHandler(handler)
-    watch._log.warning("label %s", "[/x]\x1b\ud800")
-    watch._log.removeHandler(handler)
-    assert r"[/x]\x1b\ud800" in (tmp_path / "driver.log").read_text(encoding="utf8")
+    with driver_log(tmp_path):
+        logging.getLogger("cl_dist.run").warning("label %s", "[/x]\x1b\ud800")
+    assert r"[/x]\x1b\ud800" in (tmp_path / "logs" / "driver.log").read_text(encoding="utf8")
     assert "\x1b" not in capsys.readouterr().err
 
 

@@ -158,7 +158,9 @@ def full(*args: object, **kwargs: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("call", ["matplotlib.figure.Figure.savefig", "launcher.runs.write_json", "pathlib.Path.mkdir"])
+@pytest.mark.parametrize(
+    "call", ["matplotlib.figure.Figure.savefig", "cl_dist.stored_run.write_json", "pathlib.Path.mkdir"]
+)
 def test_a_full_disk_under_a_report_is_told(
     cli: Cli, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:

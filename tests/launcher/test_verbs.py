@@ -15,8 +15,8 @@ from tokenizers import normalizers
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.config import ModelConfig
 from cl_dist.run import Run
+from cl_dist.run_folder import reopen
 from cl_dist.stages.export import load_exported
-from launcher import runs
 from tests import tiny
 from tests.launcher.commands import ROOT, TASKS, Cli, save_run, stamps
 
@@ -73,7 +73,7 @@ def test_eval_of_a_run_that_is_not_finished_takes_the_last_learned_task(cli: Cli
     shutil.rmtree(folder / "stages")
     ended = cli("eval", folder)
     assert ended.code == 6
-    assert "no task has been learned yet; `cl-dist resume`" in ended.err
+    assert "no task has been trained yet; `cl-dist resume`" in ended.err
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_export_writes_a_model_that_answers_as_predict_does(cli: Cli, run: Path,
     scores = torch.tensor([list(answer["scores"].values()) for answer in answers])
     torch.testing.assert_close(logits_BK.softmax(-1), scores)
     card = json.loads((tmp_path / "out" / "film" / "cl_dist.json").read_text("utf8"))
-    opened = Run(runs.reopen(run, []))
+    opened = Run(reopen(run))
     assert card["fingerprint"] == opened.ledger.fingerprint(opened.plan(1)[0])
 
 

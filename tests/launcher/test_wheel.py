@@ -29,7 +29,12 @@ def run(*args: str, cwd: Path, **env: str) -> str:
 def test_wheel_holds_both_packages_with_their_data_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names} == {"cl_dist", "launcher", "cl_dist-0.1.0.dist-info"}
-    data = [*ROOT.glob("cl_dist/**/*.md"), *ROOT.glob("launcher/recipes/*"), *ROOT.glob("launcher/templates/*")]
+    data = [
+        *ROOT.glob("*/py.typed"),
+        *ROOT.glob("cl_dist/**/*.md"),
+        *ROOT.glob("launcher/recipes/*"),
+        *ROOT.glob("launcher/templates/*"),
+    ]
     assert {str(path.relative_to(ROOT)) for path in data} <= names
     assert not any(name.startswith(("launcher/pictures", "launcher/tables")) for name in names)
 

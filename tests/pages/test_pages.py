@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cl_dist.methods import METHODS
-from cl_dist.run_config import load_run
+from cl_dist.run_config import read_run_file
 from tests.pages import markdown
 from tests.pages.markdown import GENERATED, ROOT, WIDTH, anchor, anchors, blocks, headings, inline_code, links, pages
 from tests.pages.settings import undescribed
@@ -108,7 +108,7 @@ def run_files() -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(("where", "text"), list(run_files()))
 def test_run_files_on_pages_parse(where: str, text: str, tmp_path: Path) -> None:
     (tmp_path / "page.yaml").write_text(text, encoding="utf8")
-    assert load_run(tmp_path / "page.yaml").science.tasks
+    assert read_run_file(tmp_path / "page.yaml").science.tasks
 
 
 def test_the_front_page_has_a_run_file() -> None:

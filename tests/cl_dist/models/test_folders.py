@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from cl_dist import session
 from cl_dist.config import parse
 from cl_dist.errors import ClDistError, ConfigError, DataError
 from cl_dist.models.backbone import load_backbone, load_config, load_tokenizer
@@ -16,7 +17,7 @@ from cl_dist.models.config import ModelConfig
 from cl_dist.models.digest import model_digest
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from launcher import runs
+from cl_dist.run_folder import reopen, save
 from tests import tiny
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123\n"
@@ -101,13 +102,13 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     run = Run(parse(RunConfig, tree))
     with run.ledger.publish(run.plan(0)[0]) as out:
         (out / "train.json").write_text("{}")
-    runs.save(run.config)
+    save(run.config)
     (tmp_path / "sub").mkdir()
     for path in tmp_path.glob("*.jsonl"):
         shutil.copy(path, tmp_path / "sub")
     monkeypatch.chdir(tmp_path / "sub")
     model_digest.cache_clear()
-    return runs.reopen(Path("../runs/tiny"), [])
+    return reopen(Path("../runs/tiny"))
 
 
 def test_a_relative_model_that_is_not_here_is_named_and_not_a_conflict(
@@ -118,7 +119,7 @@ def test_a_relative_model_that_is_not_here_is_named_and_not_a_conflict(
     with pytest.raises(DataError, match=r"science.model.source='model': no such folder here"):
         run.ledger.is_done(run.plan(0)[0])
     with pytest.raises(DataError, match=r"no such folder here"):
-        runs.execute(begun, "resume")
+        session.train(begun)
     hub = ModelConfig(source="model")
     assert "science.model.source='model': cannot be loaded: no such folder here, and on the hub: " in said(hub.source)
 

@@ -1,4 +1,4 @@
-"""Which stored model of a run answers for a task, and whether it can be trusted. Torch-free."""
+"""Lookup of the stored model that answers for a task, and its verification. Torch-free."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from cl_dist.stage import Evaluate, StageRef, Train, model_after
 
 
 def number_of(run: Run, task: str, option: str = "--task") -> int:
-    """Return the place of a task in the order.
+    """Return the position of a task in the sequence.
 
     Raises:
         ConfigError: If the run has no such task.
@@ -29,18 +29,18 @@ def last_learned(run: Run) -> int:
     for task in reversed(range(len(run.tasks))):
         if run.ledger.manifest(model_after(task)) is not None:
             return task
-    raise CheckpointError(f"{run.config.folder}: no task has been learned yet; `cl-dist resume` goes on with the run")
+    raise CheckpointError(f"{run.config.folder}: no task has been trained yet; `cl-dist resume` continues the run")
 
 
 def answering(run: Run, tasks: Sequence[int], after: int) -> list[tuple[Evaluate, list[int]]]:
-    """Return who answers for some tasks once `after` has been learned: stages, each with those of the tasks it scores.
+    """Return the Evaluate stages that score some tasks after training on `after`, each with the tasks it scores.
 
-    A plan says so itself: the last Evaluate stage scores the tasks whose model has changed, and leaves the others to
-    the one before it. The weights of every model are checked against their manifests.
+    The plan decides: the last Evaluate stage scores the tasks whose model has changed, and the one before it the
+    others. The weights of every model are checked against their manifests.
 
     Raises:
         ConfigError: If there is no model for a task.
-        CheckpointError: If a model has not been computed, or is damaged.
+        CheckpointError: If a model is missing or damaged.
     """
     found: dict[StageRef, tuple[Evaluate, list[int]]] = {}
     for task in tasks:
@@ -64,7 +64,7 @@ def _scoring(run: Run, task: int, after: int) -> Evaluate:
 
 
 def _check_stored(run: Run, model: StageRef | None) -> None:
-    """Raise CheckpointError unless every stage that makes up a model is there, with these settings, and whole."""
+    """Raise CheckpointError unless every stage of a model exists undamaged and has the run's settings."""
     while model is not None:
         stage = run.stage(model)
         run.ledger.is_done(stage)  # raises where it was made with other settings

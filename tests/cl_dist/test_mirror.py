@@ -9,12 +9,12 @@ from typing import Any
 import fsspec
 import pytest
 
+from cl_dist import session
 from cl_dist.config import merged, parse
 from cl_dist.errors import CheckpointError, ConfigError, StorageError
+from cl_dist.mirror import Mirror, Mirroring
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from launcher import runs
-from launcher.mirror import Mirror, Mirroring
 from tests import tiny
 
 FAST = {"train": {"epochs": 1, "min_round_steps": 1}, "method": {"name": "sequential"}}
@@ -39,23 +39,23 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 def test_a_run_whose_folder_is_lost_comes_back_whole(tmp_path: Path, url: str) -> None:
     run = config(tmp_path, url)
-    runs.execute(run, "cl-dist train")
+    session.train(run)
     before = bytes_of(run.folder)
     assert any(name.startswith("baselines/alone/stages/") for name in before)
     shutil.rmtree(run.folder)
-    summaries = runs.execute(run, "cl-dist train")
+    summaries = session.train(run).summaries()
     assert bytes_of(run.folder) == before  # manifests hold times: nothing was computed again
     assert [summary["status"] for summary in summaries.values()] == ["finished", "finished"]
 
 
 def test_what_is_missing_in_the_copy_is_computed(tmp_path: Path, url: str) -> None:
     run = config(tmp_path, url)
-    runs.execute(run, "cl-dist train", baselines=False)
+    session.train(run, baselines=False)
     before = bytes_of(run.folder)
     store, root = fsspec.core.url_to_fs(url)
     store.rm(f"{root}/tiny/stages/01-film/evaluate/manifest.json")  # half copied
     shutil.rmtree(run.folder)
-    runs.execute(run, "cl-dist train", baselines=False)
+    session.train(run, baselines=False)
     after = bytes_of(run.folder)
     assert after.keys() == before.keys()
     changed = {name for name in after if after[name] != before[name]}
@@ -65,12 +65,12 @@ def test_what_is_missing_in_the_copy_is_computed(tmp_path: Path, url: str) -> No
 
 def test_a_damaged_copy_is_refused_by_name(tmp_path: Path, url: str) -> None:
     run = config(tmp_path, url)
-    runs.execute(run, "cl-dist train", baselines=False)
+    session.train(run, baselines=False)
     store, root = fsspec.core.url_to_fs(url)
     store.pipe_file(f"{root}/tiny/stages/00-food/train/trainable.safetensors", b"other")
     shutil.rmtree(run.folder)
     with pytest.raises(CheckpointError, match=r"00-food/train: trainable\.safetensors missing or damaged; remove"):
-        runs.execute(run, "cl-dist train", baselines=False)
+        session.train(run, baselines=False)
     assert not list(run.folder.glob("stages/00-food/train*"))
 
 
@@ -120,7 +120,7 @@ def test_a_stage_folder_elsewhere_is_refused(tmp_path: Path, bucket: tuple[RunCo
     run, memory = bucket
     for name in ("manifest.json", "train.json"):
         memory.store[f"/bucket/runs/tiny/stages/{key}/{name}"] = memory.store.pop(f"{STAGE}/{name}")
-    with pytest.raises(CheckpointError, match="its name is none of a stage's folder: remove that folder there"):
+    with pytest.raises(CheckpointError, match="not the name of a stage's folder: remove that folder from the store"):
         Mirror(run).pull()
     assert not run.folder.exists()
 
@@ -146,14 +146,14 @@ def test_a_store_that_is_away_for_a_while_is_caught_up_with(tmp_path: Path, monk
         put(self, path)
 
     monkeypatch.setattr(Mirror, "_put", flaky)
-    runs.execute(run, "cl-dist train", baselines=False)
+    session.train(run, baselines=False)
     assert bytes_of(tmp_path / "store/runs/tiny") == bytes_of(run.folder)
 
 
 def test_a_store_that_stays_away_is_told(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file where a folder should be")
     with pytest.raises(StorageError, match=r"run\.mirror: file://.*cannot be written"):
-        runs.execute(config(tmp_path, f"file://{tmp_path}/store/runs"), "cl-dist train", baselines=False)
+        session.train(config(tmp_path, f"file://{tmp_path}/store/runs"), baselines=False)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_store_that_stays_away_is_told(tmp_path: Path) -> None:
 )
 def test_a_store_that_cannot_be_opened_is_told(tmp_path: Path, url: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        runs.execute(config(tmp_path, url), "cl-dist train")
+        session.train(config(tmp_path, url))
 
 
 @pytest.mark.parametrize("how", ["stopped", "interrupted", "failed"])

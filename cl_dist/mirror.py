@@ -1,8 +1,8 @@
-"""A copy of a run's finished stages on another store: s3://, gs://, file://, whatever fsspec knows.
+"""Mirror: a copy of a run's finished stages on another store (s3://, gs://, file:// or any other of fsspec).
 
-The run folder stays what a run works in. Each finished stage is copied when it is published, its manifest last, so that
-a stage is in the copy whole or not at all; run.json, the run file and the metrics follow. A run that begins without a
-folder, on a machine that has never seen it, starts from the copy. Checkpoints inside a stage are not copied.
+A run works in its run folder. Each finished stage is copied when it is published, its manifest last, so the copy holds
+a stage completely or not at all; run.json, the run file and the metrics follow. A run without a folder, for example on
+a new machine, starts from the copy. Checkpoints inside a stage are not copied.
 """
 
 import logging
@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-import fsspec
 
 from cl_dist.errors import CheckpointError, ClDistError, ConfigError, StorageError
 from cl_dist.ledger import MANIFEST, is_inside, parse_manifest, refuse_links, sha256
@@ -28,42 +26,44 @@ class Mirror:
     """The copy of one run."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Open the store; nothing is read or written yet.
+        """Open the store of `run.mirror`; this reads and writes nothing.
 
         Raises:
-            ConfigError: If its kind is not known here, or needs more than a URL.
+            ConfigError: If fsspec does not know the kind of store, or needs more than a URL.
             StorageError: If it cannot be reached.
         """
+        import fsspec  # here: most runs have no mirror
+
         assert config.run.mirror is not None
         self._folder, self._url = config.folder, f"{config.run.mirror.rstrip('/')}/{config.run.name}"
         try:
             self._store, self._root = fsspec.core.url_to_fs(self._url)
         except OSError as error:
             raise StorageError(f"run.mirror: {self._url}: cannot be reached: {error}") from error
-        except Exception as error:  # every store has errors of its own kind
+        except Exception as error:  # each store raises its own errors
             raise ConfigError(f"run.mirror={config.run.mirror!r}: {error}; s3:// needs pip install s3fs") from error
 
     def probe(self) -> None:
-        """Write something to the store, read it back and remove it.
+        """Write a small file to the store, read it back and remove it.
 
         Raises:
-            StorageError: If that does not work.
+            StorageError: If one of these fails.
         """
         there = f"{self._root}/.probe-{uuid.uuid4().hex}"
-        with self._told("written and read"):
+        with self._errors("written and read"):
             self._store.makedirs(self._root, exist_ok=True)
             self._store.pipe_file(there, b"probe")
             if self._store.cat_file(there) != b"probe":
-                raise OSError("what comes back is not what was written")
+                raise OSError("the store returned other bytes than were written")
             self._store.rm_file(there)
 
     def push(self) -> None:
-        """Copy what is finished and not there yet.
+        """Copy finished stages that the store lacks, and the files about the run.
 
         Raises:
             StorageError: If the store cannot be written.
         """
-        with self._told("written"):
+        with self._errors("written"):
             for manifest in sorted((self._folder / "stages").glob(f"*/*/{MANIFEST}")):
                 if not self._same(manifest):
                     names = sorted(path for path in manifest.parent.rglob("*") if path.is_file() and path != manifest)
@@ -74,13 +74,13 @@ class Mirror:
                     self._put(self._folder / name)
 
     def pull(self) -> int:
-        """Bring back the stages that are not in the run folder, and return how many there were.
+        """Fetch the stages that the run folder lacks, and return their number.
 
         Raises:
             StorageError: If the store cannot be read.
-            CheckpointError: If a file is not the one that its manifest names, or would not lie in the stage's folder.
+            CheckpointError: If a file differs from its manifest's digest, or would lie outside the stage's folder.
         """
-        with self._told("read"):
+        with self._errors("read"):
             return self._pull()
 
     def _pull(self) -> int:
@@ -89,7 +89,7 @@ class Mirror:
             remote = there.rpartition("/")[0]
             key = "/".join(remote.split("/")[-2:])
             if not is_inside(key):
-                raise _damaged(remote, "its name is none of a stage's folder:")
+                raise _damaged(remote, "not the name of a stage's folder:")
             final = self._folder / "stages" / key
             partial = final.with_name(f"{final.name}.mirrored")
             refuse_links((final.parent, final, partial))
@@ -102,20 +102,20 @@ class Mirror:
             partial.rename(final)
             brought += 1
         if brought:
-            log.info("mirror url=%s stages=%d brought back", self._url, brought)
+            log.info("mirror url=%s stages=%d fetched", self._url, brought)
         return brought
 
     @contextmanager
-    def _told(self, done: str) -> Iterator[None]:
+    def _errors(self, done: str) -> Iterator[None]:
         try:
             yield
         except ClDistError:
             raise
-        except Exception as error:  # every store has errors of its own kind
+        except Exception as error:  # each store raises its own errors
             raise StorageError(f"run.mirror: {self._url}: cannot be {done}: {type(error).__name__}: {error}") from error
 
     def _fetch(self, remote: str, folder: Path) -> None:
-        """Bring a stage's manifest and the files that it names, and nothing else that may lie beside them."""
+        """Fetch a stage's manifest and the files that it names, and no other file of that folder."""
         text, wrong = self._store.cat_file(f"{remote}/{MANIFEST}"), []
         try:
             files: dict[str, str] = parse_manifest(text.decode("utf8"))["files"]
@@ -147,21 +147,21 @@ class Mirror:
 
 
 def _damaged(remote: str, what: str) -> CheckpointError:
-    return CheckpointError(f"run.mirror: {remote}: {what} remove that folder there, and the stage is computed again")
+    remedy = "remove that folder from the store, and the run computes the stage again"
+    return CheckpointError(f"run.mirror: {remote}: {what} {remedy}")
 
 
 class Mirroring:
-    """A watcher of a run's events that keeps the copy up to date."""
+    """Watcher of a run's events that keeps the mirror up to date."""
 
     def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Copy after each stage; a store that is away for a while is told, and caught up with later.
+        """Copy after each stage. If the store cannot be reached, log a warning and retry after the next stage.
 
         Raises:
-            StorageError: If it is still away when the run has finished. A run that ends otherwise ends with its own
-                error.
+            StorageError: If the store cannot be reached when the run has finished.
         """
         if event["event"] == "finished":
             self._mirror.push()
@@ -169,4 +169,4 @@ class Mirroring:
             try:
                 self._mirror.push()
             except StorageError as error:
-                log.warning("%s; the next stage, or `cl-dist resume`, tries again", error)
+                log.warning("%s; the copy is retried after the next stage and by `cl-dist resume`", error)

@@ -1,0 +1,87 @@
+"""The verbs `train`, `resume` and `status`."""
+
+import dataclasses
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+
+from rich.table import Table
+
+from cl_dist import session
+from cl_dist.run_folder import latest
+from cl_dist.stopping import stop_on_signals
+from cl_dist.stored_run import load_run
+from launcher import console, runs
+from launcher.options import AddTasks, AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
+from launcher.verbs.quality import parse_gates
+from launcher.verbs.report import conclude
+
+RUNS = Path("runs")
+"""Folder of run folders, where `resume` and `status` look for the last one."""
+
+
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    baselines: Baselines = True,
+    fail_if: FailIf = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a task sequence and its baselines, and write the report. Finished stages are not computed again."""
+    console.start_logging(verbose)
+    gates, source = parse_gates(fail_if or []), runs.run_file(config)
+    stop_on_signals()
+    session.train(
+        source,
+        overrides=overrides or [],
+        baselines=baselines,
+        watch=console.Watch(),
+        report=partial(conclude, gates=gates, as_json=as_json),
+        command=_command(),
+    )
+
+
+def resume(
+    run: RunOrLast = None,
+    overrides: Overrides = None,
+    add_tasks: AddTasks = None,
+    baselines: Baselines = True,
+    fail_if: FailIf = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Continue a run that was stopped, killed or extended by tasks. The number of workers may change."""
+    console.start_logging(verbose)
+    gates, settings = parse_gates(fail_if or []), overrides or []
+    if run is not None and "=" in str(run) and not run.exists():  # `cl-dist resume cluster.workers=4`
+        run, settings = None, [str(run), *settings]
+    folder = latest(RUNS) if run is None else run
+    stop_on_signals()
+    session.resume(
+        folder,
+        overrides=settings,
+        add_tasks=add_tasks,
+        baselines=baselines,
+        watch=console.Watch(),
+        report=partial(conclude, gates=gates, as_json=as_json),
+        command=_command(),
+    )
+
+
+def _command() -> str:
+    return shlex.join(["cl-dist", *sys.argv[1:]])
+
+
+def status(run: RunOrLast = None, as_json: AsJson = False) -> None:
+    """Show the progress of a run and its baselines."""
+    lines = load_run(latest(RUNS) if run is None else run).progress()
+    if as_json:
+        console.document([dataclasses.asdict(line) for line in lines])
+        return
+    table = Table("run", "status", "stages done", "next", "attempts", "seconds in stages")
+    for line in lines:
+        done = f"{line.done}/{line.stages}"
+        table.add_row(line.run, line.status, done, line.next or "-", str(line.attempts), str(line.seconds))
+    console.out.print(table)
