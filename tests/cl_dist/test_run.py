@@ -28,7 +28,7 @@ LATER = ALL[2:]
 """The stages of the second task and of those after it."""
 
 # Another value for each field: a field that is added must be added here, and so is decided to be science or not.
-RUN: Tree = {"name": "other", "dir": "elsewhere", "trackers": ["mlflow"], "mirror": "memory://runs"}
+RUN: Tree = {"name": "other", "dir": "elsewhere", "trackers": ["mlflow"], "mirror": "memory://runs", "log_every": 3}
 CLUSTER: Tree = {
     "dispatcher": "local",
     "engine": "torch",
@@ -36,6 +36,7 @@ CLUSTER: Tree = {
     "micro_batch": 3,
     "persistence_threshold": 7,
     "verify_protection_every": 3,
+    "profile": {"steps": [1, 3]},
     "address": "auto",
     "workers": 5,
     "cpus_per_worker": 2.0,
