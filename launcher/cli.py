@@ -230,11 +230,11 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List what can be named in a run file."""
-    from cl_dist.methods import METHODS, get_method, installed
+    from cl_dist.methods import descriptions
     from cl_dist.metrics import FORMULAS
 
     known = {
-        "methods": lambda: {name: get_method(name).about for name in [*METHODS, *installed()]},
+        "methods": descriptions,
         "recipes": lambda: {name: _first_comment(path) for name, path in runs.recipes().items()},
         "metrics": lambda: FORMULAS,
     }
