@@ -1,4 +1,4 @@
-"""EWC: one model for all tasks, held back where earlier tasks' losses were sensitive.
+"""EWC: one model for all tasks, with a penalty on changes of weights that earlier tasks' losses are sensitive to.
 
 Source: Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks"; with one running sum of
 importances and one anchor, as in Schwarz et al. 2018 (online EWC):

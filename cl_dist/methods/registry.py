@@ -65,6 +65,17 @@ def method_config(name: str, settings: object) -> MethodConfig:
     return config
 
 
+def descriptions() -> dict[str, str]:
+    """Return one line about each method of this package and of installed ones."""
+    found = {name: method.about for name, method in METHODS.items()}
+    for name, point in installed().items():
+        try:
+            found[name] = _loaded(point).about
+        except ConfigError as error:
+            found[name] = f"cannot be loaded: {error}"
+    return found
+
+
 def capabilities_of(config: MethodConfig, model: ModelConfig, learner: str | None = None) -> Capabilities:
     """Return the capabilities of the learner that a run uses, or of another one that a stage names."""
     return get_method(config.name).capabilities_of(config, model, learner)

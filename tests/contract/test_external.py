@@ -10,7 +10,7 @@ import pytest
 
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError
-from cl_dist.methods import get_method
+from cl_dist.methods import descriptions, get_method
 from cl_dist.methods import registry as lookup
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import ref
@@ -86,6 +86,8 @@ def test_an_entry_point_that_fails_is_refused_with_the_reason(tmp_path: Path, mo
     monkeypatch.syspath_prepend(install(tmp_path / "site", "my_pkg.broken:METHOD"))
     with pytest.raises(ConfigError, match=r"entry point 'my_pkg.broken:METHOD' .* cannot be loaded: RuntimeError"):
         get_method("probe")
+    assert descriptions()["probe"].startswith("cannot be loaded: ")
+    assert descriptions()["ewc"]
 
 
 def test_settings_that_change_the_name_are_refused(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
