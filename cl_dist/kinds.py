@@ -130,6 +130,8 @@ class StageKind:
     """Entries of that section."""
     memory: Literal["forward", "attention", "generation"] | None = None
     """Memory in addition to the model: activations of `evaluate.batch` rows, attention maps, or a KV cache."""
+    backward: Callable[[Any], bool] = lambda stage: False
+    """Whether a worker also runs backward passes."""
     cost: Callable[[Science, Any, int, Sizes], Shards] | None = None
     """(science, stage, rows, sizes) -> shards and their forward passes; None if there is no estimate."""
 
@@ -137,6 +139,11 @@ class StageKind:
 def kind_of(stage: Stage) -> StageKind:
     """Return the entry of a stage."""
     return KINDS[stage.kind]
+
+
+def trainings(stages: Iterable[Stage]) -> list[Train]:
+    """Return the stages that train the run's own model, not a helper such as InvRat's."""
+    return [stage for stage in stages if isinstance(stage, Train) and stage.learner is None]
 
 
 def _name(run: RunView, task: int) -> str:
@@ -275,8 +282,8 @@ def _vote_found(run: RunView, stage: Vote | Choose, read: Reader) -> list[Facts]
 
 def _vote_cost(science: Science, stage: Record | Vote, rows: int, sizes: Sizes) -> Shards:
     size = min(rows, stage.vote.shard_samples)
-    by_gradients = isinstance(stage, Record) and stage.vote.rationales == "gradient"
-    return Shards(_share(rows, size), ((size * (3 if by_gradients else 1), sizes.tokens),))  # forward and backward
+    passes = 3 if kind_of(stage).backward(stage) else 1  # a backward pass costs two forward passes
+    return Shards(_share(rows, size), ((size * passes, sizes.tokens),))
 
 
 def _evaluate_facts(run: RunView, stage: Evaluate) -> Facts:
@@ -351,6 +358,7 @@ KINDS: Mapping[str, StageKind] = {
         writes=("recorded.jsonl",),
         worker="cl_dist.stages.vote:RECORD",
         memory="attention",
+        backward=lambda stage: stage.vote.rationales == "gradient",
         cost=_vote_cost,
     ),
     "vote": StageKind(

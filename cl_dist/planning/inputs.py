@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cl_dist.errors import ConfigError, DataError
+from cl_dist.kinds import trainings
 from cl_dist.models.config import ModelConfig
 from cl_dist.paths import resolve
 from cl_dist.planning.memory import Model, Step
 from cl_dist.run import Run
-from cl_dist.stage import Train, TrainConfig
+from cl_dist.stage import TrainConfig
 from cl_dist.tokens import num_ids
 
 if TYPE_CHECKING:
@@ -123,10 +124,9 @@ def _longest_rows(run: Run, task: int) -> TrainConfig:
     """Return a task's settings with the longest rows that its stages train on: replayed ones have their own length."""
     science, tasks = run.config.science, run.tasks.tasks
     read = {task}
-    for stage in run.plan(task):
-        if isinstance(stage, Train) and stage.settings is None:
-            read |= {*stage.data, *stage.replay}
-            read |= set(range(task)) if stage.samples is not None else set()
+    for stage in trainings(run.plan(task)):
+        read |= {*stage.data, *stage.replay}
+        read |= set(range(task)) if stage.samples is not None else set()
     longest = max(science.train_of(tasks[u]).max_length for u in read)
     return science.train_of(tasks[task]).model_copy(update={"max_length": longest})
 
@@ -161,7 +161,7 @@ class ModelEstimate:
         run, is_text = inputs.run, inputs.run.output == "lm"
         vocabulary, answer = inputs.vocabulary(model) if is_text else (None, 1)
         labels, method = inputs.labels(), run.config.science.method
-        stages = [s for s in run.plan(len(labels) - 1) if isinstance(s, Train) and s.learner is None]
+        stages = trainings(run.plan(len(labels) - 1))
         tasks = tuple({*stages[-1].data, *stages[-1].replay})
         recompute = run.config.cluster.activation_checkpointing
         dry = TracedLearner(method, model, labels, vocabulary=vocabulary, tasks=tasks, recompute=recompute)

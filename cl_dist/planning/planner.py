@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from cl_dist.errors import ConfigError
+from cl_dist.kinds import KINDS, kind_of, trainings
 from cl_dist.planning import memory, scaling
 from cl_dist.planning.inputs import ModelEstimate, PlanInputs
 from cl_dist.planning.memory import GIB, Estimate, Gang, Quantity
 from cl_dist.planning.plan import DevicePlan, Elements, Fit, MemoryPlan, Plan, RankPlan, StagePlan
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import Choose, Evaluate, Generate, Rationalise, Record, Stage, Train, Vote, ref
+from cl_dist.stage import Stage, ref
 
 DEVICES = (8, 12, 16, 24, 40, 48, 80, 96, 141, 192)
 """GiB of common GPUs."""
@@ -20,15 +21,6 @@ WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 USABLE = 0.9
 """Share of a device's memory that a plan uses: the rest is for the driver, the kernels and fragmentation."""
 AUTO_MICRO = 32
-WRITES = {
-    "train": ("trainable*.safetensors", "learner.safetensors", "train.json"),
-    "generate": ("samples.jsonl", "replay.json"),
-    "rationalise": ("rationales.jsonl", "rationalise.json"),
-    "record": ("recorded.jsonl",),
-    "vote": ("critical.json",),
-    "choose": ("critical.json",),
-    "evaluate": ("scores.json", "predictions/*.jsonl"),
-}
 
 
 def planned(config: RunConfig, devices: Sequence[float] = DEVICES, with_memory: bool = True) -> Plan:
@@ -45,7 +37,7 @@ def planned(config: RunConfig, devices: Sequence[float] = DEVICES, with_memory: 
     """
     opened = Run(config)
     inputs = PlanInputs.of(opened)
-    stages = [stage for task in range(len(opened.tasks)) for stage in opened.plan(task)]
+    stages = list(opened.stages())
     lines = tuple(_stage(inputs, stage) for stage in stages)
     shape = ModelEstimate.of(inputs) if with_memory else None
     sizes = None if shape is None else _sizes(config, inputs, shape, stages, devices)
@@ -111,27 +103,11 @@ def _stage(inputs: PlanInputs, stage: Stage) -> StagePlan:
         kind=stage.kind,
         rows=rows,
         inputs=tuple(opened.ledger.key(each) for each in stage.inputs),
-        reads=tuple(f"{opened.tasks.tasks[t].id} ({splits})" for t, splits in _rows_of(stage)),
-        writes=WRITES[stage.kind],
+        reads=tuple(f"{opened.tasks.tasks[t].id} ({splits})" for t, splits in kind_of(stage).reads(stage)),
+        writes=kind_of(stage).writes,
         fingerprint=fingerprint,
         done=is_done,
     )
-
-
-def _rows_of(stage: Stage) -> list[tuple[int, str]]:
-    """Return the tasks whose rows a stage reads, and of which splits."""
-    match stage:
-        case Train():
-            return [
-                *((task, "train, dev") for task in stage.data),
-                *((task, "train, replayed") for task in stage.replay),
-            ]
-        case Evaluate():
-            return [(task, "test") for task in stage.tasks]
-        case Generate():
-            return [(task, "labels") for task in stage.sources]
-        case Rationalise() | Record() | Vote() | Choose():
-            return [(task, "dev, or train") for task in stage.sources]
 
 
 def _sizes(
@@ -151,13 +127,12 @@ def _sizes(
     ]
     if cluster.engine == "torch":
         ranks.insert(0, RankPlan(None, True, rank.exact(1, None)))
-    trainings = sum(isinstance(stage, Train) and stage.learner is None for stage in stages)
     samples = 0
     if not inputs.missing:
-        written = sum(inputs.run.num_rows(stage) for stage in stages if isinstance(stage, Generate))
+        written = sum(inputs.run.num_rows(stage) for stage in stages if kind_of(stage).memory == "generation")
         samples = 12 * shape.train.max_length * written
     keeps_best = shape.train.keep == "best_dev"
-    if any(isinstance(stage, Train) and stage.frozen is not None for stage in stages):
+    if any(stage.frozen is not None for stage in trainings(stages)):
         inputs.assumptions.append(
             f"the result of votes: T counts all parameters; a frozen block removes {shape.dry.block:,} elements from "
             "it, frozen heads stay in the optimizer"
@@ -167,7 +142,7 @@ def _sizes(
         model,
         learner=shape.dry.ended(),  # no micro-batch can be traced after this
         num_tasks=len(inputs.run.tasks),
-        trainings=trainings,
+        trainings=len(trainings(stages)),
         keeps_best=keeps_best,
         samples=samples,
     )
@@ -249,32 +224,30 @@ class _Rank:
 
 def _pool(config: RunConfig, shape: ModelEstimate, stages: list[Stage]) -> dict[str, tuple[Quantity, ...]]:
     """Return the memory of an actor in each kind of stage that is divided into shards."""
-    kinds = {stage.kind for stage in stages if not isinstance(stage, Train)} - {"rationalise"}
     model, science, length = shape.model, config.science, shape.train.max_length
     found: dict[str, tuple[Quantity, ...]] = {}
     decoder = None if shape.dry.decoder is None else memory.Decoder(*shape.dry.decoder)
-    for kind in sorted(kinds):
-        rows = science.evaluate.batch if kind in ("evaluate", "choose") else 1
+    for kind, of_kind in sorted((name, [s for s in stages if s.kind == name]) for name in {s.kind for s in stages}):
+        needs = KINDS[kind].memory
+        if needs is None:
+            continue
+        rows = science.evaluate.batch if needs == "forward" else 1
         working: list[Quantity] = []
-        if kind == "generate" and decoder is not None:
+        if needs == "generation" and decoder is not None:
             working = list(memory.generating(decoder, _parallel_samples(config, shape), length, shape.item))
         else:
             size, formula = shape.dry.scored(rows, length).peak, "rows * max_length tokens; traced, without gradients"
-            if kind == "record" and _finds_rationales(stages):
+            if any(KINDS[kind].backward(stage) for stage in of_kind):
                 back = shape.dry.marked(length, shape.answer)
                 size, formula = max(size, back), f"{formula}, and with those of the embeddings, before"
             working.append(Quantity("forward pass", size, formula))
-            if kind in ("record", "vote") and decoder is not None:
+            if needs == "attention" and decoder is not None:
                 working.append(memory.voting(decoder, length, shape.item))
             elif decoder is not None:
                 working += memory.generating(decoder, rows, length + shape.answer, shape.item)
         devices = config.cluster.workers_per_model if config.cluster.gpus_per_worker else 1
         found[kind] = memory.pooled(model, working, devices)
     return found
-
-
-def _finds_rationales(stages: list[Stage]) -> bool:
-    return any(isinstance(stage, Record) and stage.vote.rationales == "gradient" for stage in stages)
 
 
 def _parallel_samples(config: RunConfig, shape: ModelEstimate) -> int:

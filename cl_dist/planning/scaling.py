@@ -24,10 +24,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from cl_dist.kinds import Sizes, kind_of, trainings
 from cl_dist.planning.memory import share
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.stage import Evaluate, Generate, Record, Stage, Train, Vote, ref
+from cl_dist.stage import Stage, ref
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 
@@ -156,22 +157,12 @@ def _note(work: Work, ranks: int, compute_s: float, link_s: float) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
-class Shards:
-    """A stage that is cut into equal shards."""
-
-    number: int
-    passes: tuple[tuple[int, int], ...]
-    """Forward passes of a shard: (how many, tokens of each)."""
-
-
 def stage_costs(
     config: RunConfig, rows: Sequence[int | None], work: Work, machine: Machine, ranks: Sequence[int] = RANKS
 ) -> Iterator[StageCost]:
     """Yield the seconds of each stage for each number of GPUs; `rows` has each stage's rows, None if unknown."""
     run = Run(config)
-    stages = (stage for task in range(len(run.tasks)) for stage in run.plan(task))
-    for stage, number in zip(stages, rows, strict=True):
+    for stage, number in zip(run.stages(), rows, strict=True):
         seconds = _seconds(config, stage, number, work, machine, ranks) if number else None
         yield StageCost(run.ledger.key(ref(stage)), number, None if seconds is None else tuple(seconds))
 
@@ -180,14 +171,15 @@ def _seconds(
     config: RunConfig, stage: Stage, rows: int, work: Work, machine: Machine, ranks: Sequence[int]
 ) -> list[float] | None:
     loading = (work.item * work.elements + 4 * work.trained) / machine.files
-    if isinstance(stage, Train) and stage.learner is None:
-        train = stage.settings or config.science.train_of(config.science.sequence().tasks[stage.task])
+    if (training := next(iter(trainings([stage])), None)) is not None:
+        train = training.settings or config.science.train_of(config.science.sequence().tasks[stage.task])
         steps = train.epochs * share(rows, train.global_batch)
         found = step_costs(replace(work, global_batch=train.global_batch), machine, ranks)
         return [loading + steps * step.step_s for step in found]
-    shards = _shards(config, stage, rows, work)
-    if shards is None:
+    cost = kind_of(stage).cost
+    if cost is None:
         return None
+    shards = cost(config.science, stage, rows, Sizes(work.tokens, work.answer, work.parallel_samples))
     a_shard = sum(count * _pass(tokens, work, machine) for count, tokens in shards.passes)
     return [loading + share(shards.number, max(1, size // work.workers_per_model)) * a_shard for size in ranks]
 
@@ -196,27 +188,6 @@ def _pass(tokens: int, work: Work, machine: Machine) -> float:
     """Return the seconds of a forward pass over so many tokens of any rows."""
     operations = tokens * work.read_operations / work.tokens
     return max(machine.computing(operations), work.item * work.elements / machine.memory)
-
-
-def _shards(config: RunConfig, stage: Stage, rows: int, work: Work) -> Shards | None:
-    """Return what a stage is cut into; None for those with a model of their own, or several."""
-    science, length = config.science, work.tokens
-    match stage:
-        case Evaluate():
-            size = min(rows, science.evaluate.shard_rows)
-            batch = min(size, science.evaluate.batch)
-            reads = (share(size, batch), batch * length)
-            return Shards(share(rows, size), (reads, (reads[0] * (work.answer - 1), batch)))
-        case Generate():
-            size = min(rows, science.generate.shard_samples)
-            at_once = min(size, work.parallel_samples)
-            return Shards(share(rows, size), ((share(size, at_once) * length, at_once),))
-        case Record() | Vote():
-            size = min(rows, stage.vote.shard_samples)
-            by_gradients = isinstance(stage, Record) and stage.vote.rationales == "gradient"
-            return Shards(share(rows, size), ((size * (3 if by_gradients else 1), length),))  # forward, and back
-        case _:
-            return None
 
 
 def cells(seconds: Sequence[float] | None) -> list[str]:
