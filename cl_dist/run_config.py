@@ -87,8 +87,10 @@ class Science(Section):
         if not isinstance(given, Mapping):
             return given
         name = given.get("name")
+        if not isinstance(name, str):
+            raise ValueError(f"name={name!r} is no method{did_you_mean(str(name), list(METHODS))}")
         try:
-            return method_config(str(name), given)
+            return method_config(name, given)
         except ConfigError as error:
             raise ValueError(str(error)) from None
 

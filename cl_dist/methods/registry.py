@@ -43,10 +43,9 @@ def get_method(name: str) -> Method:
     found = installed()
     if name in found:
         return _loaded(found[name])
-    raise ConfigError(
-        f"name={name!r} is no method{did_you_mean(name, [*METHODS, *found])}; a method of another package is named "
-        "'package.module:METHOD'"
-    )
+    hint = did_you_mean(name, [*METHODS, *found])
+    other = "" if hint.endswith("?") else ", or 'package.module:METHOD' of another package"
+    raise ConfigError(f"name={name!r} is no method{hint}{other}")
 
 
 def method_config(name: str, settings: object) -> MethodConfig:
