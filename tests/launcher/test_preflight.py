@@ -110,7 +110,7 @@ LONG = "cake " * 12
             "test",
             {"pair": LONG},
             {},
-            "field pair: question and answer have 15 + 1 tokens, with 2 special ones 18, more",
+            "field pair: question and answer have 15 + 1 tokens (18 with special tokens), but",
         ),
         ("dev", {"pair": LONG}, {}, "field pair: question and answer have 15 + 1 tokens"),
         ("train", {"pair": LONG}, {}, "field pair: question and answer have 15 + 1 tokens"),
@@ -189,7 +189,7 @@ def test_a_metric_without_its_package_is_told_before_the_first_stage(
     run = writes(tmp_path, output="text", metric=metric)
     code, found = looked_at(cli, run)
     assert (code, found["fail"][0]["where"]) == (4, "task film")
-    assert f"tasks.film.metric '{metric}': this metric needs {package}" in found["fail"][0]["found"]
+    assert f"tasks.film.metric '{metric}' needs {package}" in found["fail"][0]["found"]
     ended = cli("train", run)
     assert ended.code == 2
     assert "cl-dist[text]" in ended.err
