@@ -10,7 +10,7 @@ FAULTS := $(addprefix tests/cl_dist/test_, hostile.py ledger.py watchdog.py stor
 	tests/integration/, test_chaos.py test_step_checkpoints.py test_cli_ray.py test_ray.py test_ray_jobs.py \
 	test_ray_recovery.py test_hosts.py test_signals_ray.py)
 
-.PHONY: help setup setup-all demo test test-long test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables clean
+.PHONY: help setup setup-all demo test test-long test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,7 +50,7 @@ test-gpu: $(STAMP)  ## the tests that need a CUDA device
 
 gpu-check: $(STAMP)  ## what this machine's GPU does with CTR at BERT-base's size and LAMOL at a billion parameters, into cluster_configs/GPU.md
 	DS_ACCELERATOR=cuda $(BIN)/python -m tests.gpu_check
-	$(BIN)/python -m launcher.tables write
+	$(BIN)/python -m tests.pages.tables write
 
 check: $(STAMP)  ## ruff, mypy, import contracts, spelling
 	$(BIN)/ruff check .
@@ -59,37 +59,40 @@ check: $(STAMP)  ## ruff, mypy, import contracts, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-fmt: $(STAMP)  ## format, and mend what ruff can mend
+fmt: $(STAMP)  ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## speed ratios, measured in one run, into README.md
+bench: $(STAMP)  ## speed ratios, measured in one run, into tests/benchmarks/README.md
 	$(BIN)/python -m pytest tests/benchmarks -s -m bench --timeout 1800 --figures tests/results/speed.json
-	$(BIN)/python -m launcher.tables write
+	$(BIN)/python -m tests.pages.tables write
 
-parity: $(STAMP)  ## every method, ZeRO stage, gang of 1-3 and accumulation against one worker, into README.md
+parity: $(STAMP)  ## every method, ZeRO stage, gang of 1-3 and accumulation against one worker, into tests/benchmarks/README.md
 	$(BIN)/python -m tests.parity tests/results/parity.json
-	$(BIN)/python -m launcher.tables write
+	$(BIN)/python -m tests.pages.tables write
 
-chaos: $(STAMP)  ## kill runs at drawn points and resume them, into README.md; then every fault of its table
+chaos: $(STAMP)  ## kill runs at drawn points and resume them, into tests/benchmarks/README.md; then every fault of tests/README.md
 	$(BIN)/python -m tests.chaos tests/results/chaos.json
-	$(BIN)/python -m launcher.tables write
+	$(BIN)/python -m tests.pages.tables write
 	$(BIN)/python -X faulthandler -m pytest -rs $(FAULTS)
 
-memory: $(STAMP)  ## the plan's memory against live tensors on one rank and two, into README.md
+memory: $(STAMP)  ## the plan's memory against live tensors on one rank and two, into tests/benchmarks/README.md
 	$(BIN)/python -m tests.memory tests/results/memory.json
-	$(BIN)/python -m launcher.tables write
+	$(BIN)/python -m tests.pages.tables write
 
-scaling: $(STAMP)  ## training with 1, 2 and 4 workers of this machine, and many GPUs on paper, into cluster_configs/SCALING.md
+scaling: $(STAMP)  ## training with 1, 2 and 4 workers of this machine, and estimates for many GPUs, into cluster_configs/SCALING.md
 	$(BIN)/python -m tests.scaling tests/results/scaling.json
-	$(BIN)/python -m launcher.tables write
+	$(BIN)/python -m tests.pages.tables write
 
 fuzz: $(STAMP)  ## hostile run files, rows, manifests and checkpoints, some 40,000 of them; spellings and texts
 	FUZZ_TIMES=20 $(BIN)/python -m pytest tests/cl_dist/test_hostile.py tests/cl_dist/test_spelling.py \
 		tests/launcher/test_terminal.py::test_nothing_that_is_shown_acts_upon_a_terminal
 
-tables: $(STAMP)  ## write the tables of README.md from tests/results/*.json
-	$(BIN)/python -m launcher.tables write
+tables: $(STAMP)  ## write the generated blocks of the pages, from tests/results/*.json and from the code
+	$(BIN)/python -m tests.pages.tables write
+
+docs: $(STAMP)  ## build the pages as a site in build/site
+	$(BIN)/python -m tests.pages.site build
 
 clean:  ## remove .venv, caches and build output; runs/ stays
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,12 +1,13 @@
-"""Runs stages in this process, on one worker: for debugging and for most tests."""
+"""Dispatcher that runs stages in this process, on one worker; for debugging and tests."""
 
 import signal
 from pathlib import Path
 
 from cl_dist.errors import StoppedError
+from cl_dist.kinds import kind_of
 from cl_dist.run_events import Tracker
 from cl_dist.stages import train
-from cl_dist.stages.shards import SHARDED, ShardStore
+from cl_dist.stages.shards import ShardStore, sharded
 from cl_dist.stages.stage_job import Job
 from cl_dist.stopping import signals_noted
 
@@ -15,14 +16,14 @@ class LocalDispatcher:
     """One worker, no Ray."""
 
     _stop: signal.Signals | None = None
-    """What asked to stop while a stage came to its end; to be acted upon before the next one."""
+    """Signal that arrived while a stage finished; raised before the next stage."""
 
     def run(self, job: Job, out: str, tracker: Tracker) -> None:
         """Run a stage; see sequence.Dispatcher."""
         if self._stop is not None:
             stop, self._stop = self._stop, None
             signal.raise_signal(stop)
-        if job.stage.kind == "train":
+        if kind_of(job.stage).worker is None:
             with signals_noted() as noted:
                 try:
                     train.run(job, Path(out), tracker.event, lambda: "stop" if noted else "")
@@ -31,14 +32,14 @@ class LocalDispatcher:
                 except StoppedError as error:
                     tracker.event({"event": "saved", "message": str(error)})
                     stopped = error
-            signal.raise_signal(noted[0])  # now for those who handled it before
-            raise stopped  # whoever handled it has let the run go on, which this stage cannot
+            signal.raise_signal(noted[0])  # the previous handler receives it now
+            raise stopped  # the handler returned, but this stage cannot continue
         finished = ShardStore(job, Path(out))
-        worker = SHARDED[job.stage.kind].worker(job) if finished.missing else None
+        worker = sharded(job.stage.kind).worker(job) if finished.missing else None
         for shard in reversed(finished.missing):
             assert worker is not None
             finished.keep(shard, worker.run(shard))
         finished.merge()
 
     def close(self) -> None:
-        """Nothing is kept between stages."""
+        """Do nothing: no state persists between stages."""

@@ -1,14 +1,14 @@
-"""Names of file formats, found by a file's first bytes: for messages about files that are not what was expected."""
+"""Detection of file formats by their first bytes, for error messages about unexpected files."""
 
 import re
 import zlib
 from pathlib import Path
 
 HEAD = 4096
-"""Bytes of a file that are looked at."""
+"""Number of bytes read from a file."""
 GZIP = b"\x1f\x8b"
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_MAGIC = (  # none of them is the start of a text, or of a safetensors file
+_MAGIC = (  # no text or safetensors file starts with one of these
     (b"\xfd7zXZ\x00", "an .xz archive; unpack it with `xz -d`"),
     (b"\x28\xb5\x2f\xfd", "a .zst archive; unpack it with `zstd -d`"),
     (b"7z\xbc\xaf\x27\x1c", "a .7z archive; unpack it"),
@@ -16,11 +16,11 @@ _MAGIC = (  # none of them is the start of a text, or of a safetensors file
     (b"\x04\x22\x4d\x18", "an .lz4 archive; unpack it with `lz4 -d`"),
     (b"PK\x05\x06", "an empty zip archive"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel or Word file; save it as CSV"),
-    (b"SQLite format 3\x00", "an SQLite data base; export its table as CSV"),
+    (b"SQLite format 3\x00", "an SQLite database; export its table as CSV"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file; write its table as parquet"),
     (b"\x93NUMPY", "a NumPy array; write it as JSON lines"),
     (b"ARROW1\x00\x00", "an Arrow file; write it as parquet, or load its folder as kind: datasets"),
-    (b"\xff\xff\xff\xff", "an Arrow stream; name the folder that it lies in, as kind: datasets"),
+    (b"\xff\xff\xff\xff", "an Arrow stream; load its folder as kind: datasets"),
     (b"Obj\x01", "an Avro file; write it as parquet"),
     (b"%PDF-", "a PDF file"),
     (b"\x89PNG\r\n", "a picture"),
@@ -30,19 +30,19 @@ _PAGE = re.compile(rb"\s*<(!doctype html|html|\?xml)\b", re.IGNORECASE)
 
 
 def head_of(path: Path) -> bytes:
-    """Return the first bytes of a file; of a gzip file those that are packed in it."""
+    """Return the first bytes of a file, decompressed if it is a gzip file."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     if not head.startswith(GZIP):
         return head
     try:
         return zlib.decompressobj(wbits=31).decompress(head, HEAD)
-    except zlib.error:  # told where it is read
+    except zlib.error:  # reported when the file is read
         return b""
 
 
 def stand_in(head: bytes) -> str | None:
-    """Name what often lies in the place of a file, and is none: a pointer, a web page, an archive."""
+    """Return the name of a common stand-in for a data file: an LFS pointer, a web page, an archive; else None."""
     if head.startswith(_POINTER):
         return "a Git LFS pointer, not the file itself; get the file with `git lfs pull`"
     if _PAGE.match(head):
@@ -59,7 +59,7 @@ def stand_in(head: bytes) -> str | None:
 
 
 def not_text(head: bytes) -> str | None:
-    """Name the format of a file that is no text, so far as it is known."""
+    """Return the format of a file that is not text, if it is a known one."""
     if (found := stand_in(head)) is not None:
         return found
     if _is_binary(head) and head.startswith(b"PAR1"):
@@ -80,5 +80,5 @@ def _is_binary(head: bytes) -> bool:
 
 
 def _is_wide(head: bytes) -> bool:
-    """Return whether every other byte is zero, as in ASCII text of two or four bytes a character."""
+    """Return whether every other byte is zero, as in ASCII text encoded as UTF-16 or UTF-32."""
     return len(head) > 3 and max(head[start::2].count(0) for start in (0, 1)) > 0.45 * len(head)

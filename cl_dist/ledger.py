@@ -1,4 +1,4 @@
-"""The run folder: which stages are done, with which settings, and how a result becomes real by one rename."""
+"""Ledger of a run folder: finished stages, their settings and fingerprints, published by one atomic rename."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ from cl_dist.stage import Stage, StageRef, digest_of, ref
 Facts = Mapping[str, Any]
 MANIFEST = "manifest.json"
 UNFINISHED = ("checkpoints", "shards")
-"""Folders of a stage that is under way, which the next attempt goes on from."""
+"""Folders of an unfinished stage, from which the next attempt resumes."""
 
 
 class Ledger:
     """The stages of one run.
 
-    facts_of names everything that decides a stage's result as flat plain data; its digest is the stage's fingerprint.
-    A stage is done when its folder holds a manifest, which is written last and appears by one rename of the folder.
+    facts_of returns the fingerprint inputs of a stage, everything that decides its result, as flat plain data. A stage
+    is done when its folder contains a manifest, which is written last and appears by one rename of the folder.
     """
 
     def __init__(self, folder: Path, task_ids: Sequence[str], facts_of: Callable[[Stage], Facts]) -> None:
@@ -35,7 +35,7 @@ class Ledger:
         self._read: dict[Path, tuple[Any, Any]] = {}
 
     def key(self, stage: StageRef) -> str:
-        """Return the name of a stage as people see it, such as '02-laptop/train'."""
+        """Return the display name of a stage, such as '02-laptop/train'."""
         return f"{stage.task:02d}-{self._task_ids[stage.task]}/{stage.stage}"
 
     def path(self, stage: StageRef) -> Path:
@@ -43,14 +43,14 @@ class Ledger:
         return self.folder / "stages" / self.key(stage)
 
     def fingerprint(self, stage: Stage) -> str:
-        """Return the digest of the stage's facts."""
+        """Return the digest of the stage's fingerprint inputs."""
         return digest_of(dict(self._facts_of(stage)))
 
     def manifest(self, stage: StageRef) -> dict[str, Any] | None:
         """Return the manifest of a finished stage, or None.
 
         Raises:
-            CheckpointError: If it is there but damaged or cannot be read, or if its folder is a link.
+            CheckpointError: If it is damaged or cannot be read, or if its folder is a symbolic link.
         """
         path = self.path(stage) / MANIFEST
         try:
@@ -60,8 +60,8 @@ class Ledger:
             return None
         except OSError as error:
             raise CheckpointError(
-                f"{path}: cannot be read: {error}; mend or remove the folder {path.parent}, or move the run "
-                "folder to another place and resume it there"
+                f"{path}: cannot be read: {error}; repair or remove the folder {path.parent}, or move the run "
+                "folder elsewhere and resume it there"
             ) from error
         except ValueError as error:
             raise CheckpointError(
@@ -70,10 +70,10 @@ class Ledger:
         return manifest
 
     def is_done(self, stage: Stage) -> bool:
-        """Return whether the stage has a result made with these settings.
+        """Return whether the stage has a result for the current settings.
 
         Raises:
-            StageConflictError: If it has one made with others; the message names the keys that differ.
+            StageConflictError: If it has one for other settings; the message lists the keys that differ.
         """
         manifest = self.manifest(ref(stage))
         if manifest is None:
@@ -92,16 +92,16 @@ class Ledger:
 
     @contextmanager
     def publish(self, stage: Stage) -> Iterator[Path]:
-        """Yield a folder to write a stage's result to; on success it becomes the stage's folder.
+        """Yield a folder for a stage's result; on success it becomes the stage's folder.
 
-        Its name carries the fingerprint, so what was begun with other settings is never gone on with. Of what an
-        earlier attempt with the same settings left, `UNFINISHED` stays until the stage is done.
+        Its name contains the fingerprint, so an attempt resumes only from one with the same settings: the folders
+        `UNFINISHED` of an earlier attempt stay until the stage is done, its other files are removed.
 
         Raises:
-            CheckpointError: If there is a link where the stage's own files and folders belong.
+            CheckpointError: If one of the stage's files or folders is a symbolic link.
         """
         final, facts = self.path(ref(stage)), dict(self._facts_of(stage))
-        refuse_links(_places(final))
+        refuse_links(_stage_paths(final))
         fingerprint = digest_of(facts)
         partial = _partial(final, fingerprint)
         partial.mkdir(parents=True, exist_ok=True)
@@ -123,20 +123,20 @@ class Ledger:
         self._move(partial, final)
 
     def rescue(self, stage: Stage) -> bool:
-        """Publish what an earlier attempt had finished but for the last rename; return whether there was something.
+        """Publish a result that an earlier attempt completed except for the rename; return whether one was found.
 
         Raises:
-            CheckpointError: If there is a link where the stage's own files and folders belong.
+            CheckpointError: If one of the stage's files or folders is a symbolic link.
         """
         final, fingerprint = self.path(ref(stage)), self.fingerprint(stage)
-        refuse_links(_places(final))
+        refuse_links(_stage_paths(final))
         partial = _partial(final, fingerprint)
         try:
             manifest = self._parsed(partial / MANIFEST, parse_manifest)
-            whole = all(sha256(partial / name) == digest for name, digest in manifest["files"].items())
+            is_intact = all(sha256(partial / name) == digest for name, digest in manifest["files"].items())
         except (OSError, ValueError):
             return False
-        if not whole or manifest["fingerprint"] != fingerprint:
+        if not is_intact or manifest["fingerprint"] != fingerprint:
             return False
         self._move(partial, final)
         return True
@@ -150,12 +150,12 @@ class Ledger:
         sync_folder(final.parent)
 
     def verify(self, stage: StageRef, suffix: str = "") -> None:
-        """Compare the files of a finished stage, or those of some ending, with its manifest.
+        """Compare the files of a finished stage, all or those with a suffix, with its manifest.
 
-        A file that has not changed since it was last compared is not read again.
+        Files that have not changed since the last comparison are not read again.
 
         Raises:
-            CheckpointError: If the stage is not there, or a file is missing or damaged.
+            CheckpointError: If the stage is not finished, or a file is missing or damaged.
         """
         manifest = self.manifest(stage)
         if manifest is None:
@@ -165,28 +165,28 @@ class Ledger:
                 continue
             path = self.path(stage) / name
             try:
-                is_whole = self._is_whole(path, digest)
+                is_intact = self._is_intact(path, digest)
             except OSError:
-                is_whole = False
-            if not is_whole:
+                is_intact = False
+            if not is_intact:
                 raise CheckpointError(
-                    f"{path}: missing or damaged; remove the folder {path.parent} and resume: it is not the file that "
-                    "its manifest names"
+                    f"{path}: missing or damaged: it does not match its manifest; remove the folder {path.parent} and "
+                    "resume"
                 )
 
     def check_order(self) -> None:
-        """Compare the tasks of finished stages with the sequence.
+        """Check that the tasks of finished stages keep their positions in the sequence.
 
         Raises:
-            OrderError: If one is missing from it, or stands elsewhere.
+            OrderError: If one is missing or has moved.
         """
         names = [f"{number:02d}-{task}" for number, task in enumerate(self._task_ids)]
         finished = {path.parent.parent.name for path in (self.folder / "stages").glob(f"*/*/{MANIFEST}")}
         if gone := sorted(finished - set(names)):
             raise OrderError(
-                f"{self.folder}: {', '.join(gone)} is finished, but the tasks are now {', '.join(names)}. What was "
-                "learned later rests on it: finished tasks keep their places, new ones are appended. For another order "
-                "start a new run with run.name=..."
+                f"{self.folder}: {', '.join(gone)} is finished, but the tasks are now {', '.join(names)}. Finished "
+                "tasks must keep their positions, since later ones depend on them; append new tasks at the end. For "
+                "another order start a new run with run.name=..."
             )
 
     def read(self, stage: StageRef, name: str) -> Any:
@@ -198,22 +198,22 @@ class Ledger:
         manifest, path = self.manifest(stage), self.path(stage) / name
         if manifest is None:
             raise CheckpointError(f"{self.key(stage)} has not been computed; `cl-dist resume` computes what is missing")
-        if not path.exists() or not self._is_whole(path, manifest["files"].get(name)):
+        if not path.exists() or not self._is_intact(path, manifest["files"].get(name)):
             raise CheckpointError(f"{path}: missing or damaged; remove the folder {path.parent.name!r} and resume")
         return self._parsed(path)
 
     def _parsed(self, path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
-        """Return what a JSON file holds, read again only if the file has changed; not to be altered."""
-        facts = path.stat()
-        state = facts.st_size, facts.st_mtime_ns, facts.st_ino
+        """Return the data of a JSON file, cached until the file changes; callers must not modify it."""
+        stat = path.stat()
+        state = stat.st_size, stat.st_mtime_ns, stat.st_ino
         if self._read.get(path, (None, None))[0] != state:
             self._read[path] = state, parse(path.read_text(encoding="utf8"))
         return self._read[path][1]
 
-    def _is_whole(self, path: Path, digest: str | None) -> bool:
-        """Return whether a file has the digest of its manifest; one that has not changed since is not read again."""
-        facts = path.stat()
-        state = facts.st_size, facts.st_mtime_ns, facts.st_ino, digest
+    def _is_intact(self, path: Path, digest: str | None) -> bool:
+        """Return whether a file has this digest, cached until the file changes."""
+        stat = path.stat()
+        state = stat.st_size, stat.st_mtime_ns, stat.st_ino, digest
         if self._verified.get(path) != state:
             if sha256(path) != digest:
                 return False
@@ -222,82 +222,82 @@ class Ledger:
 
 
 def _partial(final: Path, fingerprint: str) -> Path:
-    """Return where a stage is computed before its folder gets its name."""
+    """Return the folder in which a stage is computed before the rename."""
     return final.with_name(f"{final.name}.partial-{fingerprint[:12]}")
 
 
-def _places(final: Path) -> Iterator[Path]:
-    """Yield where a stage is or has been begun, from the outside inwards, so that a link comes before what it hides."""
+def _stage_paths(final: Path) -> Iterator[Path]:
+    """Yield the folders of a stage and all paths of its attempts, parents first."""
     yield from (final.parent, final)
     for partial in final.parent.glob(f"{final.name}.partial-*"):
         yield partial
         yield from partial.rglob("*")
 
 
-def refuse_links(places: Iterable[Path]) -> None:
-    """Refuse a link among places that a run writes to and removes: what lies behind it is not the run's own.
+def refuse_links(paths: Iterable[Path]) -> None:
+    """Check that no path which a run writes or removes is a symbolic link, whose target may not belong to the run.
 
     Raises:
-        CheckpointError: If there is one.
+        CheckpointError: If one is.
     """
-    for path in places:
+    for path in paths:
         if path.is_symlink():
             raise CheckpointError(
-                f"{path}: a link, where a run keeps its own files; remove the link (not what it points to) and resume: "
-                "what is missing is computed again"
+                f"{path}: is a symbolic link inside the run's own folder; remove the link (not its target) and resume: "
+                "missing results are computed again"
             )
 
 
 def is_inside(name: str) -> bool:
-    """Return whether a name with slashes stays inside of the folder it is joined to, wherever it came from."""
+    """Return whether a relative path from an untrusted source stays inside the folder that it is joined to."""
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def parse_manifest(text: str) -> dict[str, Any]:
-    """Return what a manifest holds, once all that is read of one is there and its facts have its fingerprint.
+    """Parse a manifest; check its fields, and its fingerprint against its facts.
 
     Raises:
-        ValueError: If it is not like that.
+        ValueError: If it is invalid.
     """
     try:
         manifest: dict[str, Any] = json.loads(text)
         datetime.fromisoformat(manifest["started"])
-        right = {
+        is_valid = {
             "stage": isinstance(manifest["stage"], dict) and isinstance(manifest["stage"]["kind"], str),
             "facts": isinstance(manifest["facts"], dict),
             "seconds": isinstance(manifest["seconds"], float) and math.isfinite(manifest["seconds"]),
             "files": all(is_inside(name) and isinstance(digest, str) for name, digest in manifest["files"].items()),
         }
-        is_whole = digest_of(manifest["facts"]) == manifest["fingerprint"]
+        matches = digest_of(manifest["facts"]) == manifest["fingerprint"]
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a manifest: {type(error).__name__}: {error}") from None
-    if wrong := [name for name, is_right in right.items() if not is_right]:
-        raise ValueError(f"not what belongs there: {', '.join(wrong)}")
-    if not is_whole:
-        raise ValueError("its fingerprint is not that of its facts")
+    if invalid := [name for name, ok in is_valid.items() if not ok]:
+        raise ValueError(f"invalid values: {', '.join(invalid)}")
+    if not matches:
+        raise ValueError("its fingerprint does not match its facts")
     return manifest
 
 
 def sha256(path: Path) -> str:
-    """Return the digest of a file."""
+    """Return the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def synced(path: Path) -> str:
-    """Make a file durable, and return its digest."""
+    """Flush a file to disk and return its sha256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return sha256(path)
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    """Write a JSON file atomically: readers see the old file or the new one."""
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
+    """Write a text file atomically: readers see the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf8") as file:
         file.write(text)
@@ -307,7 +307,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside a folder durable."""
+    """Flush a rename inside a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

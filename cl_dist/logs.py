@@ -9,7 +9,7 @@ from typing import Any
 from cl_dist.errors import printable
 
 LINE = "%(asctime)s %(levelname)-5s %(name)s  %(message)s"
-_NOT_SHOWN = {"ts", "event", "stage", "task", "kind", "metrics", "tasks"}
+_NOT_SHOWN = {"ts", "event", "stage", "task", "kind", "metrics", "tasks", "fingerprint"}
 _events = logging.getLogger("cl_dist.run")
 
 
@@ -50,7 +50,7 @@ def event_line(event: Mapping[str, Any]) -> str:
 def log_event(event: Mapping[str, Any]) -> None:
     """Log an event, unless it is a single optimizer step."""
     if event["event"] != "step":
-        _events.info(event_line(event))
+        _events.log(logging.WARNING if "warning" in event else logging.INFO, event_line(event))
 
 
 def _short(value: Any) -> str:

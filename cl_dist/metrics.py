@@ -1,9 +1,9 @@
-"""Continual-learning metrics from a matrix of scores, and the scores that fill it.
+"""Accuracy matrix, continual-learning metrics, and the scores that fill the matrix.
 
 Notation: a[t,j] is the score on task j after task t was learned, tasks counted from 1; T is the number of tasks
-learned so far, b[j] the score before all training, J[j] that of joint training, ONE[j] that of a model of
-task j alone. A cell that was not measured is nan, and a metric that needs such a cell is None: never 0,
-never an average over the rest.
+learned so far, b[j] the score before all training, J[j] that of joint training, ONE[j] that of a model
+trained on task j alone. Cells that were not measured are nan, and a metric that needs one is None: never 0,
+never an average over the other cells.
 Source: Lopez-Paz and Ranzato 2017 (GEM) for bwt and fwt; Chaudhry et al. 2018 (RWalk) for forgetting_max and
 intransigence; Ke et al. 2021 (CTR) for forgetting_first and fwt_one.
 """
@@ -31,9 +31,9 @@ FORMULAS: dict[str, str] = {
     "cl/fwt_one": "1/T sum_j (a[j,j] - ONE[j])",
     "cl/intransigence": "1/T sum_j (J[j] - a[j,j])",
 }
-"""What each number is, in the words of `summary.json`.
+"""Formula of each metric, as in `summary.json`.
 
-forgetting_max looks at a task from when it is learned on: a score taken before (for fwt) must not change it."""
+forgetting_max ignores scores from before a task is learned, which exist for fwt."""
 
 
 def summarize(
@@ -49,8 +49,8 @@ def summarize(
     In an unfinished sequence T is the last row with a measured cell, and the metrics cover the tasks up to it.
 
     Args:
-        accuracy: a, shape (T_after, T_on); nan (or None) where nothing was measured.
-        f1: Macro F1 in the same shape.
+        accuracy: a, shape (T_after, T_on); nan or None for cells that were not measured.
+        f1: Macro F1, same shape.
         individual: ONE, the diagonal of a run that trains each task alone, shape (T_on,).
         joint: J, the final row of a run that trains all tasks together, shape (T_on,).
         before: b, scores of the untrained model, shape (T_on,). `cl/fwt` is present only if this is given and
@@ -97,8 +97,8 @@ def accuracy(labels: Sequence[object], predictions: Sequence[object]) -> float:
 def f1_macro(labels: Sequence[object], predictions: Sequence[object]) -> float:
     """Return the unweighted mean of each class's F1 = 2 tp / (2 tp + fp + fn).
 
-    The mean runs over the classes found among labels or predictions, as in scikit-learn: a class of the task
-    that occurs in neither does not count, one that is predicted but never right counts as 0.
+    The mean is over the classes that occur in labels or predictions, as in scikit-learn; a class that is only
+    predicted counts as 0.
     """
     pairs = _pairs(labels, predictions)
     classes = {*labels, *predictions}
@@ -112,7 +112,7 @@ def f1_macro(labels: Sequence[object], predictions: Sequence[object]) -> float:
 
 
 def majority_accuracy(train_labels: Sequence[object], test_labels: Sequence[object]) -> float:
-    """Return the test accuracy of always answering the commonest train label (in a tie, the first sorted)."""
+    """Return the test accuracy of always predicting the most frequent train label (ties: the first sorted)."""
     if len(train_labels) == 0:
         raise ValueError("train_labels is empty: expected at least one label")
     counts: dict[object, int] = {}
@@ -130,7 +130,7 @@ def _pairs(labels: Sequence[object], predictions: Sequence[object]) -> list[tupl
 
 
 def _mean(values: Array) -> float | None:
-    """Return the mean, or None where there is nothing to average or a cell is missing."""
+    """Return the mean, or None if there are no cells or one was not measured."""
     return float(values.mean()) if values.size and not np.isnan(values).any() else None
 
 

@@ -1,4 +1,4 @@
-"""Driver side of what a run tells: status, events, the matrix R, and a summary from which every figure is drawn."""
+"""Status, events, accuracy matrix R and summary of a run, written by the driver; reports read the summary."""
 
 import csv
 import io
@@ -17,22 +17,23 @@ from typing import Any
 
 from cl_dist.data.rows import SPLITS
 from cl_dist.errors import CheckpointError
+from cl_dist.kinds import Reader, kind_of
 from cl_dist.ledger import write_json, write_text
 from cl_dist.metrics import summarize
 from cl_dist.run import Run
-from cl_dist.stage import Choose, Evaluate, Generate, Stage, StageRef, Train, Vote, ref
+from cl_dist.stage import Evaluate, Stage, StageRef, ref
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("cl-dist", "torch", "deepspeed", "accelerate", "transformers", "datasets", "ray", "peft")
 STATE = {"status": str, "command": str, "versions": dict, "attempts": list}
 ATTEMPT = {"pid": int, "host": str}
-"""What is read of run.json, and of its attempts."""
+"""Fields that are read from run.json and from its attempts."""
 Matrix = list[list[float | None]]
 Watcher = Callable[[Mapping[str, Any]], None]
 
 
 class Tracker:
-    """Writes run.json, metrics/ and events as a run goes on; a watcher sees the same events, for a terminal."""
+    """Writes run.json, metrics/ and events during a run; a watcher receives the same events, for a terminal."""
 
     def __init__(self, run: Run, command: str = "", watch: Watcher = lambda event: None) -> None:
         self._run, self._command, self._watch = run, command, watch
@@ -44,7 +45,7 @@ class Tracker:
         """The summary as of the last finished stage; None before it has been computed."""
 
     def begin(self, stages: Sequence[Stage], done: set[StageRef]) -> None:
-        """Note that an attempt at the run begins, and which stages it finds done."""
+        """Record the start of an attempt and the stages already done."""
         (self._folder / "metrics").mkdir(parents=True, exist_ok=True)
         state = read_state(self._folder)
         attempt = {"started": _now(), "pid": os.getpid(), "host": platform.node(), "stages_done": len(done)}
@@ -62,15 +63,15 @@ class Tracker:
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:
-        """Frame the events of a stage."""
+        """Emit the start and end events of a stage."""
         self._stage = stage
-        self.event({"event": "stage_start"})
+        self.event({"event": "stage_start", "fingerprint": self._run.ledger.fingerprint(stage)})
         began = time.monotonic()
         yield
         self.event({"event": "stage_end", "seconds": round(time.monotonic() - began, 3)})
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Append an event of the current stage to metrics/events.jsonl and show it to the watcher."""
+        """Append an event of the current stage to metrics/events.jsonl and pass it to the watcher."""
         line: dict[str, Any] = {"ts": _now()}
         if self._stage is not None:
             line |= {
@@ -79,12 +80,12 @@ class Tracker:
                 "kind": self._stage.kind,
             }
         line |= event
-        if event.get("event") != "step":  # thousands of them; the rounds say enough
+        if event.get("event") != "step":  # one per optimizer step, for the progress bar; telemetry is stored
             _append(self._folder / "metrics" / "events.jsonl", json.dumps(line))
         self._watch(line)
 
     def stage_done(self, stage: Stage) -> None:
-        """Note that a stage's result is in place; with new scores, bring the matrix and the summary up to date."""
+        """Record that a stage is finished; if it has new scores, update the matrix and the summary."""
         self.found = None
         event: dict[str, Any] = {"event": "stage_done", "metrics": stage_metrics(self._run, stage)}
         if isinstance(stage, Evaluate):
@@ -103,15 +104,15 @@ class Tracker:
         return self.found
 
     def finish(self, status: str = "finished") -> None:
-        """Note how the attempt ended; nothing if it had not begun."""
+        """Record how the attempt ended, if it has begun."""
         if not self._state:
             return
         self._state["status"] = status
         self._state["attempts"][-1] |= {"ended": _now(), "seconds": round(time.monotonic() - self._began, 3)}
-        if status != "finished":  # what ended the run, a full disk or damage, may forbid the summary too
+        if status != "finished":  # the summary may fail too, as on a full disk
             write_json(self._folder / "run.json", self._state)
-        # A resume does this again unless run.json says finished, which is why that comes after R.csv and the summary;
-        # and the event after run.json, because it makes the mirror copy all three.
+        # run.json comes after R.csv and the summary: a resume repeats all of this unless run.json says finished. The
+        # event comes last because it makes the mirror copy all three.
         metrics = {name: found["value"] for name, found in self.write_summary()["metrics"].items()}
         numbers = {name: value for name, value in metrics.items() if value is not None}
         write_json(self._folder / "run.json", self._state)
@@ -119,7 +120,7 @@ class Tracker:
 
 
 def _append(path: Path, line: str) -> None:
-    """Append a line to a file, after ending a last one that a kill has cut off."""
+    """Append a line to a file, after terminating a last line that a kill has truncated."""
     with path.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
@@ -128,7 +129,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return run.json of a run folder; empty where there is none.
+    """Return run.json of a run folder; empty if there is none.
 
     Raises:
         CheckpointError: If it is damaged.
@@ -141,17 +142,17 @@ def read_state(folder: Path) -> dict[str, Any]:
         return {}
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{folder / 'run.json'}: damaged: {error}; remove it, the stages do not need it"
+            f"{folder / 'run.json'}: damaged: {error}; remove it, since stages do not depend on it"
         ) from None
     return state
 
 
-def _has(found: Any, kinds: Mapping[str, type]) -> bool:
-    return isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
+def _has(data: Any, types: Mapping[str, type]) -> bool:
+    return isinstance(data, dict) and all(isinstance(data.get(key), kind) for key, kind in types.items())
 
 
 def matrix(run: Run, score: str) -> Matrix:
-    """Return R: the score after task t (row) on task u (column); None where it was not measured."""
+    """Return R: the score after task t (row) on task u (column); None if it was not measured."""
     rows: Matrix = []
     for t in range(len(run.tasks)):
         row: list[float | None] = [None] * len(run.tasks)
@@ -166,7 +167,7 @@ def matrix(run: Run, score: str) -> Matrix:
 
 
 def write_matrix(path: Path, run: Run, cells: Matrix) -> None:
-    """Write a matrix as CSV, one row per learned task, empty cells where nothing was measured."""
+    """Write a matrix as CSV, one row per learned task; cells that were not measured are empty."""
     names = [task.id for task in run.tasks.tasks]
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -191,19 +192,15 @@ def summary(run: Run) -> dict[str, Any]:
         "seed": config.science.seed,
         "model": config.science.model.source,
         "cluster": config.cluster.model_dump(mode="json", include={"dispatcher", "engine", "workers", "zero_stage"}),
-        "tasks": [_task_facts(run, t) for t in range(len(run.tasks))],
+        "tasks": [_task_summary(run, t) for t in range(len(run.tasks))],
         "matrix": {"accuracy": accuracy, "f1_macro": f1},
         "metrics": summarize(_floats(accuracy), _floats(f1)),
         "references": {"individual": None, "joint": None},
-        "stages": _stage_facts(run),
+        "stages": _stage_summaries(run),
     }
-    if plugins := _plugin_facts(run):
+    if plugins := _plugin_summary(run):
         result["plugins"] = plugins
-    if votes := _vote_facts(run):
-        result["votes"] = votes
-    if replay := _replay_facts(run):
-        result["replay"] = replay
-    return result
+    return result | _sections(run)
 
 
 def with_references(
@@ -222,7 +219,7 @@ def with_references(
     return {**found, "metrics": summarize(accuracy, f1, individual=_row(individual), joint=_row(joint))}
 
 
-def _task_facts(run: Run, t: int) -> dict[str, Any]:
+def _task_summary(run: Run, t: int) -> dict[str, Any]:
     from cl_dist.metrics import majority_accuracy
 
     data = run.data(t)
@@ -235,12 +232,12 @@ def _task_facts(run: Run, t: int) -> dict[str, Any]:
     }
 
 
-def _stage_facts(run: Run) -> list[dict[str, Any]]:
-    facts = []
-    for stage in (stage for t in range(len(run.tasks)) for stage in run.plan(t)):
+def _stage_summaries(run: Run) -> list[dict[str, Any]]:
+    stages = []
+    for stage in run.stages():
         manifest = run.ledger.manifest(ref(stage))
         if manifest is not None:
-            facts.append(
+            stages.append(
                 {
                     "key": run.ledger.key(ref(stage)),
                     "task": stage.task,
@@ -251,78 +248,47 @@ def _stage_facts(run: Run) -> list[dict[str, Any]]:
                     "metrics": stage_metrics(run, stage),
                 }
             )
-    return facts
+    return stages
 
 
 def stage_metrics(run: Run, stage: Stage) -> dict[str, float]:
-    """Return the numbers that a finished Train, Generate or Vote stage tells."""
-    match stage:
-        case Train():
-            return dict(run.ledger.read(ref(stage), "train.json")["metrics"])
-        case Generate():
-            written = run.ledger.read(ref(stage), "replay.json")["tasks"].values()
-            names = ("requested", "generated", "malformed", "duplicate", "kept")
-            return {f"replay/{name}": sum(numbers[name] for numbers in written) for name in names}
-        case Vote():
-            found = run.ledger.read(ref(stage), "critical.json")
-            skipped = sum(found["skipped"].values())
-            return {"vote/samples": found["used"], "vote/skipped": skipped, "vote/margin": found["margin"]}
-        case _:
-            return {}
+    """Return the metrics of a finished stage for trackers and the summary."""
+    return kind_of(stage).metrics(_reader(run, stage))
 
 
-def _plugin_facts(run: Run) -> dict[str, Any]:
-    """Return what masks and routers of the finished tasks say; nothing where the method has none."""
-    facts: dict[str, Any] = {}
+def _reader(run: Run, stage: Stage) -> Reader:
+    return lambda name: run.ledger.read(ref(stage), name)
+
+
+def _sections(run: Run) -> dict[str, Any]:
+    """Return the results of stages by section of the summary: replayed samples, votes."""
+    sections: dict[str, Any] = {}
+    for stage in run.stages():
+        kind = kind_of(stage)
+        if kind.section is not None and run.ledger.manifest(ref(stage)) is not None:
+            sections.setdefault(kind.section, []).extend(kind.found(run, stage, _reader(run, stage)))
+    return sections
+
+
+def _plugin_summary(run: Run) -> dict[str, Any]:
+    """Return statistics of the masks and routers of finished tasks; empty for methods without them."""
+    plugins: dict[str, Any] = {}
     for t in range(len(run.tasks)):
         train, score = (StageRef(task=t, stage=name) for name in ("train", "evaluate"))
         learner = {} if run.ledger.manifest(train) is None else run.ledger.read(train, "train.json")["learner"]
         if "mask_use" not in learner:
             continue
-        facts["layers"] = learner["layers"]
-        facts["units"] = [{"hidden": hidden, "output": output} for hidden, output in learner["units"]]
+        plugins["layers"] = learner["layers"]
+        plugins["units"] = [{"hidden": hidden, "output": output} for hidden, output in learner["units"]]
         for name in ("mask_use", "mask_shared", "free_units"):
-            facts.setdefault(name, []).append(learner[name])
+            plugins.setdefault(name, []).append(learner[name])
         if run.ledger.manifest(score) is not None:
             scores = run.ledger.read(score, "scores.json")
             opened = scores["tasks"][str(t)]["observed"].get("gate_open", [])
-            facts.setdefault("gate_open", []).append(opened or None)
+            plugins.setdefault("gate_open", []).append(opened or None)
             without = scores["without"].get("sharing", {}).get("accuracy")
-            facts.setdefault("accuracy_without_ksm", []).append(without)
-    return facts
-
-
-def _replay_facts(run: Run) -> list[dict[str, Any]]:
-    """Return what the Generate stages wrote of each earlier task, beside some of its real rows."""
-    facts = []
-    for stage in (stage for t in range(len(run.tasks)) for stage in run.plan(t)):
-        if not isinstance(stage, Generate) or run.ledger.manifest(ref(stage)) is None:
-            continue
-        for source in stage.sources:
-            data = run.data(source)
-            numbers = run.ledger.read(ref(stage), "replay.json")["tasks"][data.id]
-            shown = [(row.text, row.text_pair, data.question, row.label) for row in data.train[:5]]
-            real = [" => ".join(part for part in parts if part) for parts in shown]
-            facts.append({"before": run.tasks.tasks[stage.task].id, "task": data.id, "real": real, **numbers})
-    return facts
-
-
-def _vote_facts(run: Run) -> list[dict[str, Any]]:
-    """Return what the Vote and Choose stages chose, and the counts behind it.
-
-    Of the histograms of c those of the chosen units are kept, and the sum of the others.
-    """
-    facts = []
-    for stage in (stage for t in range(len(run.tasks)) for stage in run.plan(t)):
-        if isinstance(stage, Vote | Choose) and run.ledger.manifest(ref(stage)) is not None:
-            found = run.ledger.read(ref(stage), "critical.json")
-            kept = {name: value for name, value in found.items() if name not in ("minima", "histogram")}
-            if "histogram" in found:
-                bins = {(layer, unit): c for layer, us in enumerate(found["histogram"]) for unit, c in enumerate(us)}
-                chosen = [bins.pop((layer, unit)) for layer, unit in found["chosen"]]
-                kept["distribution"] = {"chosen": chosen, "others": [sum(c) for c in zip(*bins.values(), strict=True)]}
-            facts.append({"task": run.tasks.tasks[stage.task].id, **kept})
-    return facts
+            plugins.setdefault("accuracy_without_ksm", []).append(without)
+    return plugins
 
 
 def _floats(cells: Matrix) -> list[list[float]]:
@@ -338,7 +304,7 @@ def _now() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of what a result depends on; None for what is not installed."""
+    """Return the versions of the libraries that results depend on; None for those not installed."""
     return {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()}
 
 
@@ -350,7 +316,7 @@ def _version(name: str) -> str | None:
 
 
 def _git() -> str | None:
-    """Return the commit of the working directory, which is where a user's own files are."""
+    """Return the git commit of the working directory."""
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):

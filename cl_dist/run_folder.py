@@ -5,12 +5,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from cl_dist.config import Tree, apply_overrides, parse, plain_yaml, read_yaml, yaml_text
+from cl_dist.config import Tree, apply_overrides, parse, plain_yaml, read_yaml
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import ConfigError
 from cl_dist.ledger import write_text
 from cl_dist.run_config import NAME, NAME_TEXT, RunConfig
 from cl_dist.storage import written
+from cl_dist.strict_yaml import yaml_text
 
 NEW_TASKS = "a mapping `tasks: [...]` with tasks as in a run file, and no other key"
 

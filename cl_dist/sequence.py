@@ -1,4 +1,4 @@
-"""The loop: every stage of every task, in order, each once."""
+"""Main loop: runs every stage of every task once, in order."""
 
 import logging
 from typing import Protocol
@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 class Dispatcher(Protocol):
-    """Runs one stage somewhere and returns when its files lie in a folder."""
+    """Runs one stage, and returns when its files are in the output folder."""
 
     def run(self, job: Job, out: str, tracker: Tracker) -> None:
-        """Run a stage and write its files to out; progress events go to the tracker.
+        """Run a stage, write its files to `out`, and send progress events to the tracker.
 
         Raises:
             ClDistError: If the stage cannot be computed, after retries.
@@ -24,20 +24,19 @@ class Dispatcher(Protocol):
 
 
 def run_stages(run: Run, dispatcher: Dispatcher, tracker: Tracker) -> None:
-    """Compute what is missing of a run.
+    """Run the stages of a run that have no result yet.
 
-    A finished stage is skipped when its settings are those asked for now, and refused when they are not, before any
-    other stage is begun. Killed anywhere, the same call goes on at the first stage without a result.
+    Skips stages that are finished with the current settings. If the settings of a finished stage differ, raises before
+    any stage starts. After an interruption the same call resumes at the first stage without a result.
     """
     with storage_errors(run.ledger.folder):
         _run(run, dispatcher, tracker)
 
 
 def _run(run: Run, dispatcher: Dispatcher, tracker: Tracker) -> None:
-    plans = [run.plan(task) for task in range(len(run.tasks))]
-    done = {ref(stage) for plan in plans for stage in plan if run.ledger.is_done(stage) or run.ledger.rescue(stage)}
-    tracker.begin([stage for plan in plans for stage in plan], done)
-    for stage in (stage for plan in plans for stage in plan):
+    done = {ref(stage) for stage in run.stages() if run.ledger.is_done(stage) or run.ledger.rescue(stage)}
+    tracker.begin(list(run.stages()), done)
+    for stage in run.stages():
         if ref(stage) in done:
             continue
         run.check_inputs(stage)
@@ -48,6 +47,5 @@ def _run(run: Run, dispatcher: Dispatcher, tracker: Tracker) -> None:
 
 
 def remaining(run: Run) -> list[Stage]:
-    """Return the stages that a run has no result of yet."""
-    plans = [stage for task in range(len(run.tasks)) for stage in run.plan(task)]
-    return [stage for stage in plans if not run.ledger.is_done(stage)]
+    """Return the stages of a run that have no result yet."""
+    return [stage for stage in run.stages() if not run.ledger.is_done(stage)]

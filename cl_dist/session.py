@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist import sequence
+from cl_dist.checks import check_data, check_tokens, check_writing
 from cl_dist.config import apply_overrides
 from cl_dist.errors import ClDistError, StoppedError
 from cl_dist.logs import driver_log, log_event
@@ -99,14 +100,14 @@ def _execute(
     configs = [config, *(config.baseline(name) for name in config.baselines if baselines)]
     _fetch_mirrors(configs)
     runs = [Run(each) for each in configs]
-    runs[0].check_data()
+    check_data(runs[0])
     for run in runs:
         run.ledger.check_order()
     missing = [bool(sequence.remaining(run)) for run in runs]  # refuses conflicts before anything is written
     for run, is_missing in zip(runs, missing, strict=True):
         if is_missing:
-            run.check_tokens()
-            run.check_writing()
+            check_tokens(run)
+            check_writing(run)
     with _locked(configs):
         for each in configs:
             save(each, source if each is config else None)

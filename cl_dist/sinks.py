@@ -1,7 +1,9 @@
-"""What a run tells, sent on to TensorBoard, MLflow or Weights & Biases as well; the driver's side, without torch.
+"""Sinks that send a run's metrics to TensorBoard, MLflow and Weights & Biases; on the driver, torch-free.
 
-Numbers of training lie at the optimizer step, counted over all tasks; numbers of a finished stage at its task. What a
-tracker needs to go on as the same run lies in the run folder: a run of many attempts is one run there.
+Telemetry (train/...) and the means of a round (round/..., dev/...) are logged at the global optimizer step, which
+counts over all tasks; metrics of a finished stage at its task. The run folder stores the tracker's run id, so
+all attempts at a run are one run in the tracker. Steps that a resumed attempt repeats are not logged
+again.
 """
 
 import json
@@ -10,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,49 +22,55 @@ from cl_dist.ledger import write_json
 
 Name = Literal["tensorboard", "mlflow", "wandb"]
 STATE, EVENTS = "metrics/trackers.json", "metrics/events.jsonl"
+AT_STEPS = ("telemetry", "round")
+"""Events with metrics at an optimizer step."""
+TRACKED = ("stage_start", *AT_STEPS)
 ENDINGS = {"finished": "FINISHED", "failed": "FAILED"}
-"""MLflow's words; a run that was stopped or interrupted is KILLED there until it goes on."""
+"""Run status in MLflow; a stopped or interrupted run is KILLED until it resumes."""
 
 
 class Sink(Protocol):
     """One tracker."""
 
     def log(self, numbers: Mapping[str, float], step: int, axis: str) -> None:
-        """Take numbers at a step; axis says what it counts: "step" (of the optimizer) or "task"."""
+        """Log metrics at a step; axis is the unit that it counts: "step" (of the optimizer) or "task"."""
 
     def close(self, status: str) -> None:
-        """Take note of how this attempt at the run has ended."""
+        """Record how this attempt at the run ended."""
 
 
 class Trackers:
-    """A watcher of a run's events that sends their numbers to sinks."""
+    """Watcher of a run's events that sends their metrics to sinks."""
 
     def __init__(self, names: Sequence[Name], folder: Path, run: str, settings: Mapping[str, Any]) -> None:
-        """Open the sinks; settings are the run file's, for those that show them.
+        """Open the sinks; `settings` are those of the run file, for sinks that display them.
 
         Raises:
-            ConfigError: If the package of one is not installed.
+            ConfigError: If the package of a sink is not installed.
         """
-        self._totals = _totals(folder / EVENTS)
+        self._stages = _read_stages(folder / EVENTS)
         self._sinks = [_opened(name)(folder, run, settings) for name in names]
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Send on what an event says."""
+        """Send the metrics of an event to all sinks."""
         kind = event["event"]
-        if kind == "round":
-            self._totals[event["stage"]] = event["total_steps"]
-            stages = list(self._totals)
-            before = sum(self._totals[stage] for stage in stages[: stages.index(event["stage"])])
-            self._log({name: value for name, value in event.items() if "/" in name}, before + event["step"], "step")
+        if kind in TRACKED:
+            if _update(self._stages, event) and kind in AT_STEPS:
+                self._log(_step_metrics(event), self._global_step(event), "step")
         elif kind == "stage_done":
-            told = ("train/", "dev/")  # round by round
-            self._log(
-                {n: value for n, value in event["metrics"].items() if not n.startswith(told)}, event["task"], "task"
-            )
+            per_round = ("train/", "dev/")  # already logged with the rounds
+            metrics = {n: value for n, value in event["metrics"].items() if not n.startswith(per_round)}
+            self._log(metrics, event["task"], "task")
         elif kind in ("finished", "stopped", "interrupted", "failed"):
             self._log(event.get("metrics", {}), event.get("tasks", 1) - 1, "task")
             for sink in self._sinks:
                 sink.close(kind)
+
+    def _global_step(self, event: Mapping[str, Any]) -> int:
+        """Return the optimizer steps of the stages before, in the order in which they began, and of the event's own."""
+        stages = list(self._stages)
+        earlier = stages[: stages.index(event["stage"])]
+        return sum(self._stages[stage].total for stage in earlier) + int(event["step"])
 
     def _log(self, numbers: Mapping[str, float], step: int, axis: str) -> None:
         if numbers:
@@ -69,16 +78,48 @@ class Trackers:
                 sink.log(numbers, step, axis)
 
 
-def _totals(path: Path) -> dict[str, int]:
-    """Return the optimizer steps of each stage that earlier attempts have told of, in their order."""
-    totals: dict[str, int] = {}
+@dataclass
+class _StageSteps:
+    """Logged progress of a stage."""
+
+    fingerprint: str = ""
+    total: int = 0
+    """Number of its optimizer steps; 0 if it does not train."""
+    last: dict[str, int] = field(default_factory=dict)
+    """Last logged step, by kind of event."""
+
+
+def _update(stages: dict[str, _StageSteps], event: Mapping[str, Any]) -> bool:
+    """Update the progress of a stage from an event, and return whether its step is later than all of its kind."""
+    kind, stage = event["event"], stages.setdefault(event["stage"], _StageSteps())
+    if kind == "stage_start":
+        if stage.fingerprint != event["fingerprint"]:  # other settings make it another stage
+            stage.fingerprint, stage.last = event["fingerprint"], {}
+        return True
+    step, stage.total = int(event["step"]), int(event["total_steps"])
+    is_new = step > stage.last.get(kind, 0)
+    if is_new:
+        stage.last[kind] = step
+    return is_new
+
+
+def _step_metrics(event: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of an event at a step; the means of a round get the prefix round/."""
+    numbers = {name: value for name, value in event.items() if "/" in name}
+    if event["event"] == "round":
+        return {name.replace("train/", "round/"): value for name, value in numbers.items()}
+    return numbers
+
+
+def _read_stages(path: Path) -> dict[str, _StageSteps]:
+    """Return the progress of the stages in earlier attempts, in the order of their start."""
+    stages: dict[str, _StageSteps] = {}
     if path.exists():
         for line in path.read_text(encoding="utf8", errors="replace").splitlines():
-            if '"round"' in line:
-                with suppress(ValueError, KeyError, TypeError, RecursionError):  # a kill may have cut a line off
-                    event = json.loads(line)
-                    totals[event["stage"]] = event["total_steps"]
-    return totals
+            if any(f'"{kind}"' in line for kind in TRACKED):
+                with suppress(ValueError, KeyError, TypeError, RecursionError):  # a kill may have truncated a line
+                    _update(stages, json.loads(line))
+    return stages
 
 
 def _opened(name: Name) -> Callable[[Path, str, Mapping[str, Any]], Sink]:
@@ -95,15 +136,15 @@ def _opened(name: Name) -> Callable[[Path, str, Mapping[str, Any]], Sink]:
             return Wandb
 
 
-def _kept(folder: Path, name: str, make: Callable[[], str]) -> str:
-    """Return a tracker's id of this run: that of the first attempt."""
+def _stored_id(folder: Path, name: str, make: Callable[[], str]) -> str:
+    """Return the id of this run in a tracker, created by the first attempt."""
     path = folder / STATE
-    known: dict[str, str] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
-    if name not in known:
+    ids: dict[str, str] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    if name not in ids:
         path.parent.mkdir(parents=True, exist_ok=True)
-        known[name] = make()
-        write_json(path, known)
-    return known[name]
+        ids[name] = make()
+        write_json(path, ids)
+    return ids[name]
 
 
 class TensorBoard:
@@ -137,9 +178,9 @@ class Mlflow:
         store = os.environ.get("MLFLOW_TRACKING_URI")
         if not store:
             store = (folder.absolute() / "mlflow").as_uri()
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # the client alone has no driver of a database
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow-skinny has no database driver
         self._client: Any = MlflowClient(store)
-        self._run = _kept(folder, "mlflow", lambda: self._new(run, settings))
+        self._run = _stored_id(folder, "mlflow", lambda: self._new(run, settings))
         self._client.update_run(self._run, "RUNNING")
 
     def _new(self, run: str, settings: Mapping[str, Any]) -> str:
@@ -161,12 +202,12 @@ class Mlflow:
 
 
 class Wandb:
-    """A run of the project `cl-dist`: offline, in <run folder>/wandb, unless WANDB_MODE says otherwise."""
+    """A run of the project `cl-dist`: offline, in <run folder>/wandb, unless WANDB_MODE is set."""
 
     def __init__(self, folder: Path, run: str, settings: Mapping[str, Any]) -> None:
         import wandb
 
-        made = _kept(folder, "wandb", lambda: uuid.uuid4().hex[:12])
+        made = _stored_id(folder, "wandb", lambda: uuid.uuid4().hex[:12])
         mode: Any = os.environ.get("WANDB_MODE", "offline")
         self._run: Any = wandb.init(
             project="cl-dist", id=made, name=run, resume="allow", mode=mode, dir=folder, config=dict(settings)

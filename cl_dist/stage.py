@@ -1,4 +1,4 @@
-"""The kinds of stage as frozen data, what they refer to, and the fingerprint that identifies a result."""
+"""Stage kinds as frozen data, their settings, and the digest that identifies a result."""
 
 import hashlib
 import json
@@ -11,96 +11,99 @@ from pydantic import Field
 from cl_dist.config import Section
 
 SCHEMA_VERSION = 1
-"""Enters every fingerprint; raised when a default or the meaning of a stored file changes."""
+"""Part of every fingerprint; incremented when a default or a stored file format changes."""
 
 
 class StageRef(Section):
-    """Names a stage by task index (0-based place in the order) and stage name."""
+    """Reference to a stage by task index (0-based, in learning order) and stage name."""
 
     task: int
     stage: str
 
 
 def model_after(task: int) -> StageRef:
-    """Name the model that task's Train stage leaves behind."""
+    """Return the reference to the Train stage of a task."""
     return StageRef(task=task, stage="train")
 
 
 class TrainConfig(Section):
-    """How a Train stage optimises, whatever the method."""
+    """Optimization settings of Train stages, common to all methods."""
 
     epochs: int = Field(5, gt=0)
+    """Passes over the train rows of a task."""
     lr: float = Field(5e-5, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
-    """Share of the steps with a rising learning rate; it falls linearly to 0 afterwards."""
+    """Fraction of the steps with linear warmup; the learning rate decays linearly to 0 afterwards."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Upper bound of the gradient norm; 0 switches clipping off."""
+    """Maximum gradient norm for clipping; 0 disables clipping."""
     global_batch: int = Field(32, gt=0, le=1_000_000)
-    """Rows behind one optimizer step, over all workers; accumulation follows from it."""
+    """Rows per optimizer step over all workers; determines gradient accumulation."""
     max_length: int = Field(128, gt=2)
-    """Longest input in tokens; longer ones are cut."""
+    """Longest input in tokens; longer inputs are truncated."""
     min_round_steps: int = Field(50, gt=0)
-    """Shortest round in optimizer steps. A round is one epoch or more; gates anneal once per round, and dev rows are
-    scored at its end."""
+    """Minimum length of a round in optimizer steps. A round is one or more epochs; gates anneal once per round, and dev
+    rows are scored at its end."""
     keep: Literal["last", "best_dev"] = "best_dev"
-    """Which weights a task leaves behind: those after the last step, or those of the round with the lowest dev loss,
-    if it has dev rows."""
+    """Weights to keep after a task: those of the last step, or those of the round with the lowest dev loss (if the task
+    has dev rows)."""
 
 
 class EvaluateConfig(Section):
-    """The unit of work of scoring. Part of the science half, so that scores do not depend on the workers."""
+    """Batch and shard sizes of scoring; part of `science`, so scores do not depend on the number of workers."""
 
     batch: int = Field(64, gt=0)
-    """Rows scored together."""
+    """Rows per batch."""
     shard_rows: int = Field(256, gt=0)
-    """Rows of one shard: the unit of retry."""
+    """Rows per shard, the unit of retry."""
 
 
 class GenerateConfig(Section):
-    """How pseudo-samples are drawn, and the unit of that work: all of it decides which samples come out."""
+    """Settings of pseudo-sample generation; all of them affect the samples."""
 
     parallel_samples: int = Field(32, gt=0)
-    """Samples in one generation batch; when one ends, the next takes its place."""
+    """Samples in one generation batch; when one ends, the next one starts in its slot."""
     kv_cache_gb: float = Field(8.0, gt=0)
-    """Limit of the KV cache in GB. The batch shrinks where `parallel_samples` rows of max_length tokens need more. The
-    limit follows from the model's shape, not from free memory, so that every machine writes the same samples."""
+    """Limit of the KV cache in GB; the batch shrinks if `parallel_samples` rows of max_length tokens need more. It
+    follows from the model's shape, not from free memory, so that samples are identical on every machine."""
     shard_samples: int = Field(64, gt=0)
-    """Samples of one shard: the unit of retry."""
+    """Samples per shard, the unit of retry."""
     top_k: int = Field(20, ge=0)
-    """Draw among so many likeliest tokens; 0 among all."""
+    """Sample from the top k tokens; 0 disables the limit."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Draw among the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens whose total probability reaches this value (nucleus sampling)."""
     temperature: float = Field(1.0, gt=0)
+    """Divides the logits before sampling; below 1 makes likely tokens more likely."""
     max_attempts: int = Field(8, gt=0)
-    """How often a sample is drawn anew when it is malformed, the first time included."""
+    """Maximum number of attempts per sample; a malformed sample is drawn again."""
     require_known_label: bool = True
-    """Whether an answer that is no label of the sample's task is malformed; not so for tasks with free answers."""
+    """Reject samples whose answer is not a label of their task; ignored for free-text tasks."""
     require_known_question: bool = True
-    """Whether a sample whose text does not end in its task's question is malformed; not so for tasks without one."""
+    """Reject samples whose text does not end with their task's question; ignored for tasks without one."""
     balance_labels: bool = True
-    """Whether labels are kept near their shares among the task's train rows: what is drawn from few candidates per
-    token tends to one label. A sample too many of a label is drawn anew, and kept if no other comes."""
+    """Keep the label frequencies of samples close to those of the task's train rows, since sampling with a small top_k
+    favours one label. A surplus sample of a label is redrawn, and used if the attempts yield no other."""
     min_yield: float = Field(0.5, ge=0, le=1)
-    """Share of the requested samples that must come out well-formed and distinct; below it the run stops."""
+    """Minimum fraction of the requested samples that must be well-formed and distinct; the run stops below it."""
 
 
 class Budget(Section):
-    """How many rows of earlier tasks are replayed beside a new task."""
+    """Number of rows of earlier tasks that are replayed with a new task."""
 
     gamma: float = Field(0.2, ge=0)
-    """All earlier tasks together get this share of the new task's train rows, in equal parts."""
+    """Replayed rows of all earlier tasks as a fraction of the new task's train rows, split equally over tasks."""
     min_replay: int = Field(0, ge=0)
-    """Every earlier task gets at least so many: a small new task would else replay next to nothing of large ones."""
+    """Minimum number of replayed rows per earlier task; useful if the new task is small."""
 
     def per_task(self, new_rows: int, earlier: int) -> int:
-        """Return the rows of each of some earlier tasks: ceil(gamma * new_rows) / earlier, rounded down."""
+        """Return the number of rows per earlier task: floor(ceil(gamma * new_rows) / earlier), at least min_replay."""
         return max(math.ceil(self.gamma * new_rows) // earlier, self.min_replay) if earlier else 0
 
 
 class StageBase(Section):
-    """What every kind of stage has."""
+    """Fields of every stage kind."""
 
     kind: str
     task: int
@@ -112,7 +115,7 @@ class StageBase(Section):
 
 
 class Train(StageBase):
-    """A gang trains one model on the train rows of some tasks; their dev rows select the best weights."""
+    """Train one model, in a gang, on the train rows of `data`; their dev rows select the best weights."""
 
     kind: Literal["train"] = "train"
     task: int
@@ -121,26 +124,26 @@ class Train(StageBase):
     init: StageRef | None = None
     """Stage whose model this one starts from; None starts from the backbone."""
     learner: str | None = None
-    """Which of the method's learners; None takes the one that the run answers with."""
+    """Name of one of the method's learners; None is the learner whose model makes the predictions."""
     replay: tuple[int, ...] = ()
-    """Earlier tasks of which some train rows are used too."""
+    """Earlier tasks whose train rows are replayed in part."""
     replay_rows: int = 0
-    """How many of each, chosen by the run's seed."""
+    """Replayed rows per task, chosen by the run's seed."""
     budget: Budget | None = None
-    """Says how many of each instead, from the rows of the stage's own task."""
+    """Replaces `replay_rows` by a number computed from the rows of the stage's own task."""
     samples: StageRef | None = None
-    """Generate stage whose pseudo-samples are trained on too."""
+    """Generate stage whose pseudo-samples are added to the train rows."""
     role: Literal["train", "free", "try", "invrat"] = "train"
-    """Folder name below the task: train is what the task leaves behind, free a model that is only voted on, try one of
-    several to choose from, invrat one that finds rationales."""
+    """Folder name below the task: train (its final model), free (a model used only in the vote), try (a candidate) or
+    invrat (a model that extracts rationales)."""
     trial: int | None = None
-    """Which of several stages of the same role."""
+    """Number of this stage among several of the same role."""
     settings: TrainConfig | None = None
-    """Training settings of its own, in place of the task's."""
+    """Training settings that replace those of the task."""
     frozen: StageRef | None = None
-    """Vote or Choose stage whose choice is not trained."""
+    """Vote or Choose stage whose critical units are frozen."""
     frozen_units: tuple[tuple[int, int], ...] = ()
-    """(layer, unit) pairs that are not trained."""
+    """(layer, unit) pairs that are frozen."""
 
     @property
     def name(self) -> str:
@@ -154,7 +157,7 @@ class Train(StageBase):
 
 
 class Generate(StageBase):
-    """Shards write pseudo-samples of earlier tasks with the model that has learned them."""
+    """Generate pseudo-samples of earlier tasks, in shards, with the model that has learned them."""
 
     kind: Literal["generate"] = "generate"
     task: int
@@ -170,41 +173,41 @@ class Generate(StageBase):
 
 
 class VoteConfig(Section):
-    """How critical components are voted on (see models/cci.py)."""
+    """Settings of the vote on critical components (see models/cci.py)."""
 
     level: Literal["block", "group", "head"] = "block"
-    """What may be frozen: whole layers, heads that share keys (heads, where none do), or single heads."""
+    """Unit of freezing: layers, groups of heads that share keys (heads, if no heads do), or single heads."""
     beta: int = Field(80, ge=0, lt=100)
-    """Percentile above which a token of an attention row counts as chosen."""
+    """Percentile of an attention row above which a token counts as attended."""
     attention_scope: Literal["context", "all"] = "context"
-    """Which tokens look and are looked at: those of the text, or those of question and answer too."""
+    """Tokens used as queries and keys: those of the text only, or also those of question and answer."""
     max_examples: int = Field(200, gt=0)
-    """Rows of each voting task: its first dev rows, or train rows where it has no dev rows."""
+    """Maximum number of rows per voting task: its first dev rows, or train rows if it has no dev rows."""
     rationales: Literal["human", "invrat", "gradient"] = "human"
-    """Where rationales come from: the data, or, for tasks that have none, a model that learns to find them (see
-    methods/invrat.py), or the model before the task (gradient x input)."""
+    """Source of rationales: the data (human); a model trained to extract them, for tasks without any (invrat, see
+    methods/invrat.py); or gradient x input of the model before the task (gradient)."""
     rationale_share: float = Field(0.2, gt=0, le=1)
-    """Share of a text's tokens that a rationale found by gradients has."""
+    """Fraction of a text's tokens in a rationale with rationales=gradient."""
     voting_tasks: Literal["previous", "all"] = "previous"
-    """Whose rows vote: those of the task before, or of all earlier tasks."""
+    """Tasks whose rows vote: the previous one, or all earlier ones."""
     top_k: int = Field(12, gt=0)
-    """Groups or heads that every row votes for, and that are frozen in the end; of blocks it is one."""
+    """Number of groups or heads that each row votes for, and that are frozen; with level=block it is one."""
     shard_samples: int = Field(25, gt=0)
-    """Rows of one shard: the unit of retry."""
+    """Rows per shard, the unit of retry."""
     min_margin: float = Field(0.05, ge=0, le=1)
-    """A lead of the last unit that is frozen over the first one that is not, as a share of the rows, below which a
-    warning says that the vote is not decisive."""
+    """Minimum margin between the last frozen and the first trained unit, in votes as a fraction of the rows; below it a
+    warning reports that the vote is not decisive."""
 
 
 class Rationalise(StageBase):
-    """Shards find rationales of the rows of a task that may vote, with the best of some models trained for it."""
+    """Extract rationales of the voting rows of a task, in shards, with the best of several models trained for it."""
 
     kind: Literal["rationalise"] = "rationalise"
     task: int
     models: tuple[StageRef, ...]
     """Train stages that differ in their seed; the one with the highest dev accuracy is used."""
     learner: str = "invrat"
-    """Which of the method's learners they were trained by."""
+    """Name of the method's learner that trained them."""
     sources: tuple[int, ...]
     vote: VoteConfig
 
@@ -215,15 +218,15 @@ class Rationalise(StageBase):
 
 
 class Record(StageBase):
-    """Shards note where the model before the task looks when it reads the rows that vote, as bits."""
+    """Record, in shards, which tokens of the voting rows the model before the task attends to, as bits."""
 
     kind: Literal["record"] = "record"
     task: int
     model: StageRef
     sources: tuple[int, ...]
-    """The tasks whose rows vote."""
+    """Tasks whose rows vote."""
     rationales: tuple[StageRef, ...] = ()
-    """Rationalise stages of the sources, where rationales come from there."""
+    """Rationalise stages of the sources, with rationales=invrat."""
     vote: VoteConfig
 
     @property
@@ -233,7 +236,7 @@ class Record(StageBase):
 
 
 class Vote(StageBase):
-    """Shards compare a freely trained model with what was recorded; what has moved furthest away is critical."""
+    """Compare, in shards, the attention of a freely trained model with the record, and select critical units."""
 
     kind: Literal["vote"] = "vote"
     task: int
@@ -249,17 +252,17 @@ class Vote(StageBase):
 
 
 class Choose(StageBase):
-    """Shards score models that were trained with different units frozen; the units of the best one are critical."""
+    """Score, in shards, models trained with different frozen units; the units of the best one are critical."""
 
     kind: Literal["choose"] = "choose"
     task: int
     model: StageRef
-    """What the candidates started from."""
+    """Model from which the candidates started."""
     candidates: tuple[StageRef, ...]
     units: tuple[tuple[int, int], ...]
-    """The (layer, unit) that was frozen in each candidate."""
+    """The (layer, unit) frozen in each candidate."""
     sources: tuple[int, ...]
-    """The tasks whose dev rows are scored (train rows, where there are none)."""
+    """Tasks whose dev rows are scored (train rows, if there are none)."""
     vote: VoteConfig
 
     @property
@@ -269,16 +272,16 @@ class Choose(StageBase):
 
 
 class Evaluate(StageBase):
-    """Shards score the test rows of some tasks with one model."""
+    """Score, in shards, the test rows of some tasks with one model."""
 
     kind: Literal["evaluate"] = "evaluate"
     task: int
     model: StageRef
     tasks: tuple[int, ...]
     previous: StageRef | None = None
-    """Evaluate stage whose scores stand for the other seen tasks, where their models did not change."""
+    """Evaluate stage whose scores are reused for the other seen tasks, if their models did not change."""
     without: tuple[str, ...] = ()
-    """Parts of the learner that are switched off for an extra score of `task`: an ablation without retraining."""
+    """Parts of the learner to disable for an extra score of `task`: an ablation without retraining."""
 
     @property
     def inputs(self) -> tuple[StageRef, ...]:
@@ -290,7 +293,7 @@ Stage = Train | Generate | Rationalise | Record | Vote | Choose | Evaluate
 
 
 def ref(stage: Stage) -> StageRef:
-    """Return the name of a stage."""
+    """Return the reference to a stage."""
     return StageRef(task=stage.task, stage=stage.name)
 
 
@@ -301,11 +304,11 @@ def digest_of(data: Any) -> str:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to dotted keys, so that a difference can be named."""
-    facts: dict[str, Any] = {}
+    """Flatten nested mappings to dotted keys."""
+    flattened: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            facts |= flat(value, f"{prefix}{key}.")
+            flattened |= flat(value, f"{prefix}{key}.")
         else:
-            facts[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return facts
+            flattened[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flattened

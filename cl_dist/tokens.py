@@ -1,11 +1,11 @@
-"""Token ids of a tokenizer, counted. Without torch or transformers."""
+"""Size of a tokenizer's vocabulary; without torch or transformers."""
 
 from typing import Any
 
 
 def num_ids(tokenizer: Any) -> int:
-    """Return one more than the largest token id that a tokenizer uses.
+    """Return the largest token id of a tokenizer plus one.
 
-    `len(tokenizer)` counts tokens, and is smaller where the ids have gaps.
+    `len(tokenizer)` is the number of tokens, which is smaller if the ids have gaps.
     """
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))

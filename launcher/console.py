@@ -158,7 +158,7 @@ class Watch:
         self._bar: TaskID | None = None
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}", markup=False),
@@ -183,6 +183,9 @@ class Watch:
         if kind == "stage_start":
             note = "starting workers" if event["kind"] == "train" else ""
             self._bar = self._progress.add_task(printable(stage), total=None, note=note)
+        elif kind == "telemetry" and self._bar is not None:
+            note = f"loss {event['train/loss']:.3f}  {_rate(event['train/tokens_per_s'])} tokens/s"
+            self._progress.update(self._bar, completed=event["step"], total=event["total_steps"], note=note)
         elif kind == "round" and self._bar is not None:
             note = f"loss {event['train/loss']:.3f}"
             if "dev/accuracy" in event:
@@ -201,8 +204,16 @@ class Watch:
     def _plain(self, event: Mapping[str, Any]) -> None:
         """Write one line: to the log file always, to stderr where no bar is shown."""
         log_event(event)
-        if not err.is_terminal:
+        if not err.is_terminal and event["event"] != "telemetry":  # one line every few steps: for the log alone
             err.print(f"{event['ts'][11:19]} {event_line(event)}", soft_wrap=True)
+
+
+def _rate(value: float) -> str:
+    """Return a rate in at most five characters, such as 950, 1.2k, 3.4M."""
+    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.{0 if value >= 10 * factor else 1}f}{letter}"
+    return f"{value:.0f}"
 
 
 def comparison(summaries: list[dict[str, Any]]) -> Table:

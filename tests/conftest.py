@@ -39,6 +39,7 @@ RAY_FILES = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
+pytest.register_assert_rewrite("cl_dist.contract.test_contract")
 pytest_plugins = ["tests.skips"]
 _sessions: list[pytest.Session] = []
 

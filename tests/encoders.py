@@ -17,7 +17,7 @@ from transformers import (
     RobertaModel,
 )
 
-from cl_dist.methods.base import Learner
+from cl_dist.learners.base import Learner
 from cl_dist.models.classifier import Batch
 from cl_dist.models.config import PluginShape
 from cl_dist.models.plugin import CtrClassifier
@@ -98,7 +98,7 @@ def train(
 ) -> None:
     """Train a task as a Train stage does, one optimizer step a batch, in a single annealing cycle."""
     learner.start_task(task, (task,))
-    scales = learner.grad_scales()
+    scales = learner.gradient_transforms()
     attach(learner.model, scales)
     optimizing = Optimizing(
         lr=lr,
@@ -109,12 +109,12 @@ def train(
         total_steps=len(batches),
         warmup_steps=0,
     )
-    engine = TorchEngine(learner.model, optimizing, 1, World(0, 1, torch.device("cpu")), learner.pulls())
+    engine = TorchEngine(learner.model, optimizing, 1, World(0, 1, torch.device("cpu")), learner.penalties())
     schedule = Schedule(total_steps=len(batches), steps_per_epoch=1, min_round_steps=len(batches))
     engine.module.train()
     for step, batch in enumerate(batches):
         loss = learner.loss(engine, batch, schedule.at(step))
-        engine.backward(loss.rows["ce"].mean(), sum(loss.own.values(), torch.zeros(())))
+        engine.backward(loss.per_example["ce"].mean(), sum(loss.regularizers.values(), torch.zeros(())))
         engine.step()
     learner.activate(task)
     learner.end_task({name: p.detach().clone() for name, p in learner.model.named_parameters()}, ())

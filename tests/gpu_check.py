@@ -13,7 +13,7 @@ Each section runs in a process of its own with a time limit, so one that fails o
     ray-rational_lamol  the same of Rational LAMOL
     parity    one process with plain torch against ZeRO-2, ZeRO-3 and two processes that share the GPU
 
-Prints one table and writes tests/results/gpu.json, from which `python -m launcher.tables write` makes the page
+Prints one table and writes tests/results/gpu.json, from which `python -m tests.pages.tables write` makes the page
 cluster_configs/GPU.md. --small runs the same with tiny models on a CPU and writes nothing: a rehearsal.
 `.ci/gpu-bundle DIR` packs what a machine without a network needs besides torch and transformers.
 """
@@ -198,7 +198,7 @@ def stepped(tree: Tree, out: Path) -> Line:
 
     out.mkdir(parents=True)
     with suppress(EnoughError):
-        train.run(job, out, lambda event: None, alive=alive)
+        train.run(job, out, lambda event: None, heartbeat=alive)
     taken = statistics.median(after - before for before, after in zip(marks[WARM:], marks[WARM + 1 :], strict=False))
     work = work_of(config, plan)
     assert plan.memory is not None
@@ -243,12 +243,12 @@ def of_steps(small: bool) -> Iterator[Line]:
     """Yield the time of a CTR step at the last of 19 tasks against a plain adapter's and LoRA's."""
     from transformers import BertConfig, BertModel
 
-    from cl_dist.models.adapters import AdapterClassifier
     from cl_dist.models.backbone import lower
     from cl_dist.models.config import LoraShape, PluginShape
     from cl_dist.models.lowrank import add_update
     from cl_dist.models.noise import gumbel
     from cl_dist.models.plugin import CtrClassifier
+    from cl_dist.models.task_modules import AdapterClassifier
 
     tasks, (rows, length) = (3, (4, 32)) if small else (19, (64, 128))
     sizes: Tree = {**BASE, **SMALL} if small else BASE

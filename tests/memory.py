@@ -25,7 +25,7 @@ from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import Stage, StageRef, ref
 from cl_dist.stages import train
-from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.shards import sharded
 from cl_dist.stages.stage_job import Job
 from tests import tiny
 from tests.pool import Ranks
@@ -100,7 +100,7 @@ def peak(rank: int, world: int, job: Job, out: str) -> int:
 
     Path(out).mkdir(parents=True, exist_ok=True)
     with live:
-        train.run(job, Path(out), lambda event: None, alive=alive)
+        train.run(job, Path(out), lambda event: None, heartbeat=alive)
     return most
 
 
@@ -124,7 +124,7 @@ def prepared(run: RunConfig, upto: StageRef) -> Run:
 
 def shard(opened: Run, stage: Stage, out: Path | None = None) -> int:
     """Compute a stage that is cut into shards, and return the most bytes once its model is there."""
-    job, kind, live = opened.job(stage), SHARDED[stage.kind], LiveTensorBytes()
+    job, kind, live = opened.job(stage), sharded(stage.kind), LiveTensorBytes()
     with live:
         worker = kind.worker(job)
         live.restart()

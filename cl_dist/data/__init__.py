@@ -1,1 +1,1 @@
-"""What a task is: where its rows come from, how they are split, checked, encoded and ordered."""
+"""Tasks and their rows: settings, sources, checks, splits, encoding and sampling."""

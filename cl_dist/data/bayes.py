@@ -1,7 +1,7 @@
-"""A word classifier that is trained in a moment: the judge of whether pseudo-samples carry the labels of their text.
+"""Multinomial naive Bayes over lower-case words with add-one smoothing.
 
-Multinomial naive Bayes over lower-case words with add-one smoothing. It is weak, so its agreement with pseudo-samples
-means something beside its agreement with real rows only.
+A fast classifier to check whether pseudo-samples match their labels. It is weak: compare its agreement with
+pseudo-samples only to its agreement with real rows.
 """
 
 import math
@@ -18,7 +18,7 @@ def words(text: str) -> list[str]:
 
 
 class NaiveBayes:
-    """Learns from (text, label) pairs; of equally likely labels it answers the first in alphabetical order."""
+    """Classifier trained on (text, label) pairs; ties go to the first label in alphabetical order."""
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         self._seen: dict[str, Counter[str]] = {}
@@ -30,12 +30,12 @@ class NaiveBayes:
         self._total = {label: sum(counts.values()) + len(self._vocabulary) for label, counts in self._seen.items()}
 
     def answer(self, text: str) -> str:
-        """Return the likeliest label."""
+        """Return the most likely label."""
         scores = self._scores(text)
         return max(sorted(scores), key=scores.__getitem__)
 
     def surprise(self, text: str, label: str) -> float:
-        """Return -log of the label's probability, in nats; infinite for a label that was never seen."""
+        """Return -log of the label's probability, in nats; infinite for an unseen label."""
         scores = self._scores(text)
         if label not in scores:
             return math.inf
@@ -52,5 +52,5 @@ class NaiveBayes:
         }
 
     def agreement(self, pairs: Sequence[tuple[str, str]]) -> float | None:
-        """Return the share of pairs whose label it would give too; None without pairs."""
+        """Return the accuracy on pairs; None without pairs."""
         return sum(self.answer(text) == label for text, label in pairs) / len(pairs) if pairs else None

@@ -1,7 +1,7 @@
-"""Rows as a model reads them that looks for rationales: text, then text_pair, with a class and an environment.
+"""Encoded rows for rationale extraction: text, then text_pair, with a class and an environment.
 
-An environment is a circumstance under which rows were gathered: what is a good reason in one of them only is none.
-Where a task has no column that names it, it is made: rows on whose label a word classifier is mistaken, and the others.
+An environment is a condition under which rows were collected; cues valid in only one environment are ignored. For
+tasks without a column of environments, rows are grouped by how well a word classifier predicts their label.
 Axes: B rows, L tokens.
 """
 
@@ -20,42 +20,42 @@ from cl_dist.errors import DataError
 
 
 def environments(rows: Sequence[Row], count: int) -> list[int]:
-    """Return the environment of each row: its column's value among the sorted values, or, without a column, made.
+    """Return the environment of each row: the rank of its column's value among the sorted values.
 
-    Made are `count` of equal size, by how surprising a word classifier finds a row's label that has been trained on the
-    other half of the rows: they differ in how well words alone foretell the label.
+    Without a column, returns `count` environments of equal size, ranked by -log p of the row's label under a word
+    classifier trained on the other half of the rows: they differ in how well words alone predict the label.
 
     Raises:
-        DataError: If the column has more values than there are environments.
+        DataError: If the column has more than `count` values.
     """
     named = sorted({row.environment for row in rows if row.environment is not None})
     if named:
         if len(named) > count:
-            raise DataError(f"method.invrat.environments={count}: the rows name {len(named)}: {', '.join(named)}")
+            raise DataError(f"method.invrat.environments={count}: the rows have {len(named)}: {', '.join(named)}")
         return [0 if row.environment is None else named.index(row.environment) for row in rows]
-    # Halved by their ids' hashes: files often hold labels by turns.
+    # Split in halves by a hash of the id, since labels often alternate in files.
     halves = [hashlib.sha256(row.id.encode()).digest()[0] % 2 for row in rows]
-    judges = [
+    classifiers = [
         NaiveBayes((r.text, r.label) for r, half in zip(rows, halves, strict=True) if half != own) for own in (0, 1)
     ]
-    surprise = [judges[half].surprise(row.text, row.label) for row, half in zip(rows, halves, strict=True)]
+    surprise = [classifiers[half].surprise(row.text, row.label) for row, half in zip(rows, halves, strict=True)]
     ranked = sorted(range(len(rows)), key=lambda number: (surprise[number], number))
-    place = {number: at for at, number in enumerate(ranked)}
-    return [place[number] * count // len(rows) for number in range(len(rows))]
+    rank = {number: at for at, number in enumerate(ranked)}
+    return [rank[number] * count // len(rows) for number in range(len(rows))]
 
 
 class RationaleExamples(EncodedExamples):
-    """The encoded rows of one task, numbered through; batches are padded to their longest row."""
+    """Encoded rows of one task, numbered consecutively; batches are padded to their longest row."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, max_length: int, num_environments: int | None = None
     ) -> None:
-        """Begin an empty collection; without a number of environments all rows are in the first one."""
+        """Create an empty collection; without num_environments all rows are in environment 0."""
         self._codec, self._max_length, self._num = TextCodec(tokenizer), max_length, num_environments
         self._tokens: list[list[int]] = []
         self._contexts: list[int] = []
-        self.places: list[list[tuple[int, int]]] = []
-        """Of each row, the [start, end) characters of its text that the tokens of the text stand for."""
+        self.offsets: list[list[tuple[int, int]]] = []
+        """For each row, the [start, end) characters of each token of its text."""
         self._labels: list[int] = []
         self._environments: list[int] = []
         self._tasks: list[int] = []
@@ -63,19 +63,19 @@ class RationaleExamples(EncodedExamples):
     def add(
         self, task: int, data: TaskData, rows: Sequence[Row], *, replayed: bool = False, max_length: int | None = None
     ) -> None:
-        """Append rows of a task. The end of a text that is too long is cut off, never its text_pair.
+        """Append rows of a task. Truncates a row that is too long at the end of its text, never its text_pair.
 
-        max_length: Longest row of this task in tokens, where it is not that of the collection.
+        max_length: Longest row of this task in tokens; by default that of the collection.
         """
         class_of = {label: number for number, label in enumerate(data.labels)}
-        where = [0] * len(rows) if self._num is None else environments(rows, self._num)
-        for row, environment in zip(rows, where, strict=True):
-            text, places = self._codec.encode_places(row.text)
+        groups = [0] * len(rows) if self._num is None else environments(rows, self._num)
+        for row, environment in zip(rows, groups, strict=True):
+            text, offsets = self._codec.encode_with_offsets(row.text)
             pair = self._codec.encode(row.text_pair or "")
             room = max((max_length or self._max_length) - len(pair), 1)
             self._tokens.append([*text[:room], *pair])
             self._contexts.append(min(len(text), room))
-            self.places.append(places[:room])
+            self.offsets.append(offsets[:room])
             self._labels.append(class_of[row.label])
             self._environments.append(environment)
             self._tasks.append(task)
@@ -84,13 +84,13 @@ class RationaleExamples(EncodedExamples):
         return len(self._tokens)
 
     def length(self, number: int) -> int:
-        """See NumberedRows."""
+        """See EncodedExamples."""
         return len(self._tokens[number])
 
     def batch(self, indices: Collection[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Return the rows of these numbers as one batch.
 
-        input_ids (B, L); length, context (B,): its tokens, and how many of them, from the first, are the text's; label,
+        input_ids (B, L); length, context (B,): the number of tokens of the row, and of its text at the start; label,
         environment, row, task (B,) int64; weight (B,) float32.
         """
         rows = real(indices)

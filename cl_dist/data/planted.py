@@ -1,7 +1,7 @@
-"""Made-up texts whose labels are given away by a phrase that was planted, so that their rationales are known exactly.
+"""Synthetic texts with a planted phrase that determines the label, so that the exact rationale is known.
 
-They stand in where no text with rationales can be had: for tests and for a recipe that runs anywhere. A model learns
-them from a few hundred rows; no result on them speaks for real text.
+For tests, and for a recipe that needs no external data with rationales. A model learns them from a few hundred rows;
+results do not transfer to real text.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ STORY = (
     "back of the room and people walked in and out with their coats on before the evening had begun so that we waited "
     "for some time at the door and talked about the weather and the road that had brought us here"
 )
-"""Where the words around a phrase come from."""
+"""Source of the words around a phrase."""
 THEMES: Mapping[str, Mapping[str, Sequence[str]]] = {
     "food": {
         "good": ("the soup was delicious", "every dish tasted wonderful", "the cook is a genius"),
@@ -31,11 +31,11 @@ THEMES: Mapping[str, Mapping[str, Sequence[str]]] = {
         "harbour": ("boats rocked on the water", "gulls cried over the masts", "nets dried on the quay"),
     },
 }
-"""Phrases that give a label away, by theme and label."""
+"""Phrases by theme and label."""
 
 
 def planted(theme: str, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a theme: id, split, text, label, rationale (word offsets). Eight in ten are train rows."""
+    """Yield the rows of a theme: id, split, text, label, rationale (word offsets). 80 % are train rows."""
     labels = list(THEMES[theme])
     words = np.random.Generator(np.random.Philox(key=[seed, sorted(THEMES).index(theme)]))
     for number in range(ROWS):
@@ -44,7 +44,7 @@ def planted(theme: str, seed: int = 0) -> Iterator[dict[str, Any]]:
         before, behind = (_filler(words, int(words.integers(4, 16))) for _ in range(2))
         yield {
             "id": f"{theme}-{number}",
-            "split": (("test", "dev") + ("train",) * 8)[number // len(labels) % 10],  # of each label equally many
+            "split": (("test", "dev") + ("train",) * 8)[number // len(labels) % 10],  # balanced over labels
             "text": " ".join([*before, *phrase, *behind]),
             "label": label,
             "rationale": [[len(before), len(before) + len(phrase)]],

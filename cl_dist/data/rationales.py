@@ -1,4 +1,4 @@
-"""Rationales: the spans of a text that justify its label, from a data file to the tokens of a model."""
+"""Rationales: spans of a text that justify its label, in words, characters and tokens."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -7,19 +7,19 @@ Span = tuple[int, int]
 
 
 def read_spans(given: Any, text: str, unit: Literal["words", "chars"]) -> tuple[tuple[Span, ...], str | None]:
-    """Return ([start, end) spans in characters, None), or ((), what is wrong with them)."""
+    """Return ([start, end) spans in characters, None), or ((), error message)."""
     if given is None:
         return (), None
     if not isinstance(given, list) or not all(_is_pair(pair) for pair in given):
         return (), "expected a list of [start, end] offsets"
-    places = _words(text) if unit == "words" else None
-    size = len(text) if places is None else len(places)
+    words = _words(text) if unit == "words" else None
+    size = len(text) if words is None else len(words)
     for start, end in given:
         if not 0 <= start < end <= size:
-            return (), f"[{start}, {end}] is no span of a text of {size} {unit}"
-    if places is None:
+            return (), f"[{start}, {end}] is not a span of a text with {size} {unit}"
+    if words is None:
         return tuple((start, end) for start, end in given), None
-    return tuple((places[start][0], places[end - 1][1]) for start, end in given), None
+    return tuple((words[start][0], words[end - 1][1]) for start, end in given), None
 
 
 def _is_pair(pair: Any) -> bool:
@@ -27,7 +27,7 @@ def _is_pair(pair: Any) -> bool:
 
 
 def _words(text: str) -> list[Span]:
-    """Return where each word stands: what lies between single spaces, whatever other white space is in it."""
+    """Return the span of each word; single spaces separate words, other white space does not."""
     found, start = [], 0
     for word in text.split(" "):
         found.append((start, start + len(word)))
@@ -36,7 +36,7 @@ def _words(text: str) -> list[Span]:
 
 
 def joined(spans: Sequence[Span]) -> list[Span]:
-    """Return spans in order, those that touch made one, those of white space alone left out by their emptiness."""
+    """Merge spans, given in order, that overlap or are at most one character apart; drop empty ones."""
     found: list[Span] = []
     for start, end in spans:
         if start >= end:
@@ -49,5 +49,5 @@ def joined(spans: Sequence[Span]) -> list[Span]:
 
 
 def token_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Return for each token whether the characters that it stands for lie in a span, wholly or in part."""
+    """Return for each token whether its characters overlap a span."""
     return [start < end and any(start < last and first < end for first, last in spans) for start, end in offsets]

@@ -1,5 +1,6 @@
-"""A row of a task, and a loaded task: plain data, torch-free."""
+"""Row and TaskData: a labelled example and a loaded task as plain data; torch-free."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,7 +10,7 @@ Unit = Literal["line", "row"]
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Names the place that a row comes from."""
+    """Origin of a row."""
 
     file: str
     line: int | None
@@ -27,7 +28,7 @@ class Row:
     rationale: tuple[tuple[int, int], ...] = ()
     """Spans of `text` that justify the label, as [start, end) characters."""
     environment: str | None = None
-    """Circumstance under which the row was gathered, where the data names one."""
+    """Condition under which the row was collected, if the data has one."""
     where: Where | None = field(default=None, compare=False, repr=False)
 
 
@@ -37,18 +38,18 @@ class TaskData:
 
     id: str
     labels: tuple[str, ...]
-    """Class k of the task's head is labels[k]; none where answers are free text."""
+    """labels[k] is class k of the task's head; empty for free-text answers."""
     question: str
-    """What a decoder is asked about each row, besides its text_pair."""
-    train: tuple[Row, ...]
-    dev: tuple[Row, ...]
-    test: tuple[Row, ...]
+    """Question to a decoder about each row, in addition to its text_pair."""
+    train: Sequence[Row]
+    dev: Sequence[Row]
+    test: Sequence[Row]
     digests: dict[str, str]
-    """sha256 per split over ids, texts and labels in order: what enters fingerprints."""
+    """sha256 of ids, texts and labels, by split; inputs of fingerprints."""
     overlap: int
-    """Dev and test rows whose text is also a train row (after dropping, 0)."""
+    """Number of dev and test rows whose text is also that of a train row (0 after dropping)."""
     warnings: tuple[str, ...] = ()
 
-    def rows(self, split: str) -> tuple[Row, ...]:
+    def rows(self, split: str) -> Sequence[Row]:
         """Return the rows of one split."""
         return {"train": self.train, "dev": self.dev, "test": self.test}[split]

@@ -1,17 +1,17 @@
-"""The exact sampler: which rows belong to a step, whatever the workers, the micro-batch and the interruptions.
+"""Exact sampler: the rows of a step, independent of workers, micro-batch size and interruptions.
 
 With N rows and a global batch of B, an epoch has S = ceil(N / B) steps. Step s, of epoch e = s // S, takes
 
     G_s = p_e[k * B : (k + 1) * B],   k = s mod S,   p_e = argsort(Philox(sha256(seed, task, e)))
 
-a function of the step number alone: there is no generator to save, so a resume continues the permutation, on
-any number of ranks. The last batch of an epoch is short rather than filled up or dropped. Of G_s, rank r of R
-takes G_s[r::R], cut into M micro-batches of m rows, and -1 where it has no row:
+a function of the step number alone: there is no generator state to save, so a resume continues the permutation, on
+any number of ranks. The last batch of an epoch is short, not padded or dropped. Of G_s, rank r of R takes
+G_s[r::R], split into M micro-batches of m rows, padded with -1:
 
     M = ceil(ceil(B / R) / m)
 
-M depends on B and not on the length of G_s, so every rank enters every collective of every step equally often,
-also in a short batch of which some rank gets no row at all. A -1 is a dummy row of weight 0, and the loss is
+M depends on B, not on the length of G_s, so all ranks run the same number of collectives in every step, even if
+a short batch leaves a rank without rows. A -1 is a dummy row of weight 0, and the loss is
 (sum of weighted losses over all ranks) / (sum of weights over all ranks). Each row of G_s then counts once, and
 32 rows on 3 ranks (11 + 11 + 10, and a dummy) equal 32 rows on 1; a mean of the three ranks' means would not.
 """
@@ -25,16 +25,16 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 DUMMY = -1
-"""Stands where a rank has no row: it is encoded as the first row, with weight 0."""
+"""Index of a dummy row: encoded as the first row, with weight 0."""
 
 
 def num_steps(num_rows: int, batch: int) -> int:
-    """Return the steps of an epoch, ceil(num_rows / batch)."""
+    """Return the number of steps of an epoch, ceil(num_rows / batch)."""
     return _ceil_div(num_rows, batch)
 
 
 def num_micro_batches(batch: int, world: int, micro: int) -> int:
-    """Return how many micro-batches every rank runs per step, ceil(ceil(batch / world) / micro)."""
+    """Return the number of micro-batches per rank and step, ceil(ceil(batch / world) / micro)."""
     return _ceil_div(_ceil_div(batch, world), micro)
 
 
@@ -42,8 +42,8 @@ def num_micro_batches(batch: int, world: int, micro: int) -> int:
 def epoch_order(seed: int, task_id: str, epoch: int, num_rows: int) -> Indices:
     """Return the order of the rows in an epoch, a read-only permutation of 0..num_rows-1. Shape: (num_rows,).
 
-    It sorts the raw words of a counter-based generator: a stream that NumPy keeps the same in every version,
-    which it does not promise of `Generator.permutation`.
+    Sorts the raw words of a counter-based generator: NumPy guarantees that stream across versions, but not
+    `Generator.permutation`.
     """
     digest = hashlib.sha256(json.dumps([seed, task_id, epoch]).encode()).digest()
     words = np.random.Philox(key=int.from_bytes(digest[:16], "big")).random_raw(num_rows)
@@ -53,23 +53,23 @@ def epoch_order(seed: int, task_id: str, epoch: int, num_rows: int) -> Indices:
 
 
 def sample(seed: int, task_id: str, num_rows: int, count: int) -> list[int]:
-    """Return the numbers of up to `count` rows of a task, in order: always the same ones for a seed."""
+    """Return the sorted numbers of up to `count` rows of a task, determined by the seed."""
     return sorted(epoch_order(seed, task_id, -1, num_rows)[:count].tolist())
 
 
 def global_batch(seed: int, task_id: str, step: int, num_rows: int, batch: int) -> tuple[int, Indices]:
     """Return the epoch of a step, counted from 0 over the whole stage, and the rows of its global batch.
 
-    Shape: (batch,), or fewer in the last step of an epoch, but at least one.
+    Shape: (batch,), or shorter (at least 1) in the last step of an epoch.
     """
     epoch, k = divmod(step, num_steps(num_rows, batch))
     return epoch, epoch_order(seed, task_id, epoch, num_rows)[k * batch : (k + 1) * batch]
 
 
 def share(indices: Indices, rank: int, world: int, micro: int, num_micro: int) -> list[Indices]:
-    """Return a rank's micro-batches of a global batch: indices[rank::world], then -1 for dummy rows.
+    """Return a rank's micro-batches of a global batch: indices[rank::world], padded with -1.
 
-    Shapes: (up to the global batch,) -> num_micro times (micro,).
+    Shapes: (at most the global batch,) -> num_micro arrays of (micro,).
 
     Raises:
         ValueError: If the rank is not in the world, or its rows do not fit into num_micro micro-batches.

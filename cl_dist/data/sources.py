@@ -1,6 +1,6 @@
-"""Raw records of a source, and the faults found while reading them.
+"""Readers of raw records, by kind of source.
 
-Faults are collected, not raised, so that one look at the data names all of them.
+Faults are collected, not raised, so that one pass over the data reports all of them.
 """
 
 import csv
@@ -26,17 +26,17 @@ Values = dict[str, Any]
 Report = Callable[[int | None, str], None]
 
 SHOWN = 20
-"""Faults that an error message lists; `cl-dist data check` can list them all."""
+"""Number of faults in an error message; `cl-dist data check` lists all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something in the data that a person has to put right."""
+    """A problem in the data for the user to fix."""
 
     file: str
-    """The path as the run file names it; of a set with several splits, with the split: `imdb[train]`."""
+    """Path as in the run file; with the split for a data set of several splits: `imdb[train]`."""
     line: int | None
-    """1-based line of a text file, 0-based row of a table; None where the fault is the file's."""
+    """1-based line of a text file, 0-based row of a table; None for a fault of the file."""
     field: str | None
     message: str
     unit: Unit = "line"
@@ -49,14 +49,14 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One raw record: column names to values, as the file holds them."""
+    """One raw record: column names to values, as in the file."""
 
     file: str
     line: int
     id: str
-    """Its 0-based number in the file, after `<split>-` where each split has a file of its own."""
+    """0-based number in the file, with the prefix `<split>-` if each split has its own file."""
     split: str | None
-    """The split, where each split has a file of its own."""
+    """Split, if each split has its own file."""
     values: Values
     unit: Unit = "line"
 
@@ -66,18 +66,17 @@ class Record:
 
 
 def listing(faults: Sequence[Fault], limit: int = SHOWN) -> str:
-    """Return one indented line per fault, and how many more there are beyond the limit."""
+    """Return one indented line per fault, and the number of faults beyond the limit."""
     more = [f"... and {len(faults) - limit} more"] if len(faults) > limit else []
     return "\n".join(f"  {line}" for line in [*map(str, faults[:limit]), *more])
 
 
 def read(source: Source, faults: list[Fault], wanted: Collection[str] | None = None) -> Iterator[Record]:
-    """Yield the records of a source in file order, adding to faults whatever could not be read.
+    """Yield the records of a source in file order; append what cannot be read to `faults`.
 
-    A `datasets` source with several splits yields them all, each record with its split's name in the column
-    `split` (unless it has one), which is what `split: {by: field}` looks for. Names of classes stand for their
-    numbers. Of a table only the wanted columns are read: the others may be of types that Python has no values for, and
-    are None.
+    A `datasets` source with several splits yields all of them, with the split's name in the column `split` (unless the
+    data has one), for `split: {by: field}`. Class numbers are replaced by class names. Columns of a table that are not
+    wanted are None: their types may have no Python values.
     """
     paths = {str(split): path for split, path in source.paths.items()}
     for split in SPLITS if paths else (None,):
@@ -87,7 +86,7 @@ def read(source: Source, faults: list[Fault], wanted: Collection[str] | None = N
         except FileNotFoundError:
             faults.append(Fault(path, None, None, "no such file; a relative path starts at the working directory"))
         except IsADirectoryError:
-            faults.append(Fault(path, None, None, f"is a folder; kind: {source.kind} expects a file"))
+            faults.append(Fault(path, None, None, f"is a directory; kind: {source.kind} expects a file"))
         except (DataError, OSError, EOFError, ValueError, zlib.error) as error:
             faults.append(Fault(path, None, None, str(error).removeprefix(f"{path}: ")))
 
@@ -98,7 +97,7 @@ def _read_path(
     prefix = f"{split}-" if split else ""
     if source.kind == "planted":
         if path not in THEMES:
-            raise DataError(f"no such theme{did_you_mean(path, list(THEMES))}")
+            raise DataError(f"unknown theme{did_you_mean(path, list(THEMES))}")
         for number, values in enumerate(planted(path)):
             yield Record(path, number, f"{prefix}{number}", split, values, unit="row")
         return
@@ -110,20 +109,20 @@ def _read_path(
                 yield Record(file, number, f"{start}{number}", split, extra | values, unit="row")
         return
 
-    place = resolve(path)
-    if (name := not_text(head_of(place))) is not None:
+    file_path = resolve(path)
+    if (name := not_text(head_of(file_path))) is not None:
         raise DataError(f"this is {name}; kind: {source.kind} expects {_EXPECTED[source.kind]}")
-    held: list[tuple[int | None, str]] = []
-    """Faults before the first row: where no row comes, the first stands for all."""
+    pending: list[tuple[int | None, str]] = []
+    """Faults before the first row; if there are no rows, only the first one is reported."""
     number = -1
 
     def report(line: int | None, message: str) -> None:
         if number < 0:
-            held.append((line, message))
+            pending.append((line, message))
         else:
             faults.append(Fault(path, line, None, message))
 
-    lines = _lines(place, source.encoding, report)
+    lines = _lines(file_path, source.encoding, report)
     if source.kind == "jsonl":
         rows = _json_rows(lines, report)
     elif source.kind == "lines":
@@ -133,31 +132,31 @@ def _read_path(
     for line, values in rows:
         number += 1
         if number == 0:
-            faults += [Fault(path, at, None, message) for at, message in held]
+            faults += [Fault(path, at, None, message) for at, message in pending]
         yield Record(path, line, f"{prefix}{number}", split, values)
-    if number < 0 and len(held) > 1:
-        at, message = held[0]
-        why = f"{message}; no line can be used: kind: {source.kind} expects {_EXPECTED[source.kind]}"
+    if number < 0 and len(pending) > 1:
+        at, message = pending[0]
+        why = f"{message}; no line is valid: kind: {source.kind} expects {_EXPECTED[source.kind]}"
         faults.append(Fault(path, at, None, why))
-    elif number < 0 and held:
-        faults.append(Fault(path, held[0][0], None, held[0][1]))
+    elif number < 0 and pending:
+        faults.append(Fault(path, pending[0][0], None, pending[0][1]))
     elif number < 0 and not (split == "dev" and source.split.dev == 0):
         faults.append(Fault(path, None, None, f"has no rows; kind: {source.kind} expects {_EXPECTED[source.kind]}"))
 
 
 _EXPECTED = {
-    "jsonl": "one JSON object a line",
-    "csv": "a header and cells, apart by commas",
-    "tsv": "a header and cells, apart by tabs",
+    "jsonl": "one JSON object per line",
+    "csv": "a header and cells separated by commas",
+    "tsv": "a header and cells separated by tabs",
     "lines": "lines that source.pattern matches",
 }
-_OTHER_MARKS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
 
 
 def _lines(path: Path, encoding: str, report: Report) -> Iterator[tuple[int, str]]:
-    """Yield (1-based number, text with its line end) of a file, unpacking gzip; only a newline ends a line.
+    """Yield (1-based number, text with line end) of a file, decompressing gzip; only a newline ends a line.
 
-    Bytes that do not decode are reported with their offset in the (unpacked) file, and replaced to read on.
+    Bytes that cannot be decoded are reported with their offset in the (decompressed) file, and replaced.
     """
     with path.open("rb") as raw:
         packed = raw.read(2) == GZIP
@@ -175,20 +174,20 @@ def _lines(path: Path, encoding: str, report: Report) -> Iterator[tuple[int, str
 
 
 def _json_rows(lines: Iterator[tuple[int, str]], report: Report) -> Iterator[tuple[int, Values]]:
-    opened: tuple[int, str] | None = None  # the fault of a first line that is not at an end
+    opened: tuple[int, str] | None = None  # the fault of a first line that looks incomplete
     seen = False
     for number, text in lines:
         bare = text.strip()
         if not bare:
             continue
         if not seen and bare[0] == "[":
-            report(number, "a JSON array, not JSON lines; write an object a line, as `jq -c '.[]'` does")
+            report(number, "a JSON array, not JSON lines; write one object per line, as `jq -c '.[]'` does")
             return
         try:
             values = json_fields(text)
         except ValueError as error:
             if opened is not None:
-                report(opened[0], "a JSON document over several lines; write an object a line, as `jq -c .` does")
+                report(opened[0], "a JSON document over several lines; write one object per line, as `jq -c .` does")
                 return
             if not seen and bare[-1] in "{[,":
                 opened = number, str(error)
@@ -215,27 +214,27 @@ def _pattern_rows(
             yield number, match.groupdict()
         else:
             shown = line if len(line) <= 60 else f"{line[:60]}..."
-            report(number, f"the whole line does not match source.pattern: {shown!r}")
+            report(number, f"the line does not match source.pattern: {shown!r}")
 
 
 def _csv_rows(lines: Iterator[tuple[int, str]], tabs: bool, report: Report) -> Iterator[tuple[int, Values]]:
-    """Yield rows named by the header. Tab-separated files have no quoting: in real data their quotes are text.
+    """Yield rows as mappings from the header. Quotes in tab-separated files are text, as in most real data.
 
-    Quotes are read strictly: a lenient reader takes all that follows an open one for a cell, and says nothing.
+    Quotes in CSV are parsed strictly: a lenient reader silently reads everything after an open quote as one cell.
     """
-    csv.field_size_limit(sys.maxsize)  # a cell may be a whole document
+    csv.field_size_limit(sys.maxsize)  # a cell may be an entire document
     texts = (text for _, text in lines)
     rules: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
     reader = csv.reader(texts, **rules)
     header: list[str] | None = None
     while True:
-        line = reader.line_num + 1  # a quoted cell may hold line ends: a row is named by its first line
+        line = reader.line_num + 1  # quoted cells may contain line ends: report the first line of a row
         try:
             cells = next(reader)
         except StopIteration:
             break
         except csv.Error as error:
-            hint = "" if tabs else "; is a quote left open, or not doubled inside quotes?"
+            hint = "" if tabs else "; check for a quote that is not closed, or not doubled inside quotes"
             report(line, f"not readable: {error}{hint}")
             if header is None:
                 return
@@ -244,12 +243,12 @@ def _csv_rows(lines: Iterator[tuple[int, str]], tabs: bool, report: Report) -> I
             continue
         if header is None:
             header = cells
-            if (why := _no_header(cells, tabs)) is not None:
+            if (why := _header_fault(cells, tabs)) is not None:
                 report(line, why)
                 return
             twice = sorted({name for name in header if header.count(name) > 1})
             if twice:
-                report(line, f"the header names {', '.join(map(repr, twice))} more than once")
+                report(line, f"the header has {', '.join(map(repr, twice))} more than once")
                 return
         elif len(cells) != len(header):
             report(line, f"expected {len(header)} cells as in the header, got {len(cells)}")
@@ -259,40 +258,40 @@ def _csv_rows(lines: Iterator[tuple[int, str]], tabs: bool, report: Report) -> I
         report(None, "is empty; expected a header line with the names of the columns")
 
 
-def _no_header(cells: list[str], tabs: bool) -> str | None:
-    """Return what a first line is, where it is no header of this kind."""
+def _header_fault(cells: list[str], tabs: bool) -> str | None:
+    """Return the fault of a header line, if it is not one of this kind."""
     line = cells[0].strip() if len(cells) == 1 else ""
     if re.fullmatch(r"sep=.?", line, re.IGNORECASE) or [cell.lower() for cell in cells] == ["sep=", ""]:
-        return "this line is a note for Excel, and no header; remove it"
+        return "this line is an Excel directive, not a header; remove it"
     other = "," if tabs else "\t"
-    for mark in dict.fromkeys((other, *_OTHER_MARKS)):
+    for mark in dict.fromkeys((other, *_SEPARATORS)):
         if mark in line:
             kind = "csv" if tabs else "tsv"
-            remedy = f"set kind: {kind}" if mark == other else f"write it with {'tabs' if tabs else 'commas'}"
-            return f"the header is one cell, {line!r:.100}: cells seem to be apart by {_OTHER_MARKS[mark]}; {remedy}"
+            remedy = f"set kind: {kind}" if mark == other else f"convert it to {'tabs' if tabs else 'commas'}"
+            return f"the header is one cell, {line!r:.100}: cells seem to be separated by {_SEPARATORS[mark]}; {remedy}"
     return None
 
 
 def _tables(source: Source, path: str, wanted: Collection[str] | None) -> Iterator[tuple[str, str | None, Any]]:
-    """Yield (file, split, table) of a parquet file, a folder written by `save_to_disk`, or a set on the hub."""
-    import datasets  # half a second that other kinds of source do not need
+    """Yield (file, split, table) of a parquet file, a folder written by `save_to_disk`, or a data set on the hub."""
+    import datasets  # takes half a second, so only imported here
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
     from pyarrow import parquet
 
-    place = resolve(path)
-    sets = "a folder written by save_to_disk, or a set on the hub"
-    if source.kind == "datasets" and not place.is_dir():
-        if path in _PACKAGED_DATASETS_MODULES:  # it would read all files of this format below the working directory
-            raise DataError(f"expected {sets}, not the name of a format; files have a kind of their own, such as jsonl")
-        if place.suffix == ".py" or place.is_file():
-            raise DataError(f"expected {sets}, not a file; scripts are never run")
-    if source.kind == "parquet" and place.is_file() and not (head := head_of(place)).startswith(b"PAR1"):
-        raise DataError(f"expected a parquet file, and this is {not_text(head) or ('text' if head else 'empty')}")
+    file_path = resolve(path)
+    sets = "a folder written by save_to_disk, or a data set on the hub"
+    if source.kind == "datasets" and not file_path.is_dir():
+        if path in _PACKAGED_DATASETS_MODULES:  # reads all files of this format below the working directory
+            raise DataError(f"expected {sets}, not a format name; for files set their kind, such as jsonl")
+        if file_path.suffix == ".py" or file_path.is_file():
+            raise DataError(f"expected {sets}, not a file; data set scripts are not supported")
+    if source.kind == "parquet" and file_path.is_file() and not (head := head_of(file_path)).startswith(b"PAR1"):
+        raise DataError(f"expected a parquet file, but this is {not_text(head) or ('text' if head else 'empty')}")
     try:
         if source.kind == "parquet":
-            found = parquet.ParquetDataset(place)
-        elif place.is_dir():
-            found = datasets.load_from_disk(str(place))
+            found = parquet.ParquetDataset(file_path)
+        elif file_path.is_dir():
+            found = datasets.load_from_disk(str(file_path))
         else:
             found = datasets.load_dataset(path, name=source.config, revision=source.revision)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -304,20 +303,20 @@ def _tables(source: Source, path: str, wanted: Collection[str] | None) -> Iterat
         yield path, None, found
         return
     if source.split.by == "files":
-        raise DataError(f"holds the splits {', '.join(found)}; name it as `path`, with split: {{by: field}}")
+        raise DataError(f"has the splits {', '.join(found)}; set it as `path`, with split: {{by: field}}")
     for name, table in found.items():
         yield f"{path}[{name}]", str(name), table
 
 
 def _table_rows(table: Any, file: str, wanted: Collection[str] | None) -> Iterator[Values]:
-    """Yield the rows of a parquet file or a data set; columns that are not wanted are None."""
+    """Yield the rows of a parquet file or data set; columns that are not wanted are None."""
     import datasets
     import pyarrow
 
     is_set = isinstance(table, datasets.Dataset)
     known = table.column_names if is_set else table.schema.names
     if twice := sorted({name for name in known if known.count(name) > 1}):
-        raise DataError(f"{', '.join(map(repr, twice))} names more than one column")
+        raise DataError(f"{', '.join(map(repr, twice))} is the name of several columns")
     chosen = [name for name in known if wanted is None or name in wanted]
     if is_set:
         table = table.select_columns(chosen)
@@ -329,20 +328,22 @@ def _table_rows(table: Any, file: str, wanted: Collection[str] | None) -> Iterat
         except (pyarrow.ArrowException, RuntimeError, TypeError) as error:
             raise DataError(f"expected a parquet file: {error}") from error
     names = {column: feature.names for column, feature in table.features.items() if hasattr(feature, "names")}
-    unread = dict.fromkeys(known)
+    empty = dict.fromkeys(known)
     for row in table:
         for column, classes in names.items():
             number = row[column]
             row[column] = classes[number] if number is not None and number >= 0 else None  # -1: no label
-        yield unread | row
+        yield empty | row
 
 
 def _check_type(column: Any) -> None:
-    """Raise DataError unless the values of a column of parquet can be read."""
+    """Raise DataError if a parquet column has a type that `datasets` does not support."""
     import datasets
     import pyarrow
 
     try:
         datasets.Features.from_arrow_schema(pyarrow.schema([column]))
     except (ValueError, TypeError, NotImplementedError, LookupError, pyarrow.ArrowException):
-        raise DataError(f"column {column.name!r} is of the type {column.type}, which is no text and no label") from None
+        raise DataError(
+            f"column {column.name!r} has the type {column.type}, which is neither text nor a label"
+        ) from None

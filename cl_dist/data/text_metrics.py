@@ -1,9 +1,8 @@
-"""How free-text answers are compared with the right ones. Each score lies in [0, 1]; a task's is the mean over rows.
+"""Metrics of free-text answers. Scores are in [0, 1]; that of a task is the mean over rows.
 
-Sources: exact match and token F1 after Rajpurkar et al. 2016 (SQuAD), whose normalising is kept from making different
-answers equal (see `plain`); turn_state and joint_state as the turn and joint
-accuracy of decaNLP (McCann et al. 2018) on WOZ; ROUGE-L and BLEU through rouge-score and sacrebleu, which need the
-`text` extra.
+Sources: exact match and token F1 of Rajpurkar et al. 2016 (SQuAD), with a normalization that does not equate different
+answers (see `plain`); turn_state and joint_state, the turn and joint accuracy of decaNLP (McCann et al. 2018) on WOZ;
+ROUGE-L and BLEU from rouge-score and sacrebleu, which need the `text` extra.
 """
 
 import re
@@ -24,8 +23,8 @@ _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)")
 def plain(text: str) -> str:
     """Return a text without case, punctuation, articles and repeated white space.
 
-    Departs from SQuAD, where "A" and "+" become nothing, and "-1", "1" and ".1" the same: marks that belong to a
-    number stay, except commas between thousands; if nothing would be left, articles stay, and then punctuation.
+    Differs from SQuAD, which maps "A" and "+" to the empty text, and "-1", "1" and ".1" to the same one. Keeps marks
+    that belong to a number, except commas between thousands; keeps articles, then punctuation, if nothing else remains.
     """
     lowered = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text.lower())
     bare = _MARKS.sub(_of_a_number, lowered)
@@ -34,7 +33,7 @@ def plain(text: str) -> str:
 
 
 def _of_a_number(marks: re.Match[str]) -> str:
-    """Return what of a run of punctuation belongs to the number behind it: all between digits, a sign, a point."""
+    """Return the part of a run of punctuation that belongs to the number after it (inner marks, sign, point)."""
     text, start = marks.string, marks.start()
     before, after = text[max(start - 2, 0) : start], text[marks.end() : marks.end() + 1]
     if not after.isdecimal():
@@ -47,12 +46,12 @@ def _of_a_number(marks: re.Match[str]) -> str:
 
 
 def exact_match(truth: str, answer: str) -> float:
-    """Return 1 where the two are equal but for case, punctuation, articles and white space (see `plain`)."""
+    """Return 1 if the two are equal except for case, punctuation, articles and white space (see `plain`)."""
     return float(plain(truth) == plain(answer))
 
 
 def token_f1(truth: str, answer: str) -> float:
-    """Return the harmonic mean of precision and recall over the words of the two, as bags."""
+    """Return the harmonic mean of precision and recall over the bags of words of the two."""
     wanted, found = Counter(plain(truth).split()), Counter(plain(answer).split())
     if not wanted or not found:
         return float(wanted == found)
@@ -61,9 +60,9 @@ def token_f1(truth: str, answer: str) -> float:
 
 
 def state(text: str) -> tuple[frozenset[tuple[str, str]], frozenset[str]]:
-    """Return what "slot: value, slot: value; request, request" says: the slots with their values, and the requests.
+    """Parse "slot: value, slot: value; request, request" into slots with their values, and requests.
 
-    Of a slot that is named twice the last value counts; what has no colon before the semicolon says nothing.
+    The last value of a repeated slot counts; parts without a colon before the semicolon are ignored.
     """
     informed, _, requested = text.lower().partition(";")
     pairs = (part.partition(":") for part in informed.split(",") if ":" in part)
@@ -72,20 +71,20 @@ def state(text: str) -> tuple[frozenset[tuple[str, str]], frozenset[str]]:
 
 
 def turn_state(truth: str, answer: str) -> float:
-    """Return 1 where slots, values and requests are all those of the truth, in any order."""
+    """Return 1 if slots, values and requests equal those of the truth, in any order."""
     return float(state(truth) == state(answer))
 
 
 def turn_of(row_id: str) -> tuple[str, int] | None:
-    """Return (dialogue, number of the turn) of an id such as woz-7-0, or None for one of another form."""
+    """Return (dialogue, turn number) of an id such as woz-7-0, or None for other formats."""
     dialogue, _, turn = row_id.rpartition("-")
     return (dialogue, int(turn)) if dialogue and turn.isascii() and turn.isdecimal() and len(turn) < 10 else None
 
 
 def joint_state(dialogues: Sequence[str], truths: Sequence[str], answers: Sequence[str]) -> float:
-    """Return the share of turns after which all that a dialogue's slots have come to is that of the truth.
+    """Return the fraction of turns after which the accumulated slots of the dialogue equal those of the truth.
 
-    Turns stand in order; a slot keeps its value until it is named again. Requests do not last, and do not count.
+    Turns must be in order; a slot keeps its value until it is set again. Requests are ignored.
     """
     known: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
     right = 0
@@ -104,17 +103,17 @@ def rouge_l(truths: Sequence[str], answers: Sequence[str]) -> float:
 
 
 def bleu(truths: Sequence[str], answers: Sequence[str]) -> float:
-    """Return the corpus BLEU as a share of 1."""
+    """Return corpus BLEU, scaled to [0, 1]."""
     score: float = _library("bleu").corpus_bleu(list(answers), [list(truths)]).score
     return score / 100
 
 
 _LIBRARIES = {"rouge_l": "rouge_score.rouge_scorer", "bleu": "sacrebleu"}
-"""Modules that metrics are computed with."""
+"""Modules that compute metrics."""
 
 
 def check_library(metric: str) -> None:
-    """Raise ConfigError if a metric cannot be computed here."""
+    """Raise ConfigError if the package of a metric is not installed."""
     if metric in _LIBRARIES:
         _library(metric)
 
@@ -125,7 +124,7 @@ def _library(metric: str) -> Any:
         return import_module(name)
     except ImportError:
         package = name.partition(".")[0]
-        raise ConfigError(f"metric {metric!r}: this metric needs {package}: pip install 'cl-dist[text]'") from None
+        raise ConfigError(f"metric {metric!r} needs {package}: pip install 'cl-dist[text]'") from None
 
 
 def _mean_of(score: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[str]], float]:
@@ -142,4 +141,4 @@ TEXT_METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
     "rouge_l": rouge_l,
     "bleu": bleu,
 }
-"""(right answers, given answers) -> score, by name as in `tasks.metric`; joint_state needs dialogues and is apart."""
+"""(truths, answers) -> score, by name as in `tasks.metric`; joint_state has another signature, with dialogues."""

@@ -1,4 +1,4 @@
-"""Rows to be answered: JSON lines with the fields of a task's own data, or with plain `text`, `text_pair` and `id`."""
+"""Rows for prediction: JSON lines with the field names of a task's data, or `text`, `text_pair` and `id`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from cl_dist.errors import DataError
 
 
 def read_unlabelled(lines: Iterable[bytes], task: TaskConfig) -> Iterator[tuple[Any, Row]]:
-    """Yield (id as it was given, row without a label) of every line that is not blank.
+    """Yield (original id, row without a label) of every line that is not blank.
 
-    A field is looked for under the task's name for it, after the renaming of `source.columns`, then under the plain
-    name. What else a line holds, such as a label, is not looked at. A row without an id gets its 0-based number.
+    Looks up a field by the task's name for it, after the renaming of `source.columns`, then by the plain name. Ignores
+    other fields, such as a label. A row without an id gets its 0-based number.
 
     Raises:
-        DataError: At the first line that cannot be used, naming it, counted from 1.
+        DataError: At the first invalid line; the message has its 1-based number.
     """
     number = 0
     for line, data in enumerate(lines, start=1):
@@ -60,27 +60,27 @@ def _row(values: Mapping[str, Any], task: TaskConfig, number: int, where: Where 
     renamed = {name: value for name, value in values.items() if name not in task.source.columns}
     renamed |= {new: values[old] for old, new in task.source.columns.items() if old in values}
     name, text = _field(renamed, values, task.text, "text")
-    _refuse(name, text_fault(text))
+    _check(name, text_fault(text))
     pair = None
     if task.text_pair is not None:
         name, pair = _field(renamed, values, task.text_pair, "text_pair")
-        _refuse(name, text_fault(pair, may_be_empty=True))
+        _check(name, text_fault(pair, may_be_empty=True))
     elif values.get("text_pair") is not None:
-        raise ValueError(f"field text_pair: task {task.id} reads a single text")
+        raise ValueError(f"field text_pair: task {task.id} has no text_pair")
     given = number
     if {task.row_id, "id"} & (renamed.keys() | values.keys()):
         name, given = _field(renamed, values, task.row_id or "id", "id")
-        _refuse(name, id_fault(given) if given != "" else None)
+        _check(name, id_fault(given) if given != "" else None)
     return given, Row(str(given), text, pair, label="", where=where)
 
 
-def _refuse(name: str, fault: str | None) -> None:
+def _check(name: str, fault: str | None) -> None:
     if fault is not None:
         raise ValueError(f"field {name}: {fault}")
 
 
 def _field(renamed: Mapping[str, Any], values: Mapping[str, Any], name: str, plain: str) -> tuple[str, Any]:
-    """Return the name that a field has in a line, and its value."""
+    """Return the name and the value of a field in a line."""
     if name in renamed:
         return name, renamed[name]
     if plain in values:

@@ -1,6 +1,7 @@
-"""What voting stages leave behind, as files."""
+"""Result files of voting stages."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ RATIONALES, RECORDED, CRITICAL = "rationales.jsonl", "recorded.jsonl", "critical
 
 
 def read_rationales(folder: Path) -> dict[str, tuple[Span, ...]]:
-    """Return what a Rationalise stage wrote: of each row, by its id, the [start, end) characters of its rationale.
+    """Return the rationales of a Rationalise stage, by row id, as [start, end) characters.
 
     Raises:
         CheckpointError: If the file is missing or damaged.
@@ -22,7 +23,7 @@ def read_rationales(folder: Path) -> dict[str, tuple[Span, ...]]:
 
 
 def read_recorded(folder: Path) -> list[dict[str, Any]]:
-    """Return what a Record stage wrote, a line per row.
+    """Return the records of a Record stage, one per row.
 
     Raises:
         CheckpointError: If the file is missing or damaged.
@@ -31,7 +32,7 @@ def read_recorded(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_critical(folder: Path) -> dict[str, Any]:
-    """Return what a Vote stage wrote: the units chosen, as (layer, unit) pairs, and the count behind the choice.
+    """Return the result of a Vote stage: the chosen units, as (layer, unit) pairs, and the vote counts.
 
     Raises:
         CheckpointError: If the file is missing or damaged.
@@ -40,8 +41,8 @@ def read_critical(folder: Path) -> dict[str, Any]:
     return found
 
 
-def voting_rows(data: TaskData, samples: int) -> tuple[Row, ...]:
-    """Return the rows of a task that may vote: its first dev rows, or train rows where it has no dev rows."""
+def voting_rows(data: TaskData, samples: int) -> Sequence[Row]:
+    """Return the voting rows of a task: its first dev rows, or train rows if it has no dev rows."""
     return (data.dev or data.train)[:samples]
 
 

@@ -16,6 +16,7 @@ from cl_dist.dispatch_ray.gang import Gang
 from cl_dist.dispatch_ray.nodes import check_storage
 from cl_dist.dispatch_ray.pool import Pool
 from cl_dist.errors import ClusterError
+from cl_dist.kinds import kind_of
 from cl_dist.run_config import ClusterConfig
 from cl_dist.run_events import Tracker
 from cl_dist.stages.stage_job import Job
@@ -58,13 +59,15 @@ class RayDispatcher:
     def _run(self, job: Job, out: str, tracker: Tracker) -> None:
         if self._gang is not None and self._gang.stop is not None:
             raise self._gang.stop
-        if job.stage.kind == "train":
+        if kind_of(job.stage).worker is None:
             if self._pool is not None:
                 self._pool.free(keep_actors=self._pool.borrowed)
                 self._pool = self._pool if self._pool.borrowed else None
             if self._gang is None:
                 self._gang = Gang(self._cluster, self._folder, self._connection.folder)
-                import cl_dist.stages.shards  # noqa: F401  # it brings torch: while the gang starts, which takes longer
+                from cl_dist.stages.shards import import_workers
+
+                import_workers()  # imports torch while the gang starts, which takes longer
             self._gang.train(job, out, tracker)
             return
         if self._pool is not None and self._gang is not None and self._pool.places != self._gang.places():

@@ -47,7 +47,9 @@ class ShardWorker:
         os.environ |= secrets
         if gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # before torch looks
-        import cl_dist.stages.shards  # noqa: F401  # all that a shard needs
+        from cl_dist.stages.shards import import_workers
+
+        import_workers()
 
         gc.freeze()  # else every collection looks through all of it
         self._number = number
@@ -56,7 +58,7 @@ class ShardWorker:
 
     def run(self, stage: str, job: Job, shard: Shard, logs: str, timeout_s: float) -> Any:
         """Work on a shard, loading the stage's model with the first one, for so long at most."""
-        from cl_dist.stages.shards import SHARDED
+        from cl_dist.stages.shards import sharded
 
         path = log_of(Path(logs), self._number, ACTOR)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +67,7 @@ class ShardWorker:
             if stage != self._stage or self._worker is None:
                 self._worker = None
                 gc.collect()  # never two models resident: accelerate's hooks hold theirs in a cycle
-                self._stage, self._worker = stage, SHARDED[job.stage.kind].worker(job)
+                self._stage, self._worker = stage, sharded(job.stage.kind).worker(job)
             return self._worker.run(shard)
 
     def drop(self) -> None:

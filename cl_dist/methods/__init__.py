@@ -1,20 +1,5 @@
-"""The methods: one explicit registry."""
+"""The methods: settings, plans and capabilities; no module here imports torch."""
 
-from cl_dist.methods import adapter, ctr, ewc, finetune, hat, lamol, lifelong_embedding, lora, rational_lamol, replay
-from cl_dist.methods.base import Method
+from cl_dist.methods.registry import METHODS, capabilities_of, get_method, installed, method_config
 
-METHODS: dict[str, Method] = {
-    "ctr": ctr.METHOD,
-    "lamol": lamol.LAMOL,
-    "lamol_real": lamol.LAMOL_REAL,
-    "rational_lamol": rational_lamol.METHOD,
-    "hat": hat.METHOD,
-    "adapter": adapter.METHOD,
-    "lora": lora.METHOD,
-    "ewc": ewc.METHOD,
-    "replay": replay.METHOD,
-    "lifelong_embedding": lifelong_embedding.METHOD,
-    "sequential": finetune.SEQUENTIAL,
-    "individual": finetune.INDIVIDUAL,
-    "joint": finetune.JOINT,
-}
+__all__ = ["METHODS", "capabilities_of", "get_method", "installed", "method_config"]

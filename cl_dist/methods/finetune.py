@@ -4,31 +4,20 @@ They give forgetting, transfer and intransigence a meaning: `sequential` goes on
 `individual` starts every task from the backbone (ONE), `joint` trains on all tasks at once (the upper bound).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 from cl_dist.methods.base import (
-    Learner,
-    Loss,
+    Capabilities,
     Method,
     MethodConfig,
-    Progress,
     TaskSequence,
     evaluated,
-    no_effect_scales,
     plan_sequential,
     score_seen,
 )
+from cl_dist.models.config import ModelConfig
 from cl_dist.stage import Evaluate, Stage, Train, model_after
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import PreTrainedModel
-
-    from cl_dist.models.classifier import Batch, Classifier
-    from cl_dist.parallel.engine import GradScale
 
 
 class TunedConfig(MethodConfig):
@@ -57,84 +46,40 @@ def plan_joint(config: FinetuneConfig, tasks: TaskSequence, t: int) -> list[Stag
     return [Train(task=t, data=tuple(range(t + 1))), score_seen(t)]
 
 
-class Finetune(Learner):
-    """A classifier whose heads, and backbone unless `tune: head`, are trained."""
+def capabilities(config: TunedConfig, model: ModelConfig) -> Capabilities:
+    """Return what fine-tuning can do, of classifiers and of language models.
 
-    config: TunedConfig
-    model: Classifier
-
-    @property
-    def takes_partitioned(self) -> bool:
-        """See Learner. A pooler may not be in the file, and then be drawn in another way where it is cut up."""
-        return self.pooling != "pooler"
-
-    @property
-    def freezes_backbone(self) -> bool:
-        """See Learner."""
-        return self.config.tune == "head"
-
-    def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
-        """See Learner."""
-        from cl_dist.models.classifier import Classifier, freeze
-        from cl_dist.parallel.seeds import seeded
-
-        if self.config.tune == "head":
-            freeze(backbone)
-        self.model = Classifier(backbone, self.pooling)
-        for number, count in enumerate(self.num_labels):
-            with seeded(self.seed, "head", number):  # whatever heads came before: `individual` knows nothing of them
-                self.model.add_head(count)
-        return self.model
-
-    def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
-        """Train the heads of the tasks at hand, and what their logits depend on.
-
-        A pooler that is not used would be a parameter without a gradient. Biases that change nothing stay as they are
-        (see models.heads.idle_biases).
-        """
-        from cl_dist.models.architectures import embedding_names
-        from cl_dist.models.attention_slices import no_effect_biases
-
-        for number, head in enumerate(self.model.heads):
-            head.requires_grad_(number in tasks)
-        pooler = getattr(self.model.backbone, "pooler", None)
-        if pooler is not None and self.pooling != "pooler":
-            pooler.requires_grad_(False)
-        for name, keep in no_effect_biases(self.model.backbone).items():
-            if keep is None:
-                self.model.backbone.get_parameter(name).requires_grad_(False)
-        if self.config.tune == "layers":
-            for name in embedding_names(self.model.backbone):
-                self.model.backbone.get_parameter(name).requires_grad_(False)
-        self.mixed = len(tasks) > 1
-
-    def grad_scales(self) -> Mapping[str, GradScale]:
-        """Keep the biases that change nothing where others lie in the same vector."""
-        return no_effect_scales(self.model.backbone)
-
-    def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:
-        """Return the cross-entropy of each row."""
-        from cl_dist.models.classifier import cross_entropy
-
-        self.model.task = None if self.mixed else len(self.num_labels) - 1
-        return Loss(rows={"ce": cross_entropy(model(batch), batch)}, own={})
-
-    def activate(self, task: int, without: str | None = None) -> None:
-        """See Learner."""
-        self.model.task = task
+    A pooler that is not in the backbone's file is drawn in another way where the backbone is partitioned.
+    """
+    if model.output == "lm":
+        return Capabilities(takes_partitioned=True)
+    return Capabilities(freezes_backbone=config.tune == "head", takes_partitioned=model.pooling != "pooler")
 
 
-_LEARNERS = {"classifier": "cl_dist.methods.finetune:Finetune", "lm": "cl_dist.methods.text:TextLearner"}
+def capabilities_individual(config: TunedConfig, model: ModelConfig) -> Capabilities:
+    """Return what a model per task can do: tasks share nothing."""
+    return replace(capabilities(config, model), isolated=True)
+
+
+_LEARNERS = {"classifier": "cl_dist.learners.finetune:Finetune", "lm": "cl_dist.learners.text:TextLearner"}
 SEQUENTIAL = Method(
     config=FinetuneConfig,
     plan=plan_sequential,
     learners=_LEARNERS,
+    capabilities=capabilities,
     about="one model, trained on task after task",
 )
 INDIVIDUAL = Method(
     config=FinetuneConfig,
     plan=plan_individual,
     learners=_LEARNERS,
+    capabilities=capabilities_individual,
     about="a model of its own for every task (ONE)",
 )
-JOINT = Method(config=FinetuneConfig, plan=plan_joint, learners=_LEARNERS, about="one model on all tasks at once")
+JOINT = Method(
+    config=FinetuneConfig,
+    plan=plan_joint,
+    learners=_LEARNERS,
+    capabilities=capabilities,
+    about="one model on all tasks at once",
+)

@@ -1,27 +1,15 @@
 """HAT on adapters: task masks over two gated layers behind every sub-block of a frozen backbone.
 
 Source: Serrà et al. 2018 (HAT), "Overcoming catastrophic forgetting with hard attention to the task", on adapters as
-Ke et al. 2021 (CTR) use it as a baseline. The mathematics is in models/gates and models/plugin; this file says who
-trains what, and when. CTR builds on it.
+Ke et al. 2021 (CTR) use it as a baseline. The mathematics is in models/gates and models/plugin; learners/hat trains.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from cl_dist.methods.base import Learner, Loss, Method, MethodConfig, Progress, plan_sequential
+from cl_dist.methods.base import Capabilities, Method, MethodConfig, plan_sequential
 from cl_dist.models.config import MaskShape
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import PreTrainedModel
-
-    from cl_dist.models.classifier import Batch
-    from cl_dist.models.plugin import CtrClassifier
-    from cl_dist.parallel.engine import GradScale
 
 
 class MaskedConfig(MethodConfig, MaskShape):
@@ -42,116 +30,10 @@ class HatConfig(MaskedConfig):
     name: Literal["hat"] = "hat"
 
 
-class Hat(Learner):
-    """Trains the two gated layers where no earlier task uses them, and the task's own gates, norms and head."""
-
-    config: MaskedConfig
-    model: CtrClassifier
-    takes_partitioned = freezes_backbone = True
-
-    def build(self, backbone: PreTrainedModel, task: int) -> nn.Module:
-        """See Learner."""
-        from cl_dist.models.plugin import CtrClassifier
-
-        self.model = CtrClassifier(backbone, self.config, self.pooling)
-        for count in self.num_labels:
-            self.model.add_task(count)
-        return self.model
-
-    def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
-        """Start what the task inherits, if it does; freeze what is not its own."""
-        if task and self.config.inherit:
-            self.model.inherit(task)
-        self.model.start_task(task, protect=False)  # the engine does it, by grad_scales: for any ZeRO stage
-
-    def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:
-        """Return cross-entropy per row and the sparsity of the task's masks.
-
-        Once per round the mask slope rises to s_max, so that a round ends under the conditions of scoring.
-        """
-        from cl_dist.models.classifier import cross_entropy
-        from cl_dist.models.gates import slope
-
-        self.model.context.slope = slope(progress.round_step, progress.round_steps, self.config.s_max)
-        logits_BK = model(batch)
-        own = {"sparsity": self.config.sparsity * self.model.sparsity()}
-        return Loss(rows={"ce": cross_entropy(logits_BK, batch)}, own=own)
-
-    def activate(self, task: int, without: str | None = None) -> None:
-        """Score with binary masks."""
-        self.model.activate(task)
-        self.model.context.slope = None
-
-    def grad_scales(self) -> Mapping[str, GradScale]:
-        """Protect the units that earlier tasks use; bring gate gradients to the scale of the others.
-
-        A unit of the first layer is kept whole; a weight of the second is kept where both its ends are used. Gate
-        gradients are s_max / 4 times the others', which would leave the clipped norm to them alone; Adam is invariant
-        to the constant that is taken out here.
-        """
-        from cl_dist.parallel.engine import GradScale
-
-        scales: dict[str, GradScale] = {}
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        task = self.model.context.task
-        for plugin in self.model.plugins:
-            for name, used in plugin.shared(task).items() if task else ():
-                row, *column = (1 - used_U for used_U in used)
-                scales[names[plugin.get_parameter(name)]] = GradScale(row=row, column=column[0] if column else None)
-            for gate in plugin.gates(task):
-                scales[names[gate]] = GradScale(scale=1 / self.config.s_max)
-        return scales
-
-    def learning_rates(self) -> Mapping[str, float]:
-        """Gates and heads have their own rates."""
-        rates = {}
-        for name, _ in self.model.named_parameters():
-            if ".gate1_" in name or ".gate2_" in name:
-                rates[name] = self.config.gate_lr
-            if self.config.head_lr is not None and name.startswith("heads."):
-                rates[name] = self.config.head_lr
-        return rates
-
-    def end_task(self, masters: Mapping[str, Tensor], rows: Iterable[Batch]) -> None:
-        """Binarise the task's masks from the float32 gate embeddings."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        pairs = [plugin.gates(self.model.context.task) for plugin in self.model.plugins]
-        self.model.finish_task([(masters[names[gate1]], masters[names[gate2]]) for gate1, gate2 in pairs])
-
-    def facts(self) -> dict[str, Any]:
-        """Return each plugin's mask use, sharing with earlier tasks, and free units, as shares of its units."""
-        task, plugins = self.model.context.task, self.model.plugins
-        return {
-            "layers": self.model.plugin_names,
-            "units": [[p.mask1.shape[1], p.mask2.shape[1]] for p in plugins],
-            "mask_use": [[_mean(m[task]) for m in (p.mask1, p.mask2)] for p in plugins],
-            "mask_shared": [[_shared(m, task) for m in (p.mask1, p.mask2)] for p in plugins],
-            "free_units": [[1 - _mean(m.any(0)) for m in (p.mask1, p.mask2)] for p in plugins],
-        }
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the binary masks of all finished tasks."""
-        return self.model.masks()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the binary masks."""
-        self.model.load_masks(dict(state))
-
-
-def _mean(mask_U: Tensor) -> float:
-    return float(mask_U.float().mean())
-
-
-def _shared(mask_TU: Tensor, task: int) -> float:
-    """Return the share of a task's units that an earlier task uses too."""
-    own = mask_TU[task]
-    return float((own & mask_TU[:task].any(0)).sum() / own.sum().clamp(min=1))
-
-
 METHOD = Method(
     config=HatConfig,
     plan=plan_sequential,
-    learners={"classifier": "cl_dist.methods.hat:Hat"},
+    learners={"classifier": "cl_dist.learners.hat:Hat"},
     about="task masks over adapters in a frozen backbone",
-    takes_quantized=True,
+    capabilities=Capabilities(freezes_backbone=True, isolated=True, takes_partitioned=True, takes_quantized=True),
 )

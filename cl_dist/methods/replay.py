@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from cl_dist.methods.base import Method, TaskSequence, sequential_stages
-from cl_dist.methods.finetune import TunedConfig
+from cl_dist.methods.finetune import TunedConfig, capabilities
 from cl_dist.stage import Stage
 
 
@@ -31,6 +31,7 @@ def plan(config: ReplayConfig, tasks: TaskSequence, t: int) -> list[Stage]:
 METHOD = Method(
     config=ReplayConfig,
     plan=plan,
-    learners={"classifier": "cl_dist.methods.finetune:Finetune", "lm": "cl_dist.methods.text:TextLearner"},
+    learners={"classifier": "cl_dist.learners.finetune:Finetune", "lm": "cl_dist.learners.text:TextLearner"},
+    capabilities=capabilities,
     about="one model that sees some kept rows of every earlier task again",
 )

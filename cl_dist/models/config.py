@@ -10,13 +10,13 @@ from pydantic import Field
 
 from cl_dist.config import Section
 from cl_dist.errors import ConfigError, DataError
-from cl_dist.paths import Place, resolve
+from cl_dist.paths import ConfigPath, resolve
 
 
 class ModelConfig(Section):
     """The backbone that every task starts from."""
 
-    source: Place
+    source: ConfigPath
     """Folder or .gguf file, `package:NAME/inner/path` (one inside an installed package), or a name on the model hub."""
     revision: str | None = None
     """Commit on the hub: name one, so that the weights cannot change under a run."""
@@ -96,6 +96,7 @@ class LoraShape(Section):
     """Low-rank updates, named as in peft."""
 
     r: int = Field(8, gt=0)
+    """Rank of the updates."""
     alpha: int = Field(16, gt=0)
     """The update is scaled by alpha / r."""
     target_modules: tuple[str, ...] | None = None
@@ -108,10 +109,15 @@ class SharingShape(Section):
     capsule_layers: Literal[1, 2] = 2
     """A task capsule is one linear map H -> d, or two, H -> capsule_mid -> d, without a nonlinearity in between."""
     capsule_mid: int = Field(100, gt=0)
+    """Width between the two layers of a task capsule (capsule_layers: 2)."""
     capsule_size: int = Field(3, gt=0)
+    """Dimensions d of a capsule."""
     transfer_capsules: int = Field(3, gt=0)
+    """Number of transfer capsules."""
     filters: int = Field(100, gt=0)
+    """Filters per kernel size of the text CNNs in the router."""
     kernels: tuple[int, ...] = (3, 4, 5)
+    """Kernel sizes of these CNNs, in tokens."""
     routing: Literal["transfer", "dynamic", "none"] = "transfer"
     """transfer: estimator and router of CTR; dynamic: three rounds of routing by agreement, as in B-CL; none: the plain
     sum over the seen tasks, an ablation."""
@@ -125,6 +131,7 @@ class MaskShape(Section):
     s_max: float = Field(400.0, gt=1)
     """Gate slope at the end of each annealing cycle."""
     mask_mean: float = 0.0
+    """Mean of a new task's gate embeddings."""
     mask_std: float = Field(1.0, ge=0)
     """A new task's gate embeddings are drawn from N(mask_mean, mask_std); units with e > 0 are open."""
     inherit: bool = False

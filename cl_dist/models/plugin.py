@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from cl_dist.models.adapters import ActiveTask, TaskNorms, insert
 from cl_dist.models.capsules import Sharing
 from cl_dist.models.classifier import Batch, Classifier, freeze
 from cl_dist.models.config import MaskShape, PluginShape
 from cl_dist.models.gates import Gate, binary, slope, sparsity
+from cl_dist.models.task_modules import ActiveTask, TaskNorms, insert
 from cl_dist.partition import full_shape
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cl_dist.partition import is_partitioned, whole
+from cl_dist.partition import gathered, is_partitioned
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def _make_whole(*tables: nn.Module) -> None:
             if not is_partitioned(parameter):
                 continue
             if parameter not in made:
-                with whole(parameter) as values:
+                with gathered(parameter) as values:
                     made[parameter] = nn.Parameter(values.to("cpu", copy=True))
             setattr(table, name, made[parameter])
 
@@ -110,7 +110,7 @@ def add_trainable_rows(
     embedding, head = untyped.get_input_embeddings(), untyped.get_output_embeddings()
     rows = []
     for table in (embedding, head):
-        with whole(table.weight) as values:
+        with gathered(table.weight) as values:
             rows.append(nn.Parameter(_fresh(values, known, size, seed, dtype)))
     if embedding.weight is head.weight:
         rows[1] = rows[0]

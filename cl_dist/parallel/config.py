@@ -11,12 +11,28 @@ BUCKET = 500_000_000
 """Most elements of the buffer that ZeRO-2/3 reduce gradients through: DeepSpeed's own value."""
 
 
+class ProfileConfig(Section):
+    """A torch.profiler trace of some optimizer steps of every Train stage, per rank, in <run folder>/profile."""
+
+    steps: tuple[int, int]
+    """[first, last]: records from the moment when the stage has done `first` optimizer steps until it has done `last`;
+    [10, 14] records four steps, the eleventh to the fourteenth. A few are enough: traces are large."""
+
+    @model_validator(mode="after")
+    def _is_a_window(self) -> Self:
+        first, last = self.steps
+        if not 0 <= first < last:
+            raise ValueError(f"steps=[{first}, {last}]: expected 0 <= first < last, such as [10, 14]")
+        return self
+
+
 class EngineConfig(Section):
     """What one gang of workers needs to know. None of it may change a result beyond float rounding."""
 
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """torch: one worker, float32, no ZeRO: the reference that everything else is compared with."""
     zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: 0 replicates everything, 1 partitions optimizer states, 2 gradients too, 3 parameters too."""
     micro_batch: int | Literal["auto"] = "auto"
     """Rows a worker holds at once; auto takes its whole share of the global batch, up to 32."""
     persistence_threshold: int = Field(0, ge=0)
@@ -43,6 +59,8 @@ class EngineConfig(Section):
     verify_protection_every: int = Field(0, ge=0)
     """Compare the bits of what must not move every so many optimizer steps, and stop the run where they differ; 0 never
     does."""
+    profile: ProfileConfig | None = None
+    """Record optimizer steps with torch.profiler: {steps: [10, 14]}. Open the traces with https://ui.perfetto.dev."""
 
     @model_validator(mode="after")
     def _offload_fits(self) -> Self:

@@ -6,6 +6,7 @@ is this rank's share of a sum over the global batch: DeepSpeed's averaging over 
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,44 +17,10 @@ from cl_dist.errors import ConfigError
 from cl_dist.parallel import params
 from cl_dist.parallel.config import EngineConfig, buffer_bounds, deepspeed_settings
 from cl_dist.parallel.files import Files
+from cl_dist.parallel.forward import ForwardOnly
+from cl_dist.parallel.gradients import GradientTransform, Penalty
 from cl_dist.parallel.world import World
 from cl_dist.partition import full_shape, is_partitioned
-
-
-@dataclass(frozen=True, slots=True)
-class GradScale:
-    """An elementwise factor on a parameter's gradient: scale * max(row[:, None], column[None, :]).
-
-    Equal on all ranks and constant within a stage, so it commutes with accumulation and with ZeRO's reductions.
-    """
-
-    row: Tensor | None = None
-    column: Tensor | None = None
-    scale: float = 1.0
-    decay: bool = False
-    """Whether weight decay goes on for the entries that may move. AdamW decays whole parameters, so the others are then
-    put back after every step; without it the whole parameter is kept out of decay."""
-
-    def factor(self, like: Tensor) -> Tensor:
-        """Return the factor in the shape, type and place of a gradient."""
-        row, column = self.row, self.column
-        if row is None:
-            return torch.full_like(like, self.scale)
-        keep = row if like.dim() == 1 else row[:, None] if column is None else torch.maximum(row[:, None], column)
-        return (keep * self.scale).to(like).expand_as(like)
-
-
-@dataclass(frozen=True, slots=True)
-class Pull:
-    """Adds the gradient of strength / 2 * (value - anchor)^2, elementwise, to a parameter's reduced gradient."""
-
-    strength: Tensor | float
-    anchor: Tensor
-
-    def gradient(self, value: Tensor) -> Tensor:
-        """Return strength * (value - anchor) in the shape, type and place of value."""
-        strength = self.strength.to(value) if isinstance(self.strength, Tensor) else self.strength
-        return strength * (value - self.anchor.to(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +70,11 @@ class Engine(Protocol):
     def __call__(self, batch: Any) -> Any:
         """Run the model forward; the only legal way during training (the wrapper hooks live here)."""
 
-    def backward(self, rows_term: Tensor, own_term: Tensor) -> None:
-        """Accumulate gradients of (sum over ranks and micro-batches of rows_term) + (mean of own_term)."""
+    def reads_only_forward(self) -> AbstractContextManager[None]:
+        """Raise where a parameter that is partitioned is read, unless a call of the engine reads it."""
+
+    def backward(self, examples: Tensor, regularizers: Tensor) -> None:
+        """Accumulate gradients of (sum over ranks and micro-batches of examples) + (mean of regularizers)."""
 
     def step(self) -> None:
         """End a micro-batch; at the accumulation boundary clip, update the weights, advance the schedule."""
@@ -124,23 +94,25 @@ def build_engine(
     num_micro: int,
     micro_batch: int,
     bf16: bool,
-    grad_scales: Mapping[str, GradScale],
-    pulls: Mapping[str, Pull],
+    transforms: Mapping[str, GradientTransform],
+    penalties: Mapping[str, Penalty],
 ) -> Engine:
-    """Put a model under an engine; gradient factors are attached to the parameters first.
+    """Put a model under an engine; gradient transforms are attached to the parameters first.
 
     Raises:
         ConfigError: If the settings contradict each other.
     """
     world = World.current()
     check_engine(config, world.size, bf16)
-    attach(model, grad_scales)
+    attach(model, transforms)
     if config.engine == "torch":
-        engine: TorchEngine | DeepSpeedEngine = TorchEngine(model.to(world.device), optimizing, num_micro, world, pulls)
+        engine: TorchEngine | DeepSpeedEngine = TorchEngine(
+            model.to(world.device), optimizing, num_micro, world, penalties
+        )
     else:
-        engine = DeepSpeedEngine(config, model, optimizing, num_micro, micro_batch, bf16, world, pulls)
-    if any(scale.decay for scale in grad_scales.values()) and optimizing.weight_decay:
-        engine.optimizer.hold = _FrozenEntries(engine.module, grad_scales, world.rank).put_back
+        engine = DeepSpeedEngine(config, model, optimizing, num_micro, micro_batch, bf16, world, penalties)
+    if any(each.decay for each in transforms.values()) and optimizing.weight_decay:
+        engine.optimizer.hold = _FrozenEntries(engine.module, transforms, world.rank).put_back
     return engine
 
 
@@ -155,11 +127,11 @@ def check_engine(config: EngineConfig, workers: int, bf16: bool) -> None:
         )
 
 
-def attach(model: nn.Module, grad_scales: Mapping[str, GradScale]) -> None:
-    """Multiply gradients as they are produced: under ZeRO `p.grad` is None after backward, so it is too late then."""
+def attach(model: nn.Module, transforms: Mapping[str, GradientTransform]) -> None:
+    """Transform gradients as they are produced: under ZeRO `p.grad` is None after backward, so it is too late then."""
     named = dict(model.named_parameters())
-    for name, scale in grad_scales.items():
-        named[name].register_hook(lambda grad, scale=scale: grad * scale.factor(grad))
+    for name, transform in transforms.items():
+        named[name].register_hook(transform.apply)
 
 
 class FrozenEntryAdamW(torch.optim.AdamW):
@@ -178,16 +150,18 @@ class FrozenEntryAdamW(torch.optim.AdamW):
 class _FrozenEntries:
     """The bits of some parameters' entries, as far as this rank holds them."""
 
-    def __init__(self, model: nn.Module, grad_scales: Mapping[str, GradScale], rank: int) -> None:
+    def __init__(self, model: nn.Module, transforms: Mapping[str, GradientTransform], rank: int) -> None:
         self._rank = rank
         self._parts: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-        for name, scale in grad_scales.items():
+        for name, transform in transforms.items():
             parameter = model.get_parameter(name)
-            if not scale.decay or not parameter.requires_grad:
+            if not transform.decay or not parameter.requires_grad:
                 continue
             piece, start = params.local(parameter, rank)
-            whole = torch.empty(full_shape(parameter), device=piece.device)
-            keep = (scale.factor(whole) == 0).flatten()[start : start + piece.numel()]
+            entries = transform.frozen(full_shape(parameter), piece.device)
+            if entries is None:
+                continue
+            keep = entries.flatten()[start : start + piece.numel()]
             keep = torch.nn.functional.pad(keep, (0, piece.numel() - keep.numel()))
             if bool(keep.any()):
                 self._parts.append((parameter, keep, piece.flatten()[keep].clone()))
@@ -203,14 +177,14 @@ class TorchEngine:
     """Plain torch on one worker."""
 
     def __init__(
-        self, model: nn.Module, optimizing: Optimizing, num_micro: int, world: World, pulls: Mapping[str, Pull]
+        self, model: nn.Module, optimizing: Optimizing, num_micro: int, world: World, penalties: Mapping[str, Penalty]
     ) -> None:
         self.module, self.world = model, world
-        self._pulls = [(model.get_parameter(name), pull) for name, pull in pulls.items()]
+        self._penalties = [(model.get_parameter(name), penalty) for name, penalty in penalties.items()]
         self._optimizing, self._num_micro = optimizing, num_micro
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer, self.schedule = _adamw(model, optimizing)
-        self._micro, self._norm = 0, 0.0
+        self._micro, self._norm = 0, torch.zeros(())
 
     @property
     def flats(self) -> list[Tensor]:
@@ -221,27 +195,31 @@ class TorchEngine:
         """See Engine."""
         return self.module(batch)
 
-    def backward(self, rows_term: Tensor, own_term: Tensor) -> None:
+    def reads_only_forward(self) -> AbstractContextManager[None]:
+        """See Engine. No parameter is partitioned here."""
+        return nullcontext()
+
+    def backward(self, examples: Tensor, regularizers: Tensor) -> None:
         """See Engine."""
-        (rows_term + own_term / self._num_micro).backward()
+        (examples + regularizers / self._num_micro).backward()
 
     def step(self) -> None:
         """See Engine."""
         self._micro += 1
         if self._micro % self._num_micro:
             return
-        for parameter, pull in self._pulls:
+        for parameter, penalty in self._penalties:
             assert parameter.grad is not None  # a loss reaches all that is trained
-            parameter.grad += pull.gradient(parameter.detach())
+            parameter.grad += penalty.gradient(parameter.detach())
         clip = self._optimizing.clip or float("inf")
-        self._norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, clip))
+        self._norm = torch.nn.utils.clip_grad_norm_(self._parameters, clip)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
 
     def grad_norm(self) -> float:
         """See Engine."""
-        return self._norm
+        return float(self._norm)
 
     def close(self) -> None:
         """See Engine."""
@@ -260,12 +238,12 @@ class DeepSpeedEngine:
         micro_batch: int,
         bf16: bool,
         world: World,
-        pulls: Mapping[str, Pull],
+        penalties: Mapping[str, Penalty],
     ) -> None:
         deepspeed = start_deepspeed(world)
         self.world = world
         self._files = None if config.offload_folder is None else Files(config.offload_folder)
-        self._pulls = [(model.get_parameter(name), pull) for name, pull in pulls.items()]
+        self._penalties = [(model.get_parameter(name), penalty) for name, penalty in penalties.items()]
         self._undo_mean = world.size * num_micro
         self._norm: Tensor | None = None
         self.optimizer, self.schedule = _adamw(model, optimizing)
@@ -290,6 +268,7 @@ class DeepSpeedEngine:
             model=model, optimizer=self.optimizer, lr_scheduler=self.schedule, config=settings, dist_init_required=False
         )
         self.module: nn.Module = self._engine.module
+        self._reads = ForwardOnly({name: p for name, p in self.module.named_parameters() if is_partitioned(p)})
         # DeepSpeed makes its masters from weights that it has rounded to bfloat16: what must not move would move here.
         exact.put_back(world.rank)
 
@@ -304,18 +283,23 @@ class DeepSpeedEngine:
 
     def __call__(self, batch: Any) -> Any:
         """See Engine."""
-        return self._engine(batch)
+        with self._reads.suspended():
+            return self._engine(batch)
 
-    def backward(self, rows_term: Tensor, own_term: Tensor) -> None:
+    def reads_only_forward(self) -> AbstractContextManager[None]:
         """See Engine."""
-        self._engine.backward(rows_term * self._undo_mean + own_term)
+        return self._reads.watching()
+
+    def backward(self, examples: Tensor, regularizers: Tensor) -> None:
+        """See Engine."""
+        self._engine.backward(examples * self._undo_mean + regularizers)
 
     def step(self) -> None:
         """See Engine."""
         boundary = self._engine.is_gradient_accumulation_boundary()
         if boundary:
-            for parameter, pull in self._pulls:
-                params.add_gradient(parameter, pull.gradient, self.world.rank)
+            for parameter, penalty in self._penalties:
+                params.add_gradient(parameter, penalty.gradient, self.world.rank)
         if boundary and self._engine.zero_optimization_stage() == 0:
             # Without ZeRO DeepSpeed tells no norm; the gradients are reduced by now, and gone after the step.
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from cl_dist.errors import ProtectionError
 from cl_dist.parallel import params
-from cl_dist.parallel.engine import Engine, GradScale
+from cl_dist.parallel.engine import Engine
+from cl_dist.parallel.gradients import GradientTransform
 from cl_dist.partition import full_shape
 
 
@@ -27,17 +28,19 @@ class _Watched:
 class Guard:
     """Remembers the protected bits of an engine's parameters when it is made."""
 
-    def __init__(self, engine: Engine, grad_scales: Mapping[str, GradScale]) -> None:
+    def __init__(self, engine: Engine, transforms: Mapping[str, GradientTransform]) -> None:
         self._world = engine.world
         self._watched: list[_Watched] = []
         for name, parameter in engine.module.named_parameters():
-            if parameter.requires_grad and name not in grad_scales:
+            if parameter.requires_grad and name not in transforms:
                 continue
             piece, start = params.local(parameter, self._world.rank)
             keep = None
             if parameter.requires_grad:
-                whole = torch.empty(full_shape(parameter), device=piece.device)
-                keep = (grad_scales[name].factor(whole) == 0).flatten()[start : start + piece.numel()]
+                entries = transforms[name].frozen(full_shape(parameter), piece.device)
+                if entries is None:
+                    continue
+                keep = entries.flatten()[start : start + piece.numel()]
             self._watched.append(_Watched(name, parameter, keep, _checksum(piece, keep)))
 
     def check(self, step: int) -> None:

@@ -153,7 +153,7 @@ class ModelEstimate:
         """Shape the model, or return None where its sizes are not at hand."""
         from cl_dist.parallel.files import MEGABYTE, num_buffers
         from cl_dist.planning.trace import TracedLearner
-        from cl_dist.stages.build import loads_in_pieces
+        from cl_dist.stages.build import loads_partitioned
 
         model = inputs.model()
         if model is None:
@@ -165,7 +165,7 @@ class ModelEstimate:
         tasks = tuple({*stages[-1].data, *stages[-1].replay})
         recompute = run.config.cluster.activation_checkpointing
         dry = TracedLearner(method, model, labels, vocabulary=vocabulary, tasks=tasks, recompute=recompute)
-        partitions = loads_in_pieces(dry.learner, run.config.science.model)
+        partitions = loads_partitioned(run.config.science.method, run.config.science.model)
         before = (
             TracedLearner(method, model, labels[:-1], vocabulary=vocabulary).parts.elements if len(labels) > 1 else 0
         )

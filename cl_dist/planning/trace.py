@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cl_dist.data.language import SpecialTokens
-from cl_dist.methods.base import MethodConfig, Progress
-from cl_dist.methods.text import TextLearner
-from cl_dist.models.adapters import Adapters
+from cl_dist.learners.base import Progress
+from cl_dist.learners.text import TextLearner
+from cl_dist.methods import capabilities_of
+from cl_dist.methods.base import MethodConfig
 from cl_dist.models.attention_slices import block_parameters, shape_of
 from cl_dist.models.backbone import load_backbone, recompute_activations
 from cl_dist.models.causal import CausalModel
@@ -35,6 +36,7 @@ from cl_dist.models.config import ModelConfig
 from cl_dist.models.plugin import Plugin
 from cl_dist.models.quantized import QuantizedLinear
 from cl_dist.models.saliency import sensitivity
+from cl_dist.models.task_modules import HoulsbyAdapters
 from cl_dist.parallel.engine import attach
 from cl_dist.planning.live import LiveTensorBytes, held
 from cl_dist.stages.build import new_learner
@@ -103,7 +105,7 @@ class TracedLearner:
             recompute: Whether activations are computed again in the backward pass.
         """
         self._task = len(num_labels) - 1
-        self.learner = new_learner(method, model, num_labels, 0)
+        self.learner, able = new_learner(method, model, num_labels, 0), capabilities_of(method, model)
         is_text = isinstance(self.learner, TextLearner)
         if is_text and vocabulary is not None and model.config is not None:
             model = model.model_copy(update={"config": model.config | {"vocab_size": vocabulary}})
@@ -114,13 +116,13 @@ class TracedLearner:
             if isinstance(self.learner, TextLearner):
                 size = backbone.config.vocab_size
                 new = SpecialTokens(0, 0).size(len(num_labels), model.spare_task_tokens)
-                built = self.learner.shape(backbone, max(1, size - new), size)
+                built = self.learner.build_for_vocab(backbone, max(1, size - new), size)
             else:
                 built = self.learner.build(backbone, self._task)
-            teacher = load_backbone(model, causal=True) if getattr(method, "distill", 0) else None
+            teacher = load_backbone(model, causal=True) if able.teacher else None
         quantized = [module.elements for module in built.modules() if isinstance(module, QuantizedLinear)]
         both = (backbone.get_input_embeddings(), backbone.get_output_embeddings()) if is_text else ()
-        tables = {} if self.learner.freezes_backbone else {id(table.weight): table.weight.numel() for table in both}
+        tables = {} if able.freezes_backbone else {id(table.weight): table.weight.numel() for table in both}
         self.tables = sum(tables.values())
         """Elements of a decoder's vocabulary that are made whole on every rank, to get rows for special tokens."""
         self.quantized = sum(quantized)
@@ -137,7 +139,7 @@ class TracedLearner:
             for earlier in range(self._task):
                 self._finish(earlier)
             self.learner.start_task(self._task, tasks or (self._task,))
-        scales = self.learner.grad_scales()  # which look at their own small tensors
+        transforms = self.learner.gradient_transforms()  # which look at their own small tensors
         with self._fake:
             self._count(is_own)
             first = [backbone.get_parameter(name) for name in block_parameters(backbone, 0)] if is_text else []
@@ -145,7 +147,7 @@ class TracedLearner:
             """Elements of a decoder's block: what a vote for blocks takes out of training."""
             if model.dtype == "bfloat16":
                 _embody(built, torch.bfloat16)
-            attach(built, scales)
+            attach(built, transforms)
             if recompute:
                 recompute_activations(built)
 
@@ -168,9 +170,9 @@ class TracedLearner:
         self.largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
         """Elements of the module that holds most of them itself: what ZeRO-3 gathers at a time, at least."""
         self.buffers = _bytes(model.buffers())
-        pulls = [t for pull in self.learner.pulls().values() for t in (pull.strength, pull.anchor)]
+        penalties = [tensor for penalty in self.learner.penalties().values() for tensor in penalty.tensors()]
         self._taught = [p for teacher in getattr(model, "_teacher", []) for p in held(teacher)]
-        self.beside = {"penalties": _bytes(t for t in pulls if isinstance(t, Tensor)), "teacher": _bytes(self._taught)}
+        self.beside = {"penalties": _bytes(penalties), "teacher": _bytes(self._taught)}
         """Bytes of what the method holds beside its model."""
 
     def micro(self, rows: int, length: int, answer: int) -> Micro:
@@ -180,8 +182,8 @@ class TracedLearner:
             batch = self._batch(rows, length, answer)
             with trace.live, _Operations() as counted:
                 loss = self.learner.loss(model, batch, Progress(0, 10, 0, 10))
-                terms = [(term * batch["weight"]).sum() for term in loss.rows.values()]
-                total = torch.stack([term.float() for term in (*terms, *loss.own.values())]).sum()
+                terms = [(term * batch["weight"]).sum() for term in loss.per_example.values()]
+                total = torch.stack([term.float() for term in (*terms, *loss.regularizers.values())]).sum()
                 del loss, terms
                 kept = trace.activations()
                 total.backward()
@@ -230,7 +232,7 @@ class TracedLearner:
         """Return the labels of a decoder's micro-batch by the loss that they are for: LAMOL reads every row twice."""
         if not isinstance(self.learner, TextLearner):
             return {}
-        has_samples = bool(self.learner.reading(training=True).get("samples"))
+        has_samples = self.learner.encoding_options(training=True).samples
         return {"qa": rows * answer} | ({"lm": rows * length} if has_samples else {})
 
     def _batch(self, rows: int, length: int, answer: int) -> dict[str, Tensor]:
@@ -325,7 +327,7 @@ def _following(model: nn.Module, config: Any, beside: list[Tensor]) -> Iterator[
     """Follow what a model computes; beside: other tensors that are there already."""
     trace, hooks = _Trace([*held(model), *beside], getattr(config, "vocab_size", 0)), []
     for module in model.modules():
-        if isinstance(module, Plugin | Adapters):
+        if isinstance(module, Plugin | HoulsbyAdapters):
             for part, kind in ((module, "plugins"), (module.inner, "activations")):
                 hooks.append(part.register_forward_pre_hook(lambda *_, kind=kind: trace.enter(kind)))
                 hooks.append(part.register_forward_hook(lambda *_: trace.leave()))

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cl_dist.errors import CheckpointError
-from cl_dist.methods import METHODS
-from cl_dist.methods.base import Learner, MethodConfig
+from cl_dist.errors import CheckpointError, ConfigError
+from cl_dist.learners.base import Learner
+from cl_dist.methods import capabilities_of, get_method
+from cl_dist.methods.base import MethodConfig
 from cl_dist.models.architectures import layers_of
 from cl_dist.models.backbone import load_backbone, lower
 from cl_dist.models.config import ModelConfig
@@ -33,11 +34,24 @@ LEARNER = "learner.safetensors"
 def new_learner(
     method: MethodConfig, model: ModelConfig, num_labels: tuple[int, ...], seed: int, name: str | None = None
 ) -> Learner:
-    """Return a method's learner, the one that the run answers with unless another is named, without a model yet."""
-    entry = METHODS[method.name]
-    module, _, cls = entry.learners[name or entry.output(model.output)].partition(":")
-    kind: type[Learner] = getattr(import_module(module), cls)
+    """Return a method's learner without a model: that of the run's output, unless another is named.
+
+    Raises:
+        ConfigError: If the learner's module does not have it, or cannot be imported.
+    """
+    entry = get_method(method.name)
+    path = entry.learners[name or entry.output(model.output)]
+    module, _, cls = path.partition(":")
+    try:
+        kind: type[Learner] = getattr(import_module(module), cls)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"method {method.name!r}: its learner {path!r} cannot be imported: {error}") from error
     return kind(method, num_labels, model, seed)
+
+
+def writes_text(method: MethodConfig, model: ModelConfig) -> bool:
+    """Return whether a run of this method generates its answers, by a language-model head."""
+    return get_method(method.name).output(model.output) == "lm"
 
 
 def to_inference(job: Job, model: M) -> M:
@@ -68,9 +82,10 @@ class _Fitted(Mapping[str, Tensor]):
         return len(self._stored)
 
 
-def loads_in_pieces(learner: Learner, model: ModelConfig) -> bool:
-    """Return whether a backbone can be cut up over the ranks while it is loaded, where ZeRO-3 cuts it up in the end."""
-    return learner.takes_partitioned and model.config is None and model.weight_bits is None
+def loads_partitioned(method: MethodConfig, model: ModelConfig, learner: str | None = None) -> bool:
+    """Return whether ZeRO-3 may partition the backbone over the ranks while it is loaded."""
+    able = capabilities_of(method, model, learner).takes_partitioned
+    return able and model.config is None and model.weight_bits is None
 
 
 def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False, is_read: bool = False) -> Learner:
@@ -91,12 +106,12 @@ def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False, 
     last = job.stage.task if up_to is None else up_to
     num_labels = tuple(len(task_data(job, task).labels) for task in range(last + 1))
     learner = new_learner(job.method, job.model, num_labels, job.seed, name)
-    divided = divided and loads_in_pieces(learner, job.model)
+    divided = divided and loads_partitioned(job.method, job.model, name)
     cut = partitioned_init(job.engine, World.current()) if divided else nullcontext()
     with seeded(job.seed, "build", job.tasks[last].id, *number):
         with cut:
             dtype = torch.bfloat16 if is_read and job.model.dtype == "bfloat16" else torch.float32
-            backbone = load_backbone(job.model, causal=learner.output == "lm", dtype=dtype)
+            backbone = load_backbone(job.model, causal=writes_text(job.method, job.model), dtype=dtype)
         model = learner.build(backbone, last)
     own, world = model.state_dict(), World.current()
     latest: dict[str, ShardedWeights] = {}

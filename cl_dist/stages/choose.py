@@ -7,8 +7,9 @@ from pathlib import Path
 
 from cl_dist.data.votes import CRITICAL, voting_rows
 from cl_dist.stage import Choose
-from cl_dist.stages import voting_shards as voters
+from cl_dist.stages import voting_shards
 from cl_dist.stages.predict import Predictor
+from cl_dist.stages.shards import ShardedKind
 from cl_dist.stages.stage_job import Job, task_data
 
 
@@ -17,13 +18,13 @@ class Shard:
     """Rows that a candidate answers."""
 
     candidate: int
-    rows: voters.Shard
+    rows: voting_shards.Shard
 
 
 def shards(job: Job) -> list[Shard]:
     """Cut the stage into shards. They depend on the science settings alone, never on the workers."""
     assert isinstance(job.stage, Choose)
-    return [Shard(number, rows) for number in range(len(job.stage.candidates)) for rows in voters.shards(job)]
+    return [Shard(number, rows) for number in range(len(job.stage.candidates)) for rows in voting_shards.shards(job)]
 
 
 class ChooseWorker:
@@ -62,3 +63,6 @@ def merge(job: Job, results: Iterable[tuple[Shard, int]], out: Path) -> None:
     tried = [{"unit": list(unit), "accuracy": score} for unit, score in zip(stage.units, scores, strict=True)]
     facts = {"level": stage.vote.level, "chosen": [list(best)], "tried": tried}
     (out / CRITICAL).write_text(json.dumps(facts, indent=1), encoding="utf8")
+
+
+KIND = ShardedKind(shards, ChooseWorker, merge)

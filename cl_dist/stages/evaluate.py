@@ -16,6 +16,7 @@ from cl_dist.errors import DataError
 from cl_dist.metrics import accuracy, f1_macro, majority_accuracy
 from cl_dist.stage import Evaluate
 from cl_dist.stages.predict import Predictor
+from cl_dist.stages.shards import ShardedKind
 from cl_dist.stages.stage_job import Job, task_data
 
 SCORES = "scores.json"
@@ -139,3 +140,6 @@ def _mean(rows: Iterable[Any]) -> Any:
     """Return the mean over rows of equally nested lists of numbers."""
     values = torch.tensor(list(rows), dtype=torch.float64)
     return values.mean(0).tolist()
+
+
+KIND = ShardedKind(shards, EvaluateWorker, merge)

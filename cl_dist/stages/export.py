@@ -26,15 +26,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cl_dist.config import Section, did_you_mean, parse
 from cl_dist.data.language import TextCodec
 from cl_dist.errors import CheckpointError, ConfigError
+from cl_dist.learners.base import Learner
 from cl_dist.ledger import write_json, write_text
-from cl_dist.methods import METHODS
-from cl_dist.methods.base import Learner
+from cl_dist.methods import get_method
 from cl_dist.models.backbone import load_backbone, load_tokenizer, lower
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.seeds import seeded
 from cl_dist.stage import Evaluate
-from cl_dist.stages.build import build_learner, new_learner
+from cl_dist.stages.build import build_learner, new_learner, writes_text
 from cl_dist.stages.export_text import Example, generation, misspelled, text_tokenizer
 from cl_dist.stages.model_card import class_card, text_card
 from cl_dist.stages.stage_job import Job, task_data
@@ -103,7 +103,7 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
             for number, config in enumerate(job.tasks)
         ),
         method=job.method.model_dump(mode="json"),  # with its defaults, which another version may change
-        output=learner.output,
+        output=get_method(job.method.name).output(job.model.output),
         pooling=job.model.pooling,
         dtype=job.model.dtype,
         dropout=job.model.dropout,
@@ -112,7 +112,7 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
         fingerprint=fingerprint,
     )
     tokenizer = load_tokenizer(job.model)
-    if learner.output == "lm":
+    if writes_text(job.method, job.model):
         assert isinstance(learner.model, CausalModel)
         _export_text(job, card, learner.model, tokenizer, folder)
         return
@@ -281,12 +281,10 @@ def _untrained(card: Card, model: ModelConfig) -> tuple[Learner, dict[str, str]]
     therefore known by being the same objects.
     """
     name = str(card.method.get("name"))
-    if name not in METHODS:
-        raise ConfigError(f"method={name!r}: no such method{did_you_mean(name, list(METHODS))}")
-    method = parse(METHODS[name].config, card.method, "method.")
+    method = parse(get_method(name).config, card.method, "method.")
     learner = new_learner(method, model, tuple(len(task.labels) for task in card.tasks), card.seed)
     with seeded(card.seed, "build", card.tasks[-1].id):  # as in a run: some of what is drawn may never be trained
-        backbone = load_backbone(model, causal=learner.output == "lm")
+        backbone = load_backbone(model, causal=writes_text(method, model))
         inner: dict[str, Tensor] = backbone.state_dict(keep_vars=True)  # held, so that no id is used again
         outer: dict[str, Tensor] = learner.build(backbone, len(card.tasks) - 1).state_dict(keep_vars=True)
     names = {id(tensor): name for name, tensor in inner.items()}

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from cl_dist.data.language import SpecialTokens, TextCodec, asked_of
+from cl_dist.data.language import SpecialTokens, TextCodec, full_question
 from cl_dist.data.rows import Row
 from cl_dist.errors import ConfigError
 
@@ -71,7 +71,7 @@ class Example:
 
     def tokens(self, codec: TextCodec) -> list[int]:
         """Return the numbers of the row in training, where nothing of it is cut."""
-        context, asked = codec.encode(self.row.text), codec.encode(asked_of(self.row, self.question))
+        context, asked = codec.encode(self.row.text), codec.encode(full_question(self.row, self.question))
         return [*context, *asked, codec.special.ans, *codec.encode(self.row.label), codec.special.eos]
 
 

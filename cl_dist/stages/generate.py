@@ -21,12 +21,13 @@ from cl_dist.data.language import SpecialTokens, TextCodec
 from cl_dist.data.rows import TaskData
 from cl_dist.data.samples import STATISTICS, Sample, as_sample, write_samples
 from cl_dist.errors import TrainingError
+from cl_dist.learners.text import TextLearner
 from cl_dist.models.backbone import load_tokenizer
-from cl_dist.models.causal import CausalModel
 from cl_dist.models.decode import Line, draw, rows_within, write
 from cl_dist.parallel.seeds import seed_of
 from cl_dist.stage import Generate
 from cl_dist.stages.build import build_learner, to_inference
+from cl_dist.stages.shards import ShardedKind
 from cl_dist.stages.stage_job import Job, replayed_rows, row_length, task_data
 
 SHOWN = 20
@@ -69,11 +70,11 @@ class GenerateWorker:
     def __init__(self, job: Job) -> None:
         self._job = job
         learner = build_learner(job, is_read=True)
-        assert isinstance(learner.model, CausalModel)
+        assert isinstance(learner, TextLearner)  # a method on decoders has planned the stage
         model: Any = learner.model.backbone  # the library's methods carry no types
         self._model: Any = to_inference(job, model)
         self._codec = TextCodec(load_tokenizer(job.model))
-        self._shared = getattr(job.method, "task_token", "task") == "shared"
+        self._shared = not learner.encoding_options(training=False).per_task
 
     def run(self, shard: Shard) -> Written:
         """Write a shard's samples."""
@@ -269,3 +270,6 @@ def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None
             )
     write_samples(out, kept)
     (out / STATISTICS).write_text(json.dumps({"tasks": facts}, indent=1, ensure_ascii=False), encoding="utf8")
+
+
+KIND = ShardedKind(shards, GenerateWorker, merge)

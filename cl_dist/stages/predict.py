@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from cl_dist.data.language import TextCodec, encode_row
-from cl_dist.data.reading import unreadable
 from cl_dist.data.rows import Row
+from cl_dist.data.token_report import unreadable
 from cl_dist.errors import CheckpointError, DataError
-from cl_dist.methods import METHODS
-from cl_dist.methods.base import Learner
+from cl_dist.learners.base import Learner
 from cl_dist.models.backbone import load_tokenizer, num_embeddings
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.decode import answer_all
 from cl_dist.parallel.world import World
-from cl_dist.stages.build import build_learner, to_inference
+from cl_dist.stages.build import build_learner, to_inference, writes_text
 from cl_dist.stages.stage_job import Job, task_data
 
 
@@ -47,7 +46,7 @@ class Predictor:
     @property
     def writes(self) -> bool:
         """Whether answers are written as text, instead of being chosen among classes."""
-        return METHODS[self._job.method.name].output(self._job.model.output) == "lm"
+        return writes_text(self._job.method, self._job.model)
 
     def refuse_unreadable(self, task: int, rows: Sequence[Row]) -> None:
         """Check that the tokenizer and the backbone can read some rows.

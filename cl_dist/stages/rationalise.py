@@ -10,13 +10,14 @@ from cl_dist.data.environments import RationaleExamples
 from cl_dist.data.rationales import Span, joined
 from cl_dist.data.votes import RATIONALES, voting_rows
 from cl_dist.errors import CheckpointError
+from cl_dist.learners.invrat import Invrat
 from cl_dist.models.backbone import load_tokenizer
-from cl_dist.models.invrat import Players
 from cl_dist.parallel.world import World
 from cl_dist.stage import Rationalise
 from cl_dist.stages.build import build_learner
+from cl_dist.stages.shards import ShardedKind
 from cl_dist.stages.stage_job import Job, task_data
-from cl_dist.stages.voting_shards import Shard
+from cl_dist.stages.voting_shards import Shard, shards
 
 FOUND = "rationalise.json"
 
@@ -51,7 +52,7 @@ class RationaliseWorker:
         scores = dev_scores(job)
         best = job.stage.models[scores.index(max(scores))]
         learner = build_learner(replace(job, chain=(str(job.folder(best)),)))
-        assert isinstance(learner.model, Players)
+        assert isinstance(learner, Invrat)
         self._model = learner.model.to(self._device).eval()
         self._learner, self._tokenizer = learner, load_tokenizer(job.model)
 
@@ -59,14 +60,14 @@ class RationaliseWorker:
         """Mark a shard's rows, each read alone."""
         data = task_data(self._job, shard.source)
         chosen = voting_rows(data, self._vote.max_examples)[shard.start : shard.stop]
-        length = self._job.method.invrat.train.max_length  # type: ignore[attr-defined]
+        length = self._learner.config.invrat.train.max_length
         rows = self._learner.rows(self._tokenizer, length, training=False)
         assert isinstance(rows, RationaleExamples)
         rows.add(shard.source, data, chosen)
         marked: Marked = []
         for number, row in enumerate(chosen):
             (mask_L,) = self._model.select(rows.batch([number], self._device)).tolist()
-            places = [place for place, is_chosen in zip(rows.places[number], mask_L, strict=False) if is_chosen]
+            places = [place for place, is_chosen in zip(rows.offsets[number], mask_L, strict=False) if is_chosen]
             marked.append((row.id, joined(places)))
         return marked
 
@@ -80,3 +81,6 @@ def merge(job: Job, results: Iterable[tuple[Shard, Marked]], out: Path) -> None:
     facts: dict[str, Any] = {"standings": scores, "chosen": scores.index(max(scores)), "rows": len(lines)}
     facts["empty"] = sum(not spans for _, spans in lines)
     (out / FOUND).write_text(json.dumps(facts, indent=1), encoding="utf8")
+
+
+KIND = ShardedKind(shards, RationaliseWorker, merge)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cl_dist.methods.base import Progress
+from cl_dist.learners.base import Progress
 
 
 @dataclass(frozen=True, slots=True)

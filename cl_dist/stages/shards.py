@@ -1,28 +1,28 @@
-"""The stages that come in shards: how each kind is cut up, worked on and put together again."""
+"""Stages that are computed in shards: the interface of a kind, and the store of finished shards."""
 
 import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from cl_dist.kinds import KINDS
 from cl_dist.ledger import write_text
 from cl_dist.stage import digest_of
-from cl_dist.stages import choose, evaluate, generate, rationalise, vote
-from cl_dist.stages import voting_shards as voters
 from cl_dist.stages.stage_job import Job
 
 log = logging.getLogger(__name__)
 Shard = Any
-"""Names a piece of a stage: frozen, hashable, ordered. It depends on the science settings alone."""
+"""Names a part of a stage: frozen, hashable, ordered. It depends on the science settings alone."""
 
 
 class Worker(Protocol):
-    """Holds the stage's model and works on one shard after the other."""
+    """Loads the stage's model once and computes one shard after the other."""
 
     def run(self, shard: Shard) -> Any:
-        """Return a shard's result as what JSON can hold; it depends neither on who computes it nor on other shards."""
+        """Return a shard's result as JSON data; it depends neither on the worker nor on other shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +30,26 @@ class ShardedKind:
     """A kind of stage that any number of workers may compute."""
 
     cut: Callable[[Job], list[Any]]
-    """Job -> shards, in order. Work through neighbours from the last to the first: the last needs most of a model."""
+    """Job -> shards, in order. Compute neighbours from the last to the first: the last needs most of a model."""
     worker: Callable[[Job], Worker]
     merge: Callable[[Job, Iterable[tuple[Any, Any]], Path], None]
     """(job, (shard, result) in any order, folder): join the results and write the stage's files."""
 
 
-SHARDED = {
-    "evaluate": ShardedKind(evaluate.shards, evaluate.EvaluateWorker, evaluate.merge),
-    "generate": ShardedKind(generate.shards, generate.GenerateWorker, generate.merge),
-    "rationalise": ShardedKind(voters.shards, rationalise.RationaliseWorker, rationalise.merge),
-    "record": ShardedKind(voters.shards, vote.RecordWorker, vote.merge_record),
-    "vote": ShardedKind(voters.shards, vote.VoteWorker, vote.merge_vote),
-    "choose": ShardedKind(choose.shards, choose.ChooseWorker, choose.merge),
-}
+def sharded(kind: str) -> ShardedKind:
+    """Return the worker side of a kind of stage."""
+    path = KINDS[kind].worker
+    assert path is not None, f"{kind}: trained by a gang"
+    module, _, name = path.partition(":")
+    found: ShardedKind = getattr(import_module(module), name)
+    return found
+
+
+def import_workers() -> None:
+    """Import the worker side of every kind, and torch with it, before the first shard arrives."""
+    for kind, entry in KINDS.items():
+        if entry.worker is not None:
+            sharded(kind)
 
 
 class ShardStore:
@@ -51,7 +57,7 @@ class ShardStore:
 
     def __init__(self, job: Job, out: Path) -> None:
         """Read what an earlier attempt has left; a damaged file is a shard to be computed again."""
-        self._job, self._out, self._kind = job, out, SHARDED[job.stage.kind]
+        self._job, self._out, self._kind = job, out, sharded(job.stage.kind)
         self.shards = self._kind.cut(job)
         self._folder = out / "shards"
         self._folder.mkdir(exist_ok=True)

@@ -6,9 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from cl_dist.data.load import load_task
+from cl_dist.data.published import published
 from cl_dist.data.rows import TaskData
-from cl_dist.data.tasks import DataConfig, TaskConfig
+from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import DataError
 from cl_dist.methods.base import MethodConfig
 from cl_dist.models.config import ModelConfig
@@ -28,9 +28,10 @@ class Job:
     model: ModelConfig
     tasks: tuple[TaskConfig, ...]
     """The tasks up to the stage's own, in learned order."""
+    rows: tuple[str, ...]
+    """Folders of the published rows of these tasks."""
     digests: tuple[dict[str, str], ...]
-    """What the driver read of each task, by split: a worker that reads something else stops."""
-    data: DataConfig
+    """Digests of the rows by split, as the driver read them."""
     train: TrainConfig
     """Settings of the stage's own task."""
     max_length: tuple[int, ...]
@@ -43,6 +44,10 @@ class Job:
     seed: int
     chain: tuple[str, ...]
     """Folders of the Train stages whose weights make up the model, oldest first."""
+    log_every: int
+    """Optimizer steps between two telemetry events; 0 disables them."""
+    profiles: str
+    """Folder for the traces of `engine.profile`."""
 
     @property
     def key(self) -> str:
@@ -71,17 +76,17 @@ def row_length(job: Job, task: int) -> int:
 
 
 def task_data(job: Job, task: int) -> TaskData:
-    """Return the rows of a task, read once per process.
+    """Return the published rows of a task, mapped once per process.
 
     Raises:
-        DataError: If this machine reads other rows than the driver did.
+        DataError: If this machine sees other rows than the driver published.
     """
-    loaded = _load(job.tasks[task].model_dump_json(), job.data.model_dump_json())
+    loaded = _mapped(job.rows[task])
     if loaded.digests != job.digests[task]:
-        raise DataError(f"task {loaded.id}: its files differ between machines, or changed after the run was started")
+        raise DataError(f"task {loaded.id}: {job.rows[task]} holds other rows than the driver published; resume")
     return loaded
 
 
 @lru_cache(maxsize=128)
-def _load(task: str, data: str) -> TaskData:
-    return load_task(TaskConfig.model_validate_json(task), DataConfig.model_validate_json(data))
+def _mapped(folder: str) -> TaskData:
+    return published(Path(folder))

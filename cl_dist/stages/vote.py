@@ -26,8 +26,9 @@ from cl_dist.models.cci import Bits, Comparer, Floats, Recorder, watch, watched
 from cl_dist.models.saliency import agreement, salient
 from cl_dist.stage import Record, Vote, VoteConfig, digest_of
 from cl_dist.stages.build import build_learner, to_inference
+from cl_dist.stages.shards import ShardedKind
 from cl_dist.stages.stage_job import Job, row_length, task_data
-from cl_dist.stages.voting_shards import Shard
+from cl_dist.stages.voting_shards import Shard, shards
 
 log = logging.getLogger(__name__)
 BINS = 20
@@ -119,7 +120,7 @@ class RecordWorker(_Reader):
 
     def _marked(self, row: Row, spans: Sequence[Span], kept: int) -> Bits:
         """Return which of the first `kept` tokens of a text lie in some spans."""
-        _, places = self._codec.encode_places(row.text)
+        _, places = self._codec.encode_with_offsets(row.text)
         return np.array(token_mask(places[:kept], spans), dtype=bool)
 
 
@@ -250,3 +251,7 @@ def merge_vote(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> No
         "example": _example(recorded, *found["chosen"][0]),
     }
     (out / CRITICAL).write_text(json.dumps(facts | found, indent=1), encoding="utf8")
+
+
+RECORD = ShardedKind(shards, RecordWorker, merge_record)
+VOTE = ShardedKind(shards, VoteWorker, merge_vote)

@@ -18,10 +18,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import cl_dist
-from cl_dist.config import parse, yaml_text
+from cl_dist.config import parse
 from cl_dist.errors import ClusterError, ConfigError, JobError
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import digest_of
+from cl_dist.strict_yaml import yaml_text
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 FOLDER, RUN, VERSION = "cl-dist-folder", "cl-dist-run", "cl-dist-version"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from cl_dist.checks import check_model, token_report, writing_fault
 from cl_dist.data.sources import listing
 from cl_dist.errors import ClDistError, ClusterError, ConfigError, printable
 from cl_dist.mirror import Mirror
@@ -86,7 +87,7 @@ def _model(config: RunConfig) -> Iterator[Finding]:
     model = config.science.model
     try:
         known = load_config(model)
-        Run(config).check_model()
+        check_model(Run(config))
     except ClDistError as error:
         remedy = "use a folder, package:NAME/path, or a hub name that is in the cache or can be downloaded"
         yield Finding("model", "fail", model.source, str(error), remedy, _code(error))
@@ -105,14 +106,14 @@ def _tokens(config: RunConfig) -> list[Finding]:
     for each in (config, *(config.baseline(name) for name in config.baselines)):
         opened, source = Run(each), each.science.model.source
         try:
-            opened.check_model()
+            check_model(opened)
         except ClDistError as error:
             found.append(
                 Finding("model", "fail", source, str(error), "correct the files of the model's folder", _code(error))
             )
             continue
         for number, task in enumerate(opened.tasks.tasks):
-            reading = opened.reading(number)
+            reading = token_report(opened, number)
             if reading.faults:
                 lines = f"rows that cannot be read:\n{listing(reading.faults)}"
                 found.append(
@@ -136,7 +137,7 @@ def _writing(config: RunConfig) -> list[Finding]:
         for number, task in enumerate(opened.tasks.tasks):
             remedy = "rename labels with source.label_map, raise train.max_length, or shorten the rows"
             try:
-                fault = opened.writing_fault(number)
+                fault = writing_fault(opened, number)
             except ClDistError as error:
                 fault, remedy = str(error), "install the package, or use another metric"
             finding = Finding("data", "fail", f"task {task.id}", str(fault), remedy)

@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cl_dist.config import Dumper, Tree, yaml_text
+from cl_dist.config import Tree
 from cl_dist.errors import ConfigError, require
 from cl_dist.run_config import ClusterConfig, RunConfig
+from cl_dist.strict_yaml import Dumper, yaml_text
 
 SHARED = "/mnt/cl-dist"
 """Mount point of the pods' shared volume; relative paths of a run file start there."""

@@ -3,6 +3,7 @@
 import typer
 from rich.table import Table
 
+from cl_dist.checks import check_data, check_tokens
 from cl_dist.data.load import check_task
 from cl_dist.data.rows import SPLITS
 from cl_dist.data.sources import listing
@@ -48,8 +49,8 @@ def show(config: Config, overrides: Overrides = None) -> None:
     from cl_dist.models.backbone import load_tokenizer
 
     run = Run(runs.read(config, overrides))
-    run.check_data()
-    run.check_tokens()
+    check_data(run)
+    check_tokens(run)
     tokenizer = load_tokenizer(run.config.science.model)
     for number, task in enumerate(run.tasks.tasks):
         data = run.data(number)

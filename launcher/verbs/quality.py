@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cl_dist.config import DECIMAL, INTEGER, did_you_mean
+from cl_dist.config import did_you_mean
 from cl_dist.errors import ConfigError
 from cl_dist.metrics import FORMULAS
+from cl_dist.strict_yaml import DECIMAL, INTEGER
 
 SIGNS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 _EXPRESSION = re.compile(r"\s*([^\s<>=]+)\s*([<>]=?)\s*([^\s<>=]+)\s*")

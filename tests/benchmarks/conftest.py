@@ -1,4 +1,4 @@
-"""What benchmarks measure: printed, held against its budget, and kept for README.md when `--figures FILE` is given."""
+"""Figures of benchmarks: printed, compared with budgets, and stored for the page with `--figures FILE`."""
 
 import json
 import os

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel
 
-from cl_dist.models.adapters import AdapterClassifier
 from cl_dist.models.capsules import Sharing, hard_gate, squash
 from cl_dist.models.config import PluginShape, SharingShape
 from cl_dist.models.noise import gumbel
 from cl_dist.models.plugin import CtrClassifier
+from cl_dist.models.task_modules import AdapterClassifier
 from tests.benchmarks.conftest import Measured
 
 pytestmark = pytest.mark.bench

@@ -14,7 +14,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cl_dist import run as jobs
+from cl_dist import checks
+from cl_dist.checks import check_data, check_tokens
 from cl_dist.config import parse
 from cl_dist.data.labels import likeness
 from cl_dist.data.load import check_task, load_task
@@ -108,7 +109,7 @@ def test_a_run_file_with_anything_in_it(trees: list[Any], folder: Path, data: st
             return
     try:
         opened = Run(parse(RunConfig, tree))
-        opened.check_data()
+        check_data(opened)
         for task in range(len(opened.tasks)):
             for stage in opened.plan(task):
                 opened.ledger.is_done(stage)
@@ -318,13 +319,13 @@ def test_tokenizers_with_anything_in_them(folder: Path, data: st.DataObject) -> 
     path.write_text(json.dumps(tokenizer), "utf8")
     for name in data.draw(st.lists(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]), max_size=1)):
         (source / name).unlink()
-    jobs._reading.cache_clear()
+    checks._REPORTS.clear()
     opened = tiny.make_run(
         folder / "odd", {"science": {"model": {"source": str(source)}, "method": {"name": "sequential"}}}
     )
     said = ""
     try:
-        opened.check_tokens()
+        check_tokens(opened)
         reads = load_tokenizer(opened.config.science.model)
         for task in range(len(opened.tasks)):
             for row in (*opened.data(task).train, *opened.data(task).dev, *opened.data(task).test):

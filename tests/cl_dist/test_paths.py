@@ -31,7 +31,7 @@ def test_a_file_in_a_package_is_found_without_importing_the_package(package: Pat
 
 
 def test_the_home_of_nobody_is_refused() -> None:
-    with pytest.raises(DataError, match=r"^~no\.such\.user/x: there is no such user on this machine"):
+    with pytest.raises(DataError, match=r"^~no\.such\.user/x: this user does not exist on this machine"):
         resolve("~no.such.user/x")
 
 

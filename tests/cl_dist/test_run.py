@@ -15,7 +15,8 @@ from cl_dist.data.tasks import DataConfig
 from cl_dist.methods.ctr import CtrConfig
 from cl_dist.methods.finetune import FinetuneConfig
 from cl_dist.models.config import ModelConfig
-from cl_dist.run import Run, _model_facts, model_digest
+from cl_dist.models.digest import model_digest, model_facts
+from cl_dist.run import Run
 from cl_dist.run_config import ClusterConfig, RunConfig, RunSection, Science
 from cl_dist.stage import EvaluateConfig, GenerateConfig, Stage, Train, TrainConfig, VoteConfig, digest_of, ref
 from tests import tiny
@@ -222,7 +223,7 @@ def test_other_weights_under_the_same_name_change_everything(base: Tree, folder:
     before = fingerprints(merged(base, {"science": {"model": {"source": str(source)}}}))
     weights = source / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    from cl_dist.run import model_digest
+    from cl_dist.models.digest import model_digest
 
     model_digest.cache_clear()  # a process reads a model once
     after = fingerprints(merged(base, {"science": {"model": {"source": str(source)}}}))
@@ -345,9 +346,9 @@ def test_a_moved_backbone_is_the_same_backbone(tmp_path: Path) -> None:
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(b"weights")
     assert model_digest(str(here), None) == model_digest(str(there), None)
-    moved = [_model_facts(ModelConfig(source=str(folder))) for folder in (here, there)]
+    moved = [model_facts(ModelConfig(source=str(folder))) for folder in (here, there)]
     assert moved[0] == moved[1]
     (there / "model.safetensors").write_bytes(b"others")
     model_digest.cache_clear()
-    assert _model_facts(ModelConfig(source=str(there))) != moved[0]
-    assert _model_facts(ModelConfig(source=str(here), pooling="cls")) != moved[0]
+    assert model_facts(ModelConfig(source=str(there))) != moved[0]
+    assert model_facts(ModelConfig(source=str(here), pooling="cls")) != moved[0]

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,24 +41,24 @@ def test_the_settings_of_a_method_are_those_of_its_name() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("science.method.name=crt", r"^science.method: name='crt' is no method; did you mean 'ctr'\?$"),
-        ("science.method={tune: head}", r"name=None is no method; known: adapter, ctr, .*, sequential"),
+        ("science.method.name=crt", r"^science.method: name='crt' is not a method; did you mean 'ctr'\?$"),
+        ("science.method={tune: head}", r"name=None is not a method; known: adapter, ctr, .*, sequential"),
         ("science.method.tsm_sise=3", r"unknown key 'tsm_sise'; did you mean 'tsm_size'\?"),
         ("science.method={name: joint, sparsity: 1}", r"unknown key 'sparsity'"),
         ("science.method.sparsity=-1", r"sparsity.*greater than or equal to 0"),
         ("science.methd=1", r"^science: unknown key 'methd'; did you mean 'method'\?$"),
         ("cluster.worker=2", r"^cluster: unknown key 'worker'; did you mean 'workers'\?$"),
         ("run.name=../x", r"^run.name='../x'"),
-        ("run.dir=/etc/passwd", r"^run: dir='/etc/passwd': /etc/passwd is no folder; name one that is there"),
-        ("run.dir=/dev/null/x", r"^run: dir='/dev/null/x': /dev/null is no folder"),
-        ("run.dir=~no.such.user/x", r"^run: dir=~no.such.user/x: there is no such user on this machine"),
-        ('run.dir="a\\0b"', r"^run.dir='a\\x00b': holds a zero byte"),
-        (f"run.dir={'x' * 5000}", r"^run.dir='x{199}: is longer than a path can be"),
-        (f"run.dir={'x/' * 2000}", r"is longer than a path can be"),
-        ('science.order_file="\\0"', r"^science.order_file='\\x00': holds a zero byte"),
-        ('science.tasks.0.source.path="\\0"', r"^science.tasks.0.source.path='\\x00': holds a zero byte"),
-        ('science.tasks.0.source.path="\\ud800"', r"^science.tasks.0.source.path: holds half"),
-        ('science.model.source="a\\0b"', r"^science.model.source='a\\x00b': holds a zero byte"),
+        ("run.dir=/etc/passwd", r"^run: dir='/etc/passwd': /etc/passwd is not a directory; choose a directory"),
+        ("run.dir=/dev/null/x", r"^run: dir='/dev/null/x': /dev/null is not a directory"),
+        ("run.dir=~no.such.user/x", r"^run: dir=~no.such.user/x: this user does not exist on this machine"),
+        ('run.dir="a\\0b"', r"^run.dir='a\\x00b': contains a zero byte"),
+        (f"run.dir={'x' * 5000}", r"^run.dir='x{199}: is too long: at most"),
+        (f"run.dir={'x/' * 2000}", r"is too long: at most"),
+        ('science.order_file="\\0"', r"^science.order_file='\\x00': contains a zero byte"),
+        ('science.tasks.0.source.path="\\0"', r"^science.tasks.0.source.path='\\x00': contains a zero byte"),
+        ('science.tasks.0.source.path="\\ud800"', r"^science.tasks.0.source.path: contains half"),
+        ('science.model.source="a\\0b"', r"^science.model.source='a\\x00b': contains a zero byte"),
         ("science.model.config={initializer_range: .nan}", r"initializer_range=nan: expected a finite number"),
         ("science.train.global_batch=1000000000000000", r"train.global_batch=10{15}: Input should be less than"),
         ("science.tasks.1.train={global_batch: 2000000}", r"film.train: global_batch=2000000: Input should be less"),
@@ -65,8 +66,8 @@ def test_the_settings_of_a_method_are_those_of_its_name() -> None:
         ("science.tasks.1.id=food", r"ids must be distinct, got \['food', 'food', 'topic'\]"),
         ("science.tasks.1.train={epoch: 2}", r"tasks.film.train: .*'epoch'; did you mean 'epochs'"),
         ("science.tasks.1.train={epochs: 0}", r"tasks.film.train: epochs=0: .*greater than 0"),
-        ("cluster={workers: 2, dispatcher: local}", r"workers=2 does not work with dispatcher: local"),
-        ("cluster={workers: 2, engine: torch}", r"workers=2 does not work with engine: torch"),
+        ("cluster={workers: 2, dispatcher: local}", r"workers=2 is not supported with dispatcher: local"),
+        ("cluster={workers: 2, engine: torch}", r"workers=2 is not supported with engine: torch"),
     ],
 )
 def test_a_bad_setting_is_named_with_what_was_expected(override: str, message: str) -> None:
@@ -101,7 +102,7 @@ def test_an_order_is_a_list_a_name_or_a_line_of_a_file(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["science.order=[food, flim]"], r"order\[1\]='flim': no such task; did you mean 'film'"),
-        (["science.order=[food, food]"], r"order\[1\]='food': already at place 0"),
+        (["science.order=[food, food]"], r"order\[1\]='food': already at position 0"),
         (["science.orders={fast: [food]}", "science.order=fats"], r"'fats': no such order; did you mean 'fast'"),
         (["science.order_file=gone.txt"], r"gone.txt: no such file"),
     ],
@@ -138,7 +139,7 @@ def test_a_baseline_replaces_the_method_and_keeps_the_rest() -> None:
 
 
 def test_a_baseline_that_does_not_parse_is_told_with_the_run_file() -> None:
-    with pytest.raises(ConfigError, match=r"baselines.alone.science.method: name='alone' is no method"):
+    with pytest.raises(ConfigError, match=r"baselines.alone.science.method: name='alone' is not a method"):
         config("baselines={alone: {method: {name: alone}}}")
 
 
@@ -209,9 +210,9 @@ def test_the_schema_holds_every_setting_of_every_section_and_method() -> None:
     sections: list[type[Section]] = [RunSection, Science, ClusterConfig, *(m.config for m in METHODS.values())]
     for section in sections:
         assert properties(schema, section.__name__) == set(section.model_fields)
-    choices = {
-        choice["$ref"].rpartition("/")[2] for choice in schema["$defs"]["Science"]["properties"]["method"]["oneOf"]
-    }
+    *known, other = schema["$defs"]["Science"]["properties"]["method"]["oneOf"]
+    assert re.match(other["properties"]["name"]["anyOf"][0]["pattern"], "my_pkg.probe:METHOD")
+    choices = {choice["$ref"].rpartition("/")[2] for choice in known}
     assert choices == {method.config.__name__ for method in METHODS.values()}
     assert set(schema["properties"]) == {"run", "science", "cluster", "baselines"}
 

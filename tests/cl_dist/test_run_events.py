@@ -217,7 +217,8 @@ def test_events_frame_each_stage_and_steps_are_shown_but_not_stored(tmp_path: Pa
     run_stages(run, LocalDispatcher(), Tracker(run, watch=shown.append))
     stored = events(run)
     assert [event["event"] for event in stored if event["event"] != "round"] == [
-        "begin", "stage_start", "stage_end", "stage_done", "stage_start", "stage_end", "stage_done", "finished",
+        "begin", "stage_start", "telemetry", "stage_end", "stage_done",
+        "stage_start", "stage_end", "stage_done", "finished",
     ]  # fmt: skip
     assert stored == [event for event in shown if event["event"] != "step"]
     steps = [event["step"] for event in shown if event["event"] == "step"]

@@ -17,6 +17,8 @@ from cl_dist.sinks import Trackers
 from tests import tiny
 
 FAST = {"train": {"epochs": 2, "min_round_steps": 1}, "method": {"name": "sequential"}}
+ROUNDS, TELEMETRY = [3, 6, 9, 12, 15, 18], [2, 4, 6, 8, 10, 12, 14, 16, 18]
+ALL_STEPS = sorted([*ROUNDS, *TELEMETRY])
 Logged = list[tuple[str, int, Mapping[str, float]]]
 
 
@@ -38,7 +40,12 @@ class Recorder:
 
 
 def config(folder: Path, name: str) -> RunConfig:
-    return parse(RunConfig, tiny.tree(folder, {"science": FAST, "run": {"trackers": [name]}}))
+    return parse(RunConfig, tiny.tree(folder, {"science": FAST, "run": {"trackers": [name], "log_every": 2}}))
+
+
+def steps_of(logged: Logged, name: str) -> list[int]:
+    """Return the steps at which a number was logged."""
+    return [step for _, step, numbers in logged if name in numbers]
 
 
 def attempts(settings: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,10 +74,11 @@ def test_steps_count_over_tasks_and_restarts(tmp_path: Path, monkeypatch: pytest
     ended: list[str] = []
     monkeypatch.setattr(trackers, "_opened", lambda name: lambda folder, run, settings: Recorder(logged, ended))
     attempts(config(tmp_path, "wandb"), monkeypatch)
-    steps = [step for axis, step, _ in logged if axis == "step"]
-    # Three tasks of 3 steps an epoch, with a round after each; the second task begins twice.
-    assert steps == [3, 6, 9, 9, 12, 15, 18]
-    assert all("train/loss" in numbers for axis, _, numbers in logged if axis == "step")
+    # Three tasks of 3 steps an epoch, with a round after each; the second task begins twice, and repeats its steps 1-3.
+    assert [step for axis, step, _ in logged if axis == "step"] == ALL_STEPS
+    assert steps_of(logged, "round/loss") == steps_of(logged, "dev/loss") == ROUNDS
+    for name in ("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s", "memory/rss_peak_gib"):
+        assert steps_of(logged, name) == TELEMETRY
     tasks = [(step, numbers) for axis, step, numbers in logged if axis == "task"]
     assert {name for step, numbers in tasks for name in numbers if step == 1} >= {"acc/R/food", "acc/R/film"}
     assert "cl/avg_acc" in tasks[-1][1]
@@ -100,10 +108,27 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
     "cut", ['{"event": "round", "stage": "01-fi', '["round"]', '{"event": "round"}', '"round"' + "[" * 10**5]
 )
 def test_a_damaged_line_of_events_is_passed_over(tmp_path: Path, cut: str) -> None:
-    lines = [f'{{"event": "round", "stage": "{t}-x/train", "total_steps": {t}}}' for t in (3, 5)]
+    lines = [f'{{"event": "round", "stage": "{t}-x/train", "step": 1, "total_steps": {t}}}' for t in (3, 5)]
     (tmp_path / "metrics").mkdir()
     (tmp_path / trackers.EVENTS).write_text("\n".join([lines[0], cut, lines[1], cut]))
-    assert Trackers([], tmp_path, "tiny", {})._totals == {"3-x/train": 3, "5-x/train": 5}
+    found = Trackers([], tmp_path, "tiny", {})._stages
+    assert {name: stage.total for name, stage in found.items()} == {"3-x/train": 3, "5-x/train": 5}
+
+
+def test_a_stage_that_is_trained_anew_with_other_settings_is_logged_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: Logged = []
+    monkeypatch.setattr(trackers, "_opened", lambda name: lambda folder, run, settings: Recorder(logged, []))
+    events: list[dict[str, Any]] = []
+    for fingerprint in ("a", "a", "b"):
+        events.append({"event": "stage_start", "stage": "00-x/train", "fingerprint": fingerprint})
+        step = {"event": "telemetry", "stage": "00-x/train", "total_steps": 9, "train/loss": 1.0}
+        events += [step | {"step": number} for number in (2, 4)]
+    sink = Trackers(["wandb"], tmp_path, "tiny", {})
+    for event in events:
+        sink(event)
+    assert steps_of(logged, "train/loss") == [2, 4, 2, 4]
 
 
 def test_the_module_needs_no_torch() -> None:
@@ -119,7 +144,8 @@ def test_tensorboard_reads_one_run_of_two_attempts(tmp_path: Path, monkeypatch: 
     attempts(settings, monkeypatch)
     found = EventAccumulator(str(settings.folder / "tensorboard"))
     found.Reload()
-    assert [event.step for event in found.Scalars("train/loss")] == [3, 6, 9, 9, 12, 15, 18]
+    assert [event.step for event in found.Scalars("train/loss")] == TELEMETRY
+    assert [event.step for event in found.Scalars("round/loss")] == ROUNDS
 
 
 def test_mlflow_has_one_run_of_two_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +160,7 @@ def test_mlflow_has_one_run_of_two_attempts(tmp_path: Path, monkeypatch: pytest.
     assert run.info.status == "FINISHED"
     assert run.data.params["method.name"] == "sequential"
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
-    assert sorted(steps) == [3, 6, 9, 9, 12, 15, 18]
+    assert sorted(steps) == TELEMETRY
 
 
 def test_wandb_writes_offline_under_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

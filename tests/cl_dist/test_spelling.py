@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from cl_dist.config import Section, Tree, apply_overrides, parse, plain_yaml, yaml_text
+from cl_dist.config import Section, Tree, apply_overrides, parse, plain_yaml
 from cl_dist.errors import ConfigError
 from cl_dist.run_config import RunConfig, read_run_file
+from cl_dist.strict_yaml import yaml_text
 from tests import tiny
 
 TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
@@ -99,7 +100,7 @@ def test_truth_values_and_whole_floats_still_serve_where_they_belong() -> None:
     ("text", "quoted"),
     [
         *(("yes", "quote it: 'yes'"), ("off", "'off'"), ("true", "'true'"), ("2024-01-01", "quote it: '2024-01-01'")),
-        *(("5", "quote it: '5'"), ("1.5", "quote it: '1.5'"), ("~", "quote it if it is a text: 'null'")),
+        *(("5", "quote it: '5'"), ("1.5", "quote it: '1.5'"), ("~", "quote it if it is text: 'null'")),
         ("which: one", "quote it"),
     ],
 )
@@ -129,11 +130,11 @@ def test_a_list_without_brackets_is_shown_with_them(tmp_path: Path) -> None:
     ("override", "said"),
     [
         ("text=#2 String", "text='\"#2 String\"'"),
-        ("text= # nothing", "behind '#'"),
-        ("count=5 # five", "behind '#'"),
-        ("text=is it good? #really", "behind '#'"),
-        ("inner=counts: {x: 1} # ones", "behind '#'"),
-        ("words=[a, # b\n c]", "behind '#'"),
+        ("text= # nothing", "after '#'"),
+        ("count=5 # five", "after '#'"),
+        ("text=is it good? #really", "after '#'"),
+        ("inner=counts: {x: 1} # ones", "after '#'"),
+        ("words=[a, # b\n c]", "after '#'"),
         ("text=", "write null for no value"),
         ("text=   ", "write null for no value"),
         ("count=\t5", "not valid YAML"),
@@ -153,7 +154,7 @@ def test_a_number_sign_inside_of_a_text_is_none_of_a_comment() -> None:
 
 
 def test_a_file_whose_value_is_a_comment_is_refused_and_comments_are_not(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nothing stands before the comment '#2 String'.*\n.*line 2"):
+    with pytest.raises(ConfigError, match=r"no value before the comment '#2 String'.*\n.*line 2"):
         read(tmp_path, "count: 1\ntext: #2 String\nrate: 2\n")
     text = "count: 1 #one\ntext: # none yet\ninner: #what is inside\n  shares: [1] # all\n"
     assert read(tmp_path, text) == {"count": 1, "text": None, "inner": {"shares": [1]}}
@@ -175,7 +176,7 @@ def test_a_run_file_whose_name_is_none_for_a_run_says_so(tmp_path: Path, name: s
     del tree["run"]["name"]
     path = tmp_path / name
     path.write_text(yaml.safe_dump(tree), encoding="utf8")
-    with pytest.raises(ConfigError, match=r"names its run .* sets no run.name: expected up to 100 letters") as caught:
+    with pytest.raises(ConfigError, match=r"run.name is not set, .*: expected up to 100 letters") as caught:
         read_run_file(path)
     assert str(path) in str(caught.value)
     assert read_run_file(path, ["run.name=fine"]).run.name == "fine"

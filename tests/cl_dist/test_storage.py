@@ -9,7 +9,7 @@ import pytest
 from cl_dist.errors import RunInUseError, StorageError
 from cl_dist.storage import LOCK, run_lock, storage_errors
 
-ROOM, PLACE = "Make room, or remove runs", "Make it writable, or move the run folder"
+ROOM, PLACE = "Free space, or remove runs", "Make it writable, or move the run folder"
 
 
 def hold(folder: Path) -> None:
@@ -30,7 +30,7 @@ def test_a_file_system_without_locks_is_not_taken_for_another_driver(
 
 
 def test_another_driver_is_named(tmp_path: Path) -> None:
-    with run_lock(tmp_path), pytest.raises(RunInUseError, match=f"process {os.getpid()} on .* is at work"):
+    with run_lock(tmp_path), pytest.raises(RunInUseError, match=f"process {os.getpid()} on .* is working on this run"):
         hold(tmp_path)
 
 

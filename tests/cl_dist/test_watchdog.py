@@ -12,7 +12,7 @@ import pytest
 from cl_dist.dispatch_ray.pool import ACTOR, ShardWorker
 from cl_dist.dispatch_ray.ranks import _log_to
 from cl_dist.dispatch_ray.watchdog import Watchdog, log_tails, remedy
-from cl_dist.stages.shards import SHARDED
+from cl_dist.stages import evaluate
 from cl_dist.stages.stage_job import Job
 from tests import tiny
 
@@ -64,7 +64,7 @@ class Hanging:
 
 
 def _actor(folder: str, job: Job) -> None:
-    SHARDED[job.stage.kind] = replace(SHARDED[job.stage.kind], worker=Hanging)
+    evaluate.KIND = replace(evaluate.KIND, worker=Hanging)
     ShardWorker(3, folder, None, {}).run("once", job, "the first shard", f"{folder}/logs", 1.0)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cl_dist.checks import check_data
 from cl_dist.run import Run
 from cl_dist.run_config import read_run_file
 from launcher.runs import recipes
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_the_recipe_reads_all_19_domains_as_published() -> None:
     run = Run(read_run_file(recipes()["ctr-asc19"]))
-    run.check_data()
+    check_data(run)
     sizes = {
         task.id: [len(run.data(t).rows(split)) for split in ("train", "dev", "test")]
         for t, task in enumerate(run.tasks.tasks)

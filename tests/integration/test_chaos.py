@@ -90,10 +90,10 @@ def test_an_unharmed_copy_ends_as_the_run_did(run: Run, finished: Run) -> None:
 
 
 HARM: Mapping[str, tuple[str, Callable[[Path], None], str]] = {
-    "weights, one bit flipped": ("00-food/train/trainable.safetensors", flip, "not the file that its manifest names"),
+    "weights, one bit flipped": ("00-food/train/trainable.safetensors", flip, "does not match its manifest"),
     "weights cut off": ("00-food/train/trainable.safetensors", lambda p: os.truncate(p, 100), "not the file"),
     "weights gone": ("00-food/train/trainable.safetensors", Path.unlink, "missing"),
-    "samples, one bit flipped": ("01-film/generate/samples.jsonl", flip, "not the file that its manifest names"),
+    "samples, one bit flipped": ("01-film/generate/samples.jsonl", flip, "does not match its manifest"),
     "manifest cut off": ("00-food/train/manifest.json", lambda p: os.truncate(p, 50), "damaged"),
 }
 
@@ -139,7 +139,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(run: Run, f
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(StorageError, match=r"cannot be written.*Make room.*`cl-dist resume` goes on") as caught:
+        with pytest.raises(StorageError, match=r"cannot be written.*Free space.*`cl-dist resume` continues") as caught:
             go_on(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -176,7 +176,7 @@ def test_a_damaged_shard_is_computed_again(
 
 
 def test_a_second_driver_is_refused_while_the_first_is_at_work(tmp_path: Path) -> None:
-    refused = pytest.raises(RunInUseError, match=f"process {os.getpid()} on .* is at work")
+    refused = pytest.raises(RunInUseError, match=f"process {os.getpid()} on .* is working on this run")
     with run_lock(tmp_path), refused as caught, run_lock(tmp_path):
         pass
     assert caught.value.exit_code == 2
@@ -190,7 +190,7 @@ def test_finished_tasks_keep_their_places(finished: Run) -> None:
     for order in (["film", "food"], ["food"]):
         tree["science"]["order"] = order
         with pytest.raises(
-            OrderError, match=r"01-film.* is finished, but the tasks are now .*finished tasks keep their places"
+            OrderError, match=r"01-film.* is finished, but the tasks are now .*must keep their positions"
         ):
             Run(kind.model_validate(tree)).ledger.check_order()
     finished.ledger.check_order()

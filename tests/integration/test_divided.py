@@ -237,7 +237,7 @@ def test_plugins_alone_are_saved_by_the_ranks_that_own_them_and_loaded_on_any_nu
 
 def _started(job: Job) -> nn.Module:
     learner = build_learner(job)
-    train.start(job, learner)
+    train.prepare_learner(job, learner)
     return learner.model
 
 

@@ -16,6 +16,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from cl_dist.checks import check_data
 from cl_dist.config import merged, parse
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.dispatch_ray.cluster import connect
@@ -130,7 +131,7 @@ def test_more_failures_than_allowed_end_the_run_with_their_cause(gang: GangStory
     assert gang.error.exit_code == 5
     assert "cluster.max_failures=1" in str(gang.error)
     assert "worker died" in str(gang.error) or "actor died" in str(gang.error)
-    assert "`cl-dist resume` goes on from here" in str(gang.error)
+    assert "`cl-dist resume` continues from here" in str(gang.error)
     finished = {path.parent.parent.name for path in gang.run.glob("stages/*/evaluate/manifest.json")}
     assert finished == {"00-food", "01-film"}
 
@@ -138,7 +139,7 @@ def test_more_failures_than_allowed_end_the_run_with_their_cause(gang: GangStory
 def test_an_error_that_no_restart_would_cure_arrives_as_it_was_raised(address: str, tmp_path: Path) -> None:
     settings = {"dispatcher": "ray", "engine": "deepspeed", "address": address}
     run = tiny.make_run(tmp_path, {"cluster": settings}, tasks=("food",))
-    run.check_data()  # the driver has read it
+    check_data(run)  # the driver has read it
     tiny.save_rows(tmp_path / "food.jsonl", tiny.rows("food", train=23))
     seen: list[str] = []
     with pytest.raises(DataError, match=r"^task food: its files differ between machines, or changed") as caught:

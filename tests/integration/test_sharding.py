@@ -19,6 +19,7 @@ from cl_dist.parallel.world import World
 from cl_dist.run import Run
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
+from cl_dist.stages.prefetch import Split
 from cl_dist.stages.schedule import Schedule
 from cl_dist.stages.stage_job import Job, task_data
 from tests import parity
@@ -50,15 +51,16 @@ class Held:
 def hold(rank: int, world: int, job: Job) -> Held:
     learner = build_learner(job)
     learner.start_task(job.stage.task, (job.stage.task,))
-    engine, micro, _ = train._engine(job, learner, learner.grad_scales(), {}, Schedule(10, 10, 10), World.current())
+    split = Split.of(job, World.current())
+    engine = train._engine(job, learner, learner.gradient_transforms(), {}, Schedule(10, 10, 10), split)
     rows = ClassifyRows(load_tokenizer(job.model), 16)
     data = task_data(job, job.stage.task)
     rows.add(job.stage.task, data, data.train)
     own: Any = engine
     forwards: list[int] = []
     own._engine.register_forward_hook(lambda *args: forwards.append(1))
-    loss = learner.loss(engine, rows.batch(range(micro)), Schedule(10, 10, 10).at(5))
-    engine.backward(loss.rows["ce"].sum(), torch.stack(list(loss.own.values())).sum())
+    loss = learner.loss(engine, rows.batch(range(split.micro)), Schedule(10, 10, 10).at(5))
+    engine.backward(loss.per_example["ce"].sum(), torch.stack(list(loss.regularizers.values())).sum())
     engine.step()
     named: dict[str, Any] = dict(engine.module.named_parameters())
     optimizer = own._engine.optimizer
@@ -137,7 +139,7 @@ def train_with(rank: int, world: int, job: Job, out: str, fault: str) -> None:
 
         engines.Optimizing.groups = decayed  # type: ignore[method-assign]
     if fault == "unmasked":
-        engines.attach = lambda model, grad_scales: None
+        engines.attach = lambda model, transforms: None
     if fault == "capsule":  # an old capsule is changed between steps
 
         def shaken(self: engines.DeepSpeedEngine) -> None:

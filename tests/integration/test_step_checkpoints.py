@@ -20,6 +20,7 @@ from cl_dist.run_config import RunConfig
 from cl_dist.stage import StageRef, Train
 from cl_dist.stages import checkpoint, train
 from cl_dist.stages import save_policy as pace
+from cl_dist.stages.score_dev import score_dev
 from cl_dist.stages.stage_job import Job, SaveRequest
 from cl_dist.stages.weights import ShardedWeights
 from tests import tiny
@@ -43,7 +44,7 @@ class StopAfter:
 def train_until(rank: int, world: int, job: Job, out: str, steps: int | None) -> None:
     """Train a stage, up to some step; run on every rank."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Pace", lambda *args: StopAfter(steps))
+        patch.setattr(train, "SavePolicy", lambda *args: StopAfter(steps))
         try:
             train.run(job, Path(out), lambda event: None)
         except StoppedError:
@@ -190,7 +191,7 @@ def test_the_best_round_of_an_earlier_attempt_outlives_the_folder_it_lay_in(
     jobs: dict[str, Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its dev loss is never undercut again, and its checkpoint is soon one of the old ones."""
-    score = train.score_dev
+    score = score_dev
     worse = iter(range(1, 1000))
     monkeypatch.setattr(train, "score_dev", lambda *args: score(*args) | {"dev/loss": float(next(worse))})
     train_until(0, 1, jobs["ctr"], str(tmp_path), 4)  # the first round is the best
@@ -216,7 +217,7 @@ def test_saved_after_every_step_a_resumed_stage_ends_as_undisturbed(
     whole = train_here(jobs["ctr"], tmp_path / "whole").weights
     (tmp_path / "out").mkdir()
     train_until(0, 1, jobs["ctr"], str(tmp_path / "out"), 5)
-    monkeypatch.setattr(train, "Pace", lambda *args: SaveAlways())
+    monkeypatch.setattr(train, "SavePolicy", lambda *args: SaveAlways())
     train.run(jobs["ctr"], tmp_path / "out", lambda event: None)
     after = dict(ShardedWeights(tmp_path / "out"))
     assert all(torch.equal(after[name], whole[name]) for name in whole)
@@ -230,10 +231,10 @@ def crash_in_step(rank: int, world: int, job: Job, out: str, step: int) -> None:
         time.sleep(0.2)
         return write(*args)
 
-    def fails(self: train._Loop, number: int) -> None:
+    def fails(self: train._Loop, number: int, *args: Any) -> None:
         if number == step:
             raise RuntimeError("planted")
-        alone(self, number)
+        alone(self, number, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "_write", slow)

@@ -93,5 +93,5 @@ def test_what_cannot_be_appended_is_refused_before_anything_is_written(cli: Cli,
     shutil.move(more, more.with_suffix(".bak"))
     ended = cli("resume", run, "science.order=[film, food]")
     assert ended.code == 6
-    assert "finished tasks keep their places" in ended.err.replace("\n", " ")
+    assert "must keep their positions" in ended.err.replace("\n", " ")
     assert (run / "config.yaml").read_bytes() == config

@@ -53,8 +53,8 @@ def test_plan_of_a_finished_run_says_done(cli: Cli, finished: Path) -> None:
         ("science.train.epochs", "'science.train.epochs': expected dotted.key=value"),
         ("science.train.epochs=0", "science.train.epochs=0: Input should be greater than 0"),
         ("science.tasks.fod.text=x", "no list item 'fod'; did you mean 'food'?"),
-        ("science.method.name=crt", "name='crt' is no method; did you mean 'ctr'?"),
-        ("cluster.workers=2", "workers=2 does not work with dispatcher: local"),
+        ("science.method.name=crt", "name='crt' is not a method; did you mean 'ctr'?"),
+        ("cluster.workers=2", "workers=2 is not supported with dispatcher: local"),
     ],
 )
 def test_a_wrong_setting_is_named_and_exits_2(cli: Cli, run_file: Path, verb: str, setting: str, message: str) -> None:
@@ -255,7 +255,7 @@ def test_changed_science_is_refused_with_the_keys_that_differ(cli: Cli, finished
     for verb, where in (("train", changed), ("resume", folder), ("plan", changed)):
         ended = cli(verb, where, "science.method.s_max=60.0", "run.name=tiny", "science.train.epochs=3")
         assert ended.code == 6
-        assert "00-food/train is already done with other settings" in ended.err
+        assert "00-food/train is already done with different settings" in ended.err
         assert "method.s_max: finished with 50.0, now 60.0" in ended.err
         assert "train.epochs: finished with 2, now 3" in ended.err
         assert "run.name=" in ended.err

@@ -77,7 +77,7 @@ def test_what_loading_the_rows_warns_of_is_found(cli: Cli, run_file: Path) -> No
     path.write_text(changed, encoding="utf8")
     code, found = looked_at(cli, run_file)
     assert (code, found["fail"]) == (0, [])
-    (warning,) = [finding["found"] for finding in found["warn"] if "read alike" in finding["found"]]
+    (warning,) = [finding["found"] for finding in found["warn"] if "look the same" in finding["found"]]
     assert r"'GOOD\x1b[31m' (1 row)" in warning
     shown = cli("check", run_file)
     assert (shown.code, "\x1b" in shown.out) == (0, False)
@@ -136,17 +136,17 @@ def test_a_row_that_cannot_be_read_by_a_model_that_writes_is_told_before_the_fir
 def test_a_question_that_is_too_long_is_told_with_the_limit_of_its_task(cli: Cli, tmp_path: Path) -> None:
     code, found = looked_at(cli, writes(tmp_path, question=LONG, train={"max_length": 14}))
     assert code == 4
-    assert "12 + 1 tokens, with 2 special ones 15, more than train.max_length=14" in found["fail"][0]["found"]
+    assert "12 + 1 tokens (15 with special tokens), but train.max_length=14" in found["fail"][0]["found"]
     assert looked_at(cli, writes(tmp_path, question=LONG, train={"max_length": 15}))[0] == 0
 
 
 @pytest.mark.parametrize(
     ("labels", "told"),
     [
-        (("+", "-"), "labels '+' and '-' are the same to the tokenizer ([UNK])"),
-        (("Good", "good"), "labels 'Good' and 'good' are the same to the tokenizer (good)"),
-        (("good", "good "), "labels 'good' and 'good ' are the same"),
-        (("good cake", "\u0301"), "is no token to the tokenizer"),
+        (("+", "-"), "the tokenizer encodes labels '+' and '-' alike ([UNK])"),
+        (("Good", "good"), "the tokenizer encodes labels 'Good' and 'good' alike (good)"),
+        (("good", "good "), "labels 'good' and 'good ' alike"),
+        (("good cake", "\u0301"), "as no token"),
     ],
 )
 def test_labels_that_the_tokenizer_cannot_tell_apart_are_told_before_the_first_stage(
@@ -177,7 +177,7 @@ def test_the_labels_of_a_baseline_that_writes_are_looked_at_too(cli: Cli, tmp_pa
     over = {"method": {"name": "sequential"}, "model": {"output": "lm"}, "train": {"max_length": 5}}
     code, found = looked_at(cli, save_run(run, tree | {"baselines": {"short": over}}))
     assert code == 4
-    assert "more than train.max_length=5" in found["fail"][0]["found"]
+    assert "but train.max_length=5" in found["fail"][0]["found"]
 
 
 @pytest.mark.parametrize(("metric", "package"), [("rouge_l", "rouge_score"), ("bleu", "sacrebleu")])
@@ -186,7 +186,7 @@ def test_a_metric_without_its_package_is_told_before_the_first_stage(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, f"{package}.rouge_scorer", None)
-    run = writes(tmp_path, answer="text", metric=metric)
+    run = writes(tmp_path, output="text", metric=metric)
     code, found = looked_at(cli, run)
     assert (code, found["fail"][0]["where"]) == (4, "task film")
     assert f"tasks.film.metric '{metric}': this metric needs {package}" in found["fail"][0]["found"]
@@ -299,4 +299,4 @@ def test_a_row_of_no_token_is_found(cli: Cli, run_file: Path) -> None:
         file.write(json.dumps({"id": "last", "text": "\u200b", "label": "good", "split": "test"}) + "\n")
     code, found = looked_at(cli, run_file)
     assert (code, [finding["where"] for finding in found["fail"]]) == (4, ["task film"])
-    assert "film.jsonl, line 37, field text: the tokenizer makes no token of '\\u200b'" in found["fail"][0]["found"]
+    assert "film.jsonl, line 37, field text: the tokenizer encodes '\\u200b'" in found["fail"][0]["found"]

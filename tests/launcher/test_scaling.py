@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cl_dist.methods.base import Progress
+from cl_dist.learners.base import Progress
 from cl_dist.models.backbone import load_backbone, load_tokenizer, recompute_activations
 from cl_dist.planning.planner import planned, work_of
 from cl_dist.planning.scaling import Machine, Work, stage_costs, step_costs
@@ -90,7 +90,7 @@ def counted(run: Run) -> float:
     assert {rows.length(number) for number in range(ROWS)} == {LENGTH}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss = learner.loss(learner.model.train(), rows.batch(range(ROWS)), Progress(0, 10, 0, 10))
-        torch.stack([term.sum() for term in (*loss.rows.values(), *loss.own.values())]).sum().backward()
+        torch.stack([term.sum() for term in (*loss.per_example.values(), *loss.regularizers.values())]).sum().backward()
     return counter.get_total_flops() / ROWS
 
 

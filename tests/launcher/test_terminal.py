@@ -120,6 +120,30 @@ def test_names_in_tables_titles_bars_and_logs_are_not_markup(
     assert "\x1b" not in capsys.readouterr().err
 
 
+def test_a_step_shows_loss_and_speed_in_a_line_of_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = console.Watch()
+    screen = console.Screen(stderr=True)
+    screen.width = 80
+    watch._progress = Progress(*watch._progress.columns, console=screen)
+    stage = {"ts": "2026-01-01T00:00:00", "stage": "18-laptops/train", "kind": "train"}
+    numbers = {"train/loss": 0.69314, "train/tokens_per_s": 123_456.7, "train/grad_norm": 1.5}
+    with watch:
+        watch(stage | {"event": "stage_start", "fingerprint": "f" * 64})
+        watch(stage | {"event": "telemetry", "step": 9990, "total_steps": 12500, **numbers})
+    lines = capsys.readouterr().err.splitlines()
+    (shown,) = [line for line in lines if line.startswith("18-laptops/train")]
+    assert shown.rstrip().endswith("loss 0.693  123k tokens/s")
+    assert "9990/12500" in shown
+    assert not any("telemetry" in line or "ffff" in line for line in lines)  # one every few steps: in the log alone
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(0.4, "0"), (999, "999"), (1234, "1.2k"), (99_960, "100k"), (3.4e6, "3.4M")]
+)
+def test_a_rate_needs_at_most_five_characters(rate: float, text: str) -> None:
+    assert console._rate(rate) == text
+
+
 @pytest.mark.parametrize("locale", [LATIN, ASCII])
 def test_a_locale_without_a_character_shows_its_escape_and_programs_get_ascii(
     tmp_path: Path, locale: dict[str, str]
@@ -231,15 +255,13 @@ def test_usage_errors_are_one_json_document_when_asked_for(cli: Cli) -> None:
         assert ended.json()["message"]
 
 
-def test_the_exit_codes_of_the_help_are_those_of_the_errors_and_of_the_readme(cli: Cli) -> None:
+def test_the_exit_codes_of_the_help_are_those_of_the_errors_and_of_the_page(cli: Cli) -> None:
     found = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ClDistError)]
     assert {kind.exit_code for kind in found} | {0, console.INTERRUPTED} == set(EXIT_CODES)
     shown = re.sub(r"\s+", " ", cli("--help").out)
     assert all(f"{code} {meaning.split()[0]}" in shown for code, meaning in EXIT_CODES.items())
-    readme = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf8"))
-    listed = re.search(r"Exit codes: (.*?)\. ", readme)
-    assert listed is not None
-    assert {int(code) for code in re.findall(r"(?:^|, )(\d+) ", listed[1])} == set(EXIT_CODES)
+    page = (ROOT / "launcher/README.md").read_text(encoding="utf8")
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", page, flags=re.MULTILINE)} == set(EXIT_CODES)
 
 
 @settings(max_examples=200 * TIMES, deadline=None)

@@ -163,7 +163,7 @@ def test_predict_names_the_line_of_what_it_cannot_read(cli: Cli, run: Path, monk
     monkeypatch.setattr("cl_dist.stages.predict.load_tokenizer", cleaning)
     ended = cli("predict", run, "--task", "food", stdin=b'{"text": "soup"}\n\n{"text": "\\u200b"}\n')
     assert (ended.code, ended.out) == (3, "")
-    assert r"line 3: field text: the tokenizer makes no token of '\u200b'" in ended.err
+    assert r"line 3: field text: the tokenizer encodes '\u200b' as no token" in ended.err
     monkeypatch.setattr("cl_dist.stages.predict.num_embeddings", lambda config: 10)
     ended = cli("predict", run, "--task", "food", stdin=b'{"text": "the gripping soup"}')
     assert (ended.code, ended.out) == (3, "")

@@ -31,11 +31,12 @@ def test_wheel_holds_both_packages_with_their_data_and_nothing_else(wheel: Path)
     assert {name.split("/")[0] for name in names} == {"cl_dist", "launcher", "cl_dist-0.1.0.dist-info"}
     data = [
         *ROOT.glob("*/py.typed"),
-        ROOT / "cl_dist/DECISIONS.md",
+        *ROOT.glob("cl_dist/**/*.md"),
         *ROOT.glob("launcher/recipes/*"),
         *ROOT.glob("launcher/templates/*"),
     ]
     assert {str(path.relative_to(ROOT)) for path in data} <= names
+    assert not any(name.startswith(("launcher/pictures", "launcher/tables")) for name in names)
 
 
 def test_installed_wheel_lists_its_recipes_away_from_the_source_tree(wheel: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def written(**more: Any) -> bytes:
         (tarred(), "a tar archive"),
         (gzip.compress(tarred()), "a tar archive"),
         (pickle.dumps(ROWS), "a pickle, which is never loaded"),
-        (b"SQLite format 3\x00" + bytes(100), "an SQLite data base"),
+        (b"SQLite format 3\x00" + bytes(100), "an SQLite database"),
         (LINES.decode().encode("utf-16"), "text in UTF-16"),
         (LINES.decode().encode("utf-16-le"), "text in UTF-16"),
         (b"", "empty"),
@@ -99,24 +99,24 @@ def test_what_is_no_file_of_rows_is_named_once(tmp_path: Path, kind: str, conten
 
 
 def test_parquet_and_a_folder_are_named_where_text_is_expected(tmp_path: Path) -> None:
-    assert "this is a parquet file; set kind: parquet; kind: jsonl expects one JSON object a line" in fault(
+    assert "this is a parquet file; set kind: parquet; kind: jsonl expects one JSON object per line" in fault(
         tmp_path / "a", written()
     )
-    assert "expected a parquet file, and this is text" in fault(tmp_path / "a", LINES, "parquet")
+    assert "expected a parquet file, but this is text" in fault(tmp_path / "a", LINES, "parquet")
     (found,) = loaded(tmp_path, "csv")[1]
-    assert found == ": is a folder; kind: csv expects a file"
+    assert found == ": is a directory; kind: csv expects a file"
 
 
 @pytest.mark.parametrize(
     ("content", "name"),
     [
-        (json.dumps(ROWS, indent=1), "line 1: a JSON array, not JSON lines; write an object a line"),
+        (json.dumps(ROWS, indent=1), "line 1: a JSON array, not JSON lines; write one object per line"),
         (json.dumps(ROWS), "line 1: a JSON array"),
         ("[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]", "line 1: a JSON array"),
         ("\n\n" + json.dumps({"data": ROWS}, indent=1), "line 3: a JSON document over several lines"),
         ('{"data": [\n' + ",\n".join(map(json.dumps, ROWS)) + "\n]}", "line 1: a JSON document over several lines"),
         ("\n".join(map(repr, ROWS)), "line 1: not JSON: Expecting property name enclosed in double quotes"),
-        (table(",").decode(), "no line can be used: kind: jsonl expects one JSON object a line"),
+        (table(",").decode(), "no line is valid: kind: jsonl expects one JSON object per line"),
         ("  \n\n", "has no rows"),
     ],
 )
@@ -127,16 +127,16 @@ def test_json_that_is_no_json_lines_is_named_once(tmp_path: Path, content: str, 
 @pytest.mark.parametrize(
     ("kind", "content", "name"),
     [
-        ("csv", table(";"), "cells seem to be apart by semicolons; write it with commas"),
-        ("csv", table("\t"), "cells seem to be apart by tabs; set kind: tsv"),
-        ("csv", table("|"), "cells seem to be apart by bars"),
-        ("tsv", table(","), "cells seem to be apart by commas; set kind: csv"),
-        ("tsv", table(";"), "cells seem to be apart by semicolons; write it with tabs"),
-        ("csv", b"sep=,\n" + table(","), "line 1: this line is a note for Excel, and no header; remove it"),
-        ("csv", b"\xef\xbb\xbfsep=;\r\n" + table(";"), "line 1: this line is a note for Excel"),
-        ("tsv", b"sep=\t\n" + table("\t"), "line 1: this line is a note for Excel"),
+        ("csv", table(";"), "cells seem to be separated by semicolons; convert it to commas"),
+        ("csv", table("\t"), "cells seem to be separated by tabs; set kind: tsv"),
+        ("csv", table("|"), "cells seem to be separated by bars"),
+        ("tsv", table(","), "cells seem to be separated by commas; set kind: csv"),
+        ("tsv", table(";"), "cells seem to be separated by semicolons; convert it to tabs"),
+        ("csv", b"sep=,\n" + table(","), "line 1: this line is an Excel directive, not a header; remove it"),
+        ("csv", b"\xef\xbb\xbfsep=;\r\n" + table(";"), "line 1: this line is an Excel directive"),
+        ("tsv", b"sep=\t\n" + table("\t"), "line 1: this line is an Excel directive"),
         ("csv", b"text,label,split\n", "has no rows"),
-        ("lines", table(","), "no line can be used: kind: lines expects lines that source.pattern matches"),
+        ("lines", table(","), "no line is valid: kind: lines expects lines that source.pattern matches"),
     ],
 )
 def test_tables_with_other_marks_are_named_once(tmp_path: Path, kind: str, content: bytes, name: str) -> None:
@@ -194,7 +194,7 @@ def test_a_column_that_a_setting_names_must_have_values(tmp_path: Path, name: st
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(written(map=ODD["map"]))
     (said,) = loaded(tmp_path / "a.parquet", "parquet", where={"maps": "x"})[1]
-    assert said == ", field maps: `where` names it, but no row has this column; did you mean 'map'?"
+    assert said == ", field maps: no row has this column, which `where` refers to; did you mean 'map'?"
 
 
 def test_folders_of_parquet_with_a_column_in_their_names_and_dotted_columns_are_read(tmp_path: Path) -> None:
@@ -210,4 +210,4 @@ def test_folders_of_parquet_with_a_column_in_their_names_and_dotted_columns_are_
 def test_two_columns_of_one_name_are_a_fault(tmp_path: Path) -> None:
     names, values = [*columns(), "label"], [*columns().values(), ["good"] * len(ROWS)]
     parquet.write_table(pyarrow.table(values, names=names), tmp_path / "a.parquet")
-    assert loaded(tmp_path / "a.parquet", "parquet")[1] == [": 'label' names more than one column"]
+    assert loaded(tmp_path / "a.parquet", "parquet")[1] == [": 'label' is the name of several columns"]

@@ -43,7 +43,7 @@ def test_a_row_is_a_question_and_a_sample(tokenizer: Any) -> None:
     assert labels[QA] == {5: number("good")[0], 6: known.eos}
     assert labels[LM] == dict(enumerate([*content, known.ans, *number("good"), known.eos]))
     assert batch["unit"].tolist() == [1.0] * 7 + [5.0, 1.0, 1.0]
-    assert rows.units([0]) == {"qa_loss": 2.0, "lm_loss": 12.0}
+    assert rows.normalizers([0]) == {"qa_loss": 2.0, "lm_loss": 12.0}
 
 
 def test_only_the_context_is_cut(tokenizer: Any) -> None:

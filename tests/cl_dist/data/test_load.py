@@ -81,15 +81,15 @@ def test_the_digest_is_that_of_ids_texts_and_labels_in_order(path: Path) -> None
         (0, {"text": "  "}, 1, "text", "is empty"),
         (1, {"text": None}, 2, "text", "is missing"),
         (2, {"text": 5}, 3, "text", "expected text, got int"),
-        (3, {"text": "\ud83d broken"}, 4, "text", "half a character, '\\ud83d' at position 0"),
+        (3, {"text": "\ud83d broken"}, 4, "text", "half a surrogate pair, '\\ud83d', at position 0"),
         (4, {"label": ""}, 5, "label", "is empty"),
         (5, {"label": None}, 6, "label", "is missing"),
         (6, {"label": ["pos"]}, 7, "label", "expected a label, got list"),
         (7, {"label": "poss"}, 8, "label", "'poss' of dev never occurs in train; did you mean 'pos'?"),
-        (8, {"split": "tset"}, 9, "split", "'tset' is no split; did you mean 'test'?"),
+        (8, {"split": "tset"}, 9, "split", "'tset' is not a split; did you mean 'test'?"),
         (9, {"split": None}, 10, "split", "is missing"),
-        (10, {"key": "r91"}, 11, "key", "id 'r91' of test is already that of line 9"),
-        (11, {"key": 1.5}, 12, "key", "expected text or a whole number as id, got float"),
+        (10, {"key": "r91"}, 11, "key", "duplicate id 'r91' in test, first in line 9"),
+        (11, {"key": 1.5}, 12, "key", "expected text or an integer as id, got float"),
     ],
 )
 def test_a_bad_row_is_named_by_file_line_and_field(
@@ -139,14 +139,14 @@ def test_train_rows_of_one_label_only_are_a_fault(path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "source", "complaint"),
     [
-        ({"text": "txet"}, {}, "`text` names it, but no row has this column; did you mean 'text'?"),
-        ({"rationale": "rationales"}, {}, "`rationale` names it, but no row has this column"),
-        ({"text_pair": "aspect"}, {}, "`text_pair` names it"),
-        ({"row_id": "id"}, {}, "`row_id` names it"),
-        ({}, {"split": {"by": "field", "field": "fold"}}, "`split.field` names it"),
-        ({}, {"columns": {"aspct": "aspect"}}, "`columns` names it"),
-        ({}, {"where": {"domain": "laptop"}}, "`where` names it"),
-        ({}, {"where": {"label": "poss"}}, "`where` asks for 'poss', which no row has; did you mean 'pos'?"),
+        ({"text": "txet"}, {}, "no row has this column, which `text` refers to; did you mean 'text'?"),
+        ({"rationale": "rationales"}, {}, "no row has this column, which `rationale` refers to"),
+        ({"text_pair": "aspect"}, {}, "which `text_pair` refers to"),
+        ({"row_id": "id"}, {}, "which `row_id` refers to"),
+        ({}, {"split": {"by": "field", "field": "fold"}}, "which `split.field` refers to"),
+        ({}, {"columns": {"aspct": "aspect"}}, "which `columns` refers to"),
+        ({}, {"where": {"domain": "laptop"}}, "which `where` refers to"),
+        ({}, {"where": {"label": "poss"}}, "no row has the value 'poss' of `where`; did you mean 'pos'?"),
     ],
 )
 def test_a_setting_that_fits_no_row_is_named_once_not_once_per_row(
@@ -161,7 +161,7 @@ def test_an_empty_split_is_named_with_what_took_its_rows(path: Path) -> None:
     faults = check(path, data, {"label_map": {"unsure": None}}).faults
     assert ["the dev split is empty" in fault.message for fault in faults] == [True, False]
     assert ["the test split is empty" in fault.message for fault in faults] == [False, True]
-    assert all("12 rows read, label took 8" in fault.message for fault in faults)
+    assert all("12 rows read, label removed 8" in fault.message for fault in faults)
 
 
 def test_a_task_may_say_that_it_has_no_dev_rows(path: Path) -> None:
@@ -177,7 +177,7 @@ def test_where_keeps_rows_with_one_of_several_values(path: Path) -> None:
     assert checked.counts["where"] == 12
     assert {row.text[0] for split in ("train", "dev", "test") for row in checked.data.rows(split)} == {"a", "c"}
     faults = check(path, data, {"where": {"domain": ["a", "d"]}}).faults
-    assert "`where` asks for 'd', which no row has" in faults[0].message
+    assert "no row has the value 'd' of `where`" in faults[0].message
 
 
 def test_where_columns_and_label_map_apply_in_this_order(path: Path) -> None:
@@ -226,7 +226,7 @@ def test_thresholds_name_what_is_no_number(path: Path, score: Any) -> None:
     data[2]["label"] = score
     (fault,) = check(path, data, {"label_thresholds": {"neg": [-1, 0], "pos": [0.5, 1]}}).faults
     assert (fault.line, fault.field) == (3, "label")
-    assert "expect a number" in fault.message
+    assert "needs a number" in fault.message
 
 
 @pytest.mark.parametrize("ranges", [{"neg": [-1, 0], "pos": [0, 1]}, {"neg": [0, -1]}])
@@ -279,7 +279,11 @@ WOZ: dict[str, Any] = {"output": "text", "metric": "joint_state"}
     [
         (("a-0", "a-1", "b-c-0", "b-c-1"), "key", None),
         (("a-0", "a-1"), None, r"laptop.jsonl: metric joint_state needs `row_id`"),
-        (("a-0", "b"), "key", "laptop.jsonl, line 2, field key: id 'b': metric joint_state expects <dialogue>-<number"),
+        (
+            ("a-0", "b"),
+            "key",
+            "laptop.jsonl, line 2, field key: id 'b': metric joint_state expects <dialogue>-<turn number>",
+        ),
         (("a-0", "-1"), "key", "laptop.jsonl, line 2, field key: id '-1'"),
         (("a-0", "a-x"), "key", "laptop.jsonl, line 2, field key: id 'a-x'"),
         (
@@ -297,7 +301,7 @@ def test_a_joint_state_needs_to_know_the_turns_of_each_dialogue(
         assert (checked.faults, checked.warnings) == ((), ())
     else:
         assert re.search(expected, str(checked.faults[0])), checked.faults[0]
-    assert not check(path, turns(*ids), answer="text", metric="turn_state", row_id=column).faults
+    assert not check(path, turns(*ids), output="text", metric="turn_state", row_id=column).faults
 
 
 @pytest.mark.parametrize(
@@ -305,7 +309,7 @@ def test_a_joint_state_needs_to_know_the_turns_of_each_dialogue(
 )
 def test_dialogues_that_lack_turns_are_a_warning(path: Path, ids: tuple[str, ...], over: dict[str, Any]) -> None:
     warnings = check(path, turns(*ids), **WOZ, row_id="key", **over).warnings
-    assert any(re.search("joint_state: 1 of . test dialogues lack turns, such as 'a'", text) for text in warnings)
+    assert any(re.search("1 of . test dialogues have missing turns, such as 'a'", text) for text in warnings)
 
 
 def test_split_names_are_translated_and_null_drops_a_split(path: Path) -> None:
@@ -419,7 +423,7 @@ def test_a_file_per_split_is_loaded_and_a_missing_one_is_named(tmp_path: Path) -
     source = {"kind": "tsv", "paths": paths, "split": {"by": "files"}}
     task = parse(TaskConfig, {"id": "t", "source": source})
     loaded = load_task(task, DataConfig())
-    assert [row.id for row in loaded.train + loaded.dev] == ["train-0", "train-1", "dev-0", "dev-1"]
+    assert [row.id for row in (*loaded.train, *loaded.dev)] == ["train-0", "train-1", "dev-0", "dev-1"]
     Path(paths["dev"]).unlink()
     (fault,) = check_task(task, DataConfig()).faults
     assert fault.file == paths["dev"]

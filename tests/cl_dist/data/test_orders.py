@@ -29,7 +29,7 @@ def test_a_file_holds_one_order_by_lines_or_one_order_per_line(
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(b"# nothing\n\n", "names no task"), (b"\xff\xfea\n", "cannot be read"), (b"0 a b\n1\n", "index 1")],
+    [(b"# nothing\n\n", "has no task"), (b"\xff\xfea\n", "cannot be read"), (b"0 a b\n1\n", "index 1")],
 )
 def test_a_file_without_a_usable_order_says_why(tmp_path: Path, content: bytes, complaint: str) -> None:
     path = tmp_path / "orders"
@@ -52,9 +52,9 @@ def test_every_unknown_or_repeated_task_is_named_in_one_error() -> None:
         check_order(["laptop", "restarant", "laptop"], ["laptop", "restaurant"], where="science.order")
     unknown, repeated = str(caught.value).splitlines()
     assert unknown == "science.order[1]='restarant': no such task; did you mean 'restaurant'?"
-    assert repeated == "science.order[2]='laptop': already at place 0; a task is learned once"
+    assert repeated == "science.order[2]='laptop': already at position 0; a task is learned once"
 
 
 def test_an_empty_order_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="names no task; known: a, b"):
+    with pytest.raises(ConfigError, match="has no task; known: a, b"):
         check_order([], ["a", "b"])

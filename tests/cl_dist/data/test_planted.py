@@ -39,4 +39,4 @@ def test_rows_are_always_the_same_and_mostly_different() -> None:
 
 def test_an_unknown_theme_is_named() -> None:
     (fault, *_) = check_task(loaded("foot"), DataConfig()).faults
-    assert "no such theme; did you mean 'food'" in str(fault)
+    assert "unknown theme; did you mean 'food'" in str(fault)

@@ -43,7 +43,7 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
 )
 def test_a_rationale_finds_its_tokens_through_odd_white_space(codec: TextCodec, text: str) -> None:
     start = text.index("tasty")
-    tokens, places = codec.encode_places(text)
+    tokens, places = codec.encode_with_offsets(text)
     assert tokens == codec.encode(text)
     found = token_mask(places, [(start, start + 5)])
     assert [token for token, is_in in zip(tokens, found, strict=True) if is_in] == [tiny.SPOKEN.index("tasty")]
@@ -64,7 +64,7 @@ def test_faults_in_rationales_name_line_and_field(tmp_path: Path) -> None:
     checked = check_task(task, DataConfig())
     (fault,) = checked.faults
     assert (fault.line, fault.field) == (3, "rationale")
-    assert "is no span of a text of" in str(fault)
+    assert "is not a span of a text with" in str(fault)
     assert {row.id: row.rationale for row in checked.data.train}["food-4"] == ()
 
 

@@ -73,8 +73,8 @@ def test_lines_take_the_named_groups_of_the_pattern(tmp_path: Path) -> None:
         ("jsonl", b'{"text": "a"}\n["b"]\n', 2, "expected a JSON object with named fields, got list"),
         ("jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', 2, "not utf-8: byte 0xe9 at offset 27 "),
         ("csv", b"text,label\na,x\nb\n", 3, "expected 2 cells as in the header, got 1"),
-        ("csv", b'text,label\na,x\n"b,y\nc,z\n', 3, "is a quote left open"),
-        ("csv", b"text,text\na,x\n", 1, "names 'text' more than once"),
+        ("csv", b'text,label\na,x\n"b,y\nc,z\n', 3, "check for a quote that is not closed"),
+        ("csv", b"text,text\na,x\n", 1, "has 'text' more than once"),
         ("csv", b"", None, "is empty"),
         ("tsv", b"text\tlabel\na\tx\ty\n", 2, "expected 2 cells as in the header, got 3"),
         ("jsonl", b"\x1f\x8bnot really packed", None, "compression"),
@@ -168,10 +168,10 @@ def test_a_folder_that_is_no_saved_set_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("x.py", "not a file; scripts are never run"),
-        ("./x", "not a file; scripts are never run"),
-        ("json", "not the name of a format; files have a kind of their own"),
-        ("imagefolder", "not the name of a format"),
+        ("x.py", "not a file; data set scripts are not supported"),
+        ("./x", "not a file; data set scripts are not supported"),
+        ("json", "not a format name; for files set their kind"),
+        ("imagefolder", "not a format name"),
     ],
 )
 def test_a_set_that_is_a_script_a_file_or_a_format_is_refused(

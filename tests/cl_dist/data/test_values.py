@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cl_dist.data.labels import label_warnings, likeness, told_apart
+from cl_dist.data.labels import escaped, label_warnings, likeness
 from cl_dist.data.load import check_task
 from cl_dist.data.tasks import DataConfig, TaskConfig
 from cl_dist.data.values import json_fields
@@ -42,7 +42,7 @@ def test_a_number_that_is_none_is_a_fault_wherever_it_is_read(tmp_path: Path, fi
 @pytest.mark.parametrize("field", ["text", "pair", "label", "id", "author"])
 def test_half_a_character_is_a_fault_wherever_it_is_read(tmp_path: Path, field: str) -> None:
     (fault,) = checked(tmp_path / "a.jsonl", lines({field: "ba\ud83d"}))[0]
-    assert fault == f", line 1, field {field}: holds half a character, '\\ud83d' at position 2"
+    assert fault == f", line 1, field {field}: contains half a surrogate pair, '\\ud83d', at position 2"
 
 
 def test_what_is_not_read_may_hold_anything(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_number_of_5000_digits_is_named_with_its_line_and_the_rest_is_read(tmp
     written[5] = written[5].replace('"text 5"', "3")
     faults, _ = checked(tmp_path / "a.jsonl", written)
     assert faults == [
-        ", line 1: a whole number of 5000 digits; at most 4300 are read",
+        ", line 1: an integer of 5000 digits; the limit is 4300",
         ", line 6, field text: expected text, got int",
     ]
 
@@ -75,9 +75,9 @@ def test_a_key_that_comes_twice_is_named_with_its_line(tmp_path: Path) -> None:
     written = lines()
     written[2] = written[2].replace('"label": "good"', '"label": "good", "label": "bad"')
     assert checked(tmp_path / "a.jsonl", written)[0] == [
-        ", line 3: the key 'label' comes twice; one of its values would be lost"
+        ", line 3: duplicate key 'label'; one of its values would be lost"
     ]
-    with pytest.raises(ValueError, match="key 'b' comes twice"):
+    with pytest.raises(ValueError, match="duplicate key 'b'"):
         json_fields('{"a": {"b": 1, "b": 1}}')
 
 
@@ -116,7 +116,7 @@ def test_labels_that_a_person_takes_for_one_are_a_warning_with_their_rows(
 def test_labels_are_alike(one: str, other: str) -> None:
     assert likeness(one) == likeness(other)
     assert len(label_warnings({one: 1, other: 2})) == 1
-    assert told_apart(one, [other]) != told_apart(other, [one])
+    assert escaped(one, [other]) != escaped(other, [one])
 
 
 @pytest.mark.parametrize(
@@ -142,19 +142,19 @@ def test_declared_labels_are_looked_at_too_and_what_reads_like_a_missing_value(t
     _, warnings = checked(tmp_path / "a.jsonl", lines(), labels=["good", "bad", "Bad"])
     assert any("'bad' (6 rows), 'Bad' (0 rows)" in warning for warning in warnings)
     _, warnings = checked(tmp_path / "a.jsonl", lines({"label": "nan"}))
-    assert warnings == ("label 'nan' (1 row) reads like a missing value; label_map: {'nan': null} drops it",)
+    assert warnings == ("label 'nan' (1 row) looks like a missing value; label_map: {'nan': null} drops it",)
 
 
 def test_a_fault_shows_in_what_a_label_differs(tmp_path: Path) -> None:
     written = [line.replace('"good"', '"caf\\u00e9"') for line in lines()]
     written[-1] = written[-1].replace("caf\\u00e9", "cafe\\u0301")
     (fault,) = checked(tmp_path / "a.jsonl", written)[0]
-    assert r"label 'cafe\u0301' of test never occurs in train; 'caf\xe9' reads alike" in fault
+    assert r"label 'cafe\u0301' of test never occurs in train; 'caf\xe9' looks the same" in fault
 
 
 def test_a_label_that_nobody_sees_is_a_fault(tmp_path: Path) -> None:
     (fault,) = checked(tmp_path / "a.jsonl", lines({"label": "\u200b\u00ad"}))[0]
-    assert fault == r", line 1, field label: holds nothing that can be seen: '\u200b\xad'"
+    assert fault == r", line 1, field label: has no visible characters: '\u200b\xad'"
 
 
 def test_nothing_that_a_terminal_obeys_is_in_a_fault_or_a_warning(tmp_path: Path) -> None:

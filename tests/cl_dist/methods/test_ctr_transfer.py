@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_dist.methods.ctr import Ctr, CtrConfig
+from cl_dist.learners.ctr import Ctr
+from cl_dist.methods.ctr import CtrConfig
 from cl_dist.models.classifier import Batch
 from cl_dist.models.config import ModelConfig
 from tests.encoders import WORDS, encoder, train

@@ -17,7 +17,7 @@ from cl_dist.run import Run
 from cl_dist.stage import StageRef
 from cl_dist.stages import rationalise, train
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.shards import sharded
 from cl_dist.stages.stage_job import Job
 from cl_dist.stages.weights import ShardedWeights
 from tests import tiny
@@ -86,7 +86,7 @@ def test_any_number_of_shards_marks_the_same(run: Run, tmp_path: Path, size: int
     job = stage_job(run, "rationalise")
     changed = job.stage.vote.model_copy(update={"shard_samples": size})  # type: ignore[union-attr]
     job = replace(job, stage=job.stage.model_copy(update={"vote": changed}))
-    kind = SHARDED["rationalise"]
+    kind = sharded("rationalise")
     worker = kind.worker(job)
     kind.merge(job, [(shard, worker.run(shard)) for shard in reversed(kind.cut(job))], tmp_path)
     for path in tmp_path.iterdir():
@@ -137,7 +137,7 @@ def rows(count: int, environment: str | None = None) -> list[Row]:
 def test_environments_are_read_or_made() -> None:
     named = [replace(row, environment="ab"[number // 3]) for number, row in enumerate(rows(6))]
     assert environments(named, 2) == [0, 0, 0, 1, 1, 1]
-    with pytest.raises(DataError, match="environments=2: the rows name 3: a, b, c"):
+    with pytest.raises(DataError, match="environments=2: the rows have 3: a, b, c"):
         environments([*named, replace(named[0], environment="c")], 2)
     mixed = rows(40)
     for number in (4, 5, 6, 7, 20, 21):  # words say one thing, the label the other
@@ -166,4 +166,4 @@ def test_a_long_text_loses_its_end_and_keeps_its_pair(run: Run) -> None:
     batch = encoded.batch([0, 1])
     assert batch["length"].tolist() == [6, min(6, len(data.dev[1].text.split()))]
     assert batch["context"].tolist()[0] == 3
-    assert [long.text[start:end] for start, end in encoded.places[0]] == ["the", "soup", "was"]
+    assert [long.text[start:end] for start, end in encoded.offsets[0]] == ["the", "soup", "was"]

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from cl_dist.data.rows import Row
 from cl_dist.errors import CheckpointError, ConfigError, DataError
+from cl_dist.parallel.gradients import frozen_entries
 from cl_dist.planning.trace import TracedLearner
 from cl_dist.run import Run
-from cl_dist.run_events import _vote_facts
+from cl_dist.run_events import summary
 from cl_dist.stage import Record, StageRef, Train, Vote, ref
 from cl_dist.stages import train, vote
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.predict import Predictor
-from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.shards import sharded
 from cl_dist.stages.stage_job import Job
 from cl_dist.stages.voting_shards import Shard
 from tests import tiny
@@ -45,7 +46,7 @@ def results(job: Job, out: Path, size: int) -> dict[str, bytes]:
     assert not isinstance(job.stage, Train)
     changed = job.stage.vote.model_copy(update={"shard_samples": size})  # type: ignore[union-attr]
     job = replace(job, stage=job.stage.model_copy(update={"vote": changed}))
-    kind = SHARDED[job.stage.kind]
+    kind = sharded(job.stage.kind)
     workers = [kind.worker(job), kind.worker(job)]
     cut = kind.cut(job)
     found = [(shard, workers[number % 2].run(shard)) for number, shard in enumerate(reversed(cut))]
@@ -74,7 +75,7 @@ def test_the_plan_is_the_papers_four_steps(run: Run) -> None:
 def test_any_number_of_shards_finds_the_same(run: Run, tmp_path: Path, kind: str, size: int) -> None:
     stage = run.stage(StageRef(task=1, stage=kind))
     found = results(run.job(stage), tmp_path / "out", size)
-    assert len(SHARDED[kind].cut(run.job(stage))) == 2  # of six dev rows four at a time
+    assert len(sharded(kind).cut(run.job(stage))) == 2  # of six dev rows four at a time
     for name, content in found.items():
         assert content == (run.ledger.path(ref(stage)) / name).read_bytes()
 
@@ -97,7 +98,7 @@ def test_the_vote_tells_what_it_rests_on(run: Run) -> None:
 
 
 def test_the_summary_keeps_how_c_is_distributed(run: Run) -> None:
-    (found,) = _vote_facts(run)
+    (found,) = summary(run)["votes"]
     stored = run.ledger.read(StageRef(task=1, stage="vote"), "critical.json")
     ((layer, unit),) = stored["chosen"]
     assert found["distribution"]["chosen"] == [stored["histogram"][layer][unit]]
@@ -200,17 +201,17 @@ def test_what_is_frozen_keeps_every_bit_through_decay_and_clipping(tmp_path: Pat
     job = run.job(stage)
     after = train_here(job, tmp_path / "out").weights
     learner = build_learner(job)
-    train.start(job, learner)
+    train.prepare_learner(job, learner)
     if level == "block":
         mine = [name for name, p in learner.model.named_parameters() if not p.requires_grad]
         assert mine
         assert all(".h.1." in name for name in mine)
         assert not set(mine) & after.keys()  # nothing of it is in the optimizer, or stored again
         return
-    held = {name: scale for name, scale in learner.grad_scales().items() if scale.decay}
+    held = {name: scale for name, scale in learner.gradient_transforms().items() if scale.decay}
     assert {name.split(".", 4)[-1] for name in held} == {"attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight"}
     for name, scale in held.items():
-        kept = scale.factor(first[name]) == 0
+        kept = frozen_entries(scale, first[name])
         assert torch.equal(after[name][kept], first[name][kept])
         assert not torch.equal(after[name][~kept], first[name][~kept])
 
@@ -226,11 +227,11 @@ def test_all_else_is_updated_as_without_freezing(tmp_path: Path) -> None:
         job = run.job(stage)
         found[freeze] = train_here(job, tmp_path / f"out-{freeze}").weights
     learner = build_learner(job)
-    train.start(job, learner)
-    held = {name: scale for name, scale in learner.grad_scales().items() if scale.decay}
+    train.prepare_learner(job, learner)
+    held = {name: scale for name, scale in learner.gradient_transforms().items() if scale.decay}
     assert held
     for name, weight in found["none"].items():
-        moves = held[name].factor(weight) != 0 if name in held else torch.ones_like(weight, dtype=torch.bool)
+        moves = ~frozen_entries(held[name], weight) if name in held else torch.ones_like(weight, dtype=torch.bool)
         assert torch.equal(found["list"][name][moves], weight[moves])
         assert name not in held or not torch.equal(found["list"][name][~moves], weight[~moves])
 

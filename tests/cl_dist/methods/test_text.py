@@ -50,7 +50,7 @@ def test_a_method_that_picks_classes_refuses_to_write_and_one_that_writes_to_pic
 def test_free_text_needs_a_method_that_writes(tmp_path: Path) -> None:
     tree = tiny.tree(tmp_path)
     tree["science"]["tasks"][0] |= {"output": "text", "metric": "f1"}
-    with pytest.raises(ConfigError, match=r"tasks\.food\.answer='text': method 'ctr' picks one of some labels"):
+    with pytest.raises(ConfigError, match=r"tasks\.food\.output='text': method 'ctr' predicts labels only"):
         parse(RunConfig, tree)
     tree["science"]["tasks"][0] |= {"metric": "accuracy"}
     with pytest.raises(ConfigError, match="expected exact_match, f1, turn_state, joint_state, rouge_l or bleu"):
@@ -120,7 +120,7 @@ def test_distillation_follows_the_model_before_the_task(tmp_path: Path) -> None:
         rows = learner.rows(_tokenizer(run), 16, training=True)
         rows.add(0, data, data.train[:4], replayed=True)
         loss = learner.loss(learner.model.train(), rows.batch([0, 1, 2, 3]), None)  # type: ignore[arg-type]
-        total = sum(float(term.sum()) for term in loss.rows.values())
+        total = sum(float(term.sum()) for term in loss.per_example.values())
         assert (total < 1e-4) == (share == 1.0)
     weights = [ShardedWeights(run.ledger.path(StageRef(task=1, stage="train"))) for run in found]
     name = min(weights[0])

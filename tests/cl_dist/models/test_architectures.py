@@ -12,15 +12,16 @@ from transformers import AutoConfig, AutoModel
 
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError
-from cl_dist.methods.lora import Lora, LoraConfig
+from cl_dist.learners.lora import Lora
+from cl_dist.methods.lora import LoraConfig
 from cl_dist.models import cci
-from cl_dist.models.adapters import TaskNorms
 from cl_dist.models.architectures import ARCHITECTURES, architecture, embedding_names, layers_of
 from cl_dist.models.attention_slices import block_parameters, no_effect_biases, shape_of
 from cl_dist.models.backbone import load_backbone
 from cl_dist.models.config import ModelConfig, PluginShape, max_positions
 from cl_dist.models.decode import answer_all
 from cl_dist.models.plugin import CtrClassifier
+from cl_dist.models.task_modules import TaskNorms
 from tests.architectures import DECODERS, IDS, KINDS, MAX_LENGTH, PAD, TINY, WIDTH, hidden, tiny
 
 each = pytest.mark.parametrize("kind", KINDS)

@@ -8,12 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_dist.errors import ConfigError
-from cl_dist.methods.adapter import Adapter, AdapterConfig
-from cl_dist.methods.base import Learner
-from cl_dist.methods.ctr import Ctr, CtrConfig
-from cl_dist.methods.finetune import Finetune, FinetuneConfig
-from cl_dist.methods.hat import Hat, HatConfig
-from cl_dist.methods.lora import Lora, LoraConfig
+from cl_dist.learners.base import Learner
+from cl_dist.learners.ctr import Ctr
+from cl_dist.learners.finetune import Finetune
+from cl_dist.learners.hat import Hat
+from cl_dist.learners.houlsby import Houlsby
+from cl_dist.learners.lora import Lora
+from cl_dist.methods.ctr import CtrConfig
+from cl_dist.methods.finetune import FinetuneConfig
+from cl_dist.methods.hat import HatConfig
+from cl_dist.methods.houlsby import HoulsbyConfig
+from cl_dist.methods.lora import LoraConfig
 from cl_dist.models.architectures import embedding_names
 from cl_dist.models.attention_slices import no_effect_biases
 from cl_dist.models.classifier import Batch, Classifier
@@ -24,7 +29,7 @@ from tests.encoders import SHAPE, batch_of, select, train
 LEARNERS: dict[str, tuple[type[Learner], Any]] = {
     "ctr": (Ctr, CtrConfig(**SHAPE.changed())),
     "hat": (Hat, HatConfig(tsm_size=24, s_max=50.0)),
-    "adapter": (Adapter, AdapterConfig(size=8)),
+    "adapter": (Houlsby, HoulsbyConfig(size=8)),
     "lora": (Lora, LoraConfig(r=4)),
 }
 BATCHES = [batch_of(seed=seed) for seed in range(6)]

@@ -14,7 +14,8 @@ from cl_dist.config import parse
 from cl_dist.errors import ClDistError, ConfigError, DataError
 from cl_dist.models.backbone import load_backbone, load_config, load_tokenizer
 from cl_dist.models.config import ModelConfig
-from cl_dist.run import Run, model_digest
+from cl_dist.models.digest import model_digest
+from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.run_folder import reopen, save
 from tests import tiny
@@ -135,7 +136,7 @@ def test_a_run_folder_whose_name_is_no_utf8_is_refused_at_once(tmp_path: Path, m
     odd = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(odd)
     monkeypatch.chdir(os.fsdecode(odd))
-    with pytest.raises(ConfigError, match=r"whose name is no UTF-8") as caught:
+    with pytest.raises(ConfigError, match=r"is not valid UTF-8") as caught:
         parse(RunConfig, tree)
     assert str(caught.value).isascii()
     assert parse(RunConfig, tree | {"run": {"name": "tiny", "dir": str(tmp_path)}})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from cl_dist.methods.rational_lamol import held
+from cl_dist.learners.frozen_units import masks
 from cl_dist.models.architectures import architecture, layers_of
 from cl_dist.models.attention_slices import Level, block_parameters, kept, shape_of
 from cl_dist.parallel.engine import Optimizing, TorchEngine, _FrozenEntries, attach
@@ -161,7 +161,7 @@ def test_a_frozen_unit_keeps_every_bit_through_decay_and_clipping(kind: str, lev
         inputs()
         before = spy.seen[1]
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    scales = held(kept(model, [unit], level, output=True)) if level != "block" else {}
+    scales = masks(kept(model, [unit], level, output=True)) if level != "block" else {}
     if level == "block":
         for name in block_parameters(model, 1):
             model.get_parameter(name).requires_grad_(False)

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from cl_dist.methods.hat import Hat, HatConfig
-from cl_dist.models.adapters import AdapterClassifier
+from cl_dist.learners.hat import Hat
+from cl_dist.methods.hat import HatConfig
 from cl_dist.models.config import MaskShape, ModelConfig, PluginShape
 from cl_dist.models.gates import slope
 from cl_dist.models.plugin import CtrClassifier
+from cl_dist.models.task_modules import AdapterClassifier
 from tests.encoders import batch_of, encoder, snapshot, train
 
 STEPS, ROOT = 80, Path(__file__).parents[3]
@@ -376,8 +377,8 @@ def test_adapters_of_earlier_tasks_do_not_move_under_one_optimizer_for_all_tasks
 
 
 def examples() -> dict[str, str]:
-    """Return the README's example of the plugins, and the one of the class."""
-    page = (ROOT / "README.md").read_text(encoding="utf8")
+    """Return the example of the plugins on the library's page, and the one of the class."""
+    page = (ROOT / "cl_dist/README.md").read_text(encoding="utf8")
     (readme,) = [
         block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "CtrClassifier" in block
     ]
@@ -385,10 +386,10 @@ def examples() -> dict[str, str]:
     lines = [line.removeprefix(" " * 8) for line in CtrClassifier.__doc__.splitlines() if line.startswith(" " * 8)]
     imports = "import torch\nimport torch.nn.functional as F\nfrom transformers import AutoModel\n"
     imports += "from cl_dist.models.config import PluginShape\nfrom cl_dist.models.plugin import CtrClassifier\n"
-    return {"README.md": readme, "docstring": imports + "\n".join(lines)}
+    return {"cl_dist/README.md": readme, "docstring": imports + "\n".join(lines)}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docstring"])
+@pytest.mark.parametrize("page", ["cl_dist/README.md", "docstring"])
 def test_the_example_runs_as_written_and_forgets_nothing(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cl_dist.errors import ConfigError
-from cl_dist.methods.rational_lamol import held
+from cl_dist.learners.frozen_units import masks
 from cl_dist.models.architectures import ARCHITECTURES
 from cl_dist.models.attention_slices import Level, kept
 from cl_dist.models.config import LoraShape
@@ -80,7 +80,7 @@ def test_frozen_units_keep_every_bit_of_what_updates_add_to_them(kind: str, leve
     chosen = kept_updates(model, "it", parts)
     assert chosen
     before = added(model)
-    scales = held(chosen)
+    scales = masks(chosen)
     moved(model, {name: scale.factor(model.get_parameter(name)) for name, scale in scales.items()})
     after = added(model)
     frozen = 0

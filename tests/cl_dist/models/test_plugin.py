@@ -10,12 +10,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cl_dist.methods.base import Progress
-from cl_dist.methods.ctr import Ctr, CtrConfig
-from cl_dist.models.adapters import TaskNorms
+from cl_dist.learners.base import Progress
+from cl_dist.learners.ctr import Ctr
+from cl_dist.methods.ctr import CtrConfig
 from cl_dist.models.config import ModelConfig, plugin_sizes
 from cl_dist.models.noise import gumbel
 from cl_dist.models.plugin import CtrClassifier, Plugin, pack, unpack
+from cl_dist.models.task_modules import TaskNorms
 from cl_dist.stages.schedule import Schedule
 from tests.encoders import KINDS, SHAPE, batch_of, encoder, select, snapshot, train, with_plugins
 
@@ -219,7 +220,7 @@ def test_in_backward_transfer_mode_an_open_gate_lets_an_old_capsule_learn(is_ope
     learner.start_task(1, (1,))
     pin_gates(learner.model, 1, is_open)
     loss = learner.loss(learner.model, batch_of(), halfway())
-    loss.rows["ce"].sum().backward()
+    loss.per_example["ce"].sum().backward()
     for sharing in learner.model.sharings[:-1]:
         for parameter in sharing.capsule_parameters(0):
             assert parameter.grad is not None
@@ -276,7 +277,7 @@ def test_the_router_learns_from_the_second_task_on() -> None:
     for task in (0, 1):
         learner.start_task(task, (task,))
         loss = learner.loss(learner.model, batch_of(), halfway())
-        loss.rows["ce"].sum().backward()
+        loss.per_example["ce"].sum().backward()
         for sharing in learner.model.sharings:
             for other, router in sharing.routers.items():
                 gradients = [parameter.grad for parameter in router.get_submodule("gate").parameters()]

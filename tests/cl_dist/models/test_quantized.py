@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cl_dist.config import parse
 from cl_dist.errors import ConfigError
-from cl_dist.methods.adapter import AdapterConfig
+from cl_dist.methods.houlsby import HoulsbyConfig
 from cl_dist.models.backbone import load_backbone
 from cl_dist.models.config import ModelConfig
 from cl_dist.models.quantized import QuantizedLinear
@@ -138,7 +138,7 @@ def test_weights_are_rounded_from_float32_whoever_loads_them(tmp_path: Path) -> 
 def test_a_plan_counts_the_bits(bits: Any, each: float) -> None:
     sizes = {"model_type": "bert", "vocab_size": 100, "hidden_size": 128, "intermediate_size": 256}
     model = ModelConfig(source=".", config={**sizes, "num_hidden_layers": 2, "num_attention_heads": 4})
-    method = AdapterConfig(name="adapter", size=4)
+    method = HoulsbyConfig(name="adapter", size=4)
     whole, cut = (
         TracedLearner(method, model, (2,)),
         TracedLearner(method, model.model_copy(update={"weight_bits": bits}), (2,)),
@@ -154,7 +154,7 @@ def test_what_trains_the_backbone_is_refused(tmp_path: Path) -> None:
     found = tree(tmp_path, "ctr", 4)
     for method in ("sequential", "lora"):
         found["science"]["method"] = {"name": method}
-        with pytest.raises(ConfigError, match=rf"weight_bits=4: method '{method}' trains .* take one of ctr"):
+        with pytest.raises(ConfigError, match=rf"weight_bits=4: method '{method}' trains .* use one of ctr"):
             parse(RunConfig, found)
 
 

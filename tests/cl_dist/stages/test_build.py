@@ -7,7 +7,7 @@ import pytest
 from cl_dist.config import parse
 from cl_dist.methods import METHODS
 from cl_dist.models.config import ModelConfig
-from cl_dist.stages.build import loads_in_pieces, new_learner
+from cl_dist.stages.build import loads_partitioned
 from tests import tiny
 
 
@@ -21,7 +21,7 @@ from tests import tiny
         ("ctr", {"weight_bits": 4}, False),
     ],
 )
-def test_what_loads_in_pieces(method: str, model: dict[str, Any], expected: bool) -> None:
+def test_which_backbones_load_partitioned(method: str, model: dict[str, Any], expected: bool) -> None:
     config = parse(ModelConfig, {"source": "somewhere", **model})
-    learner = new_learner(parse(METHODS[method].config, dict(tiny.METHODS[method])), config, (2,), 0)
-    assert loads_in_pieces(learner, config) is expected
+    settings = parse(METHODS[method].config, dict(tiny.METHODS[method]))
+    assert loads_partitioned(settings, config) is expected

@@ -10,8 +10,9 @@ import torch
 
 from cl_dist.config import parse
 from cl_dist.data.language import SpecialTokens
+from cl_dist.learners.base import Progress
 from cl_dist.methods import METHODS
-from cl_dist.methods.base import MethodConfig, Progress
+from cl_dist.methods.base import MethodConfig
 from cl_dist.methods.rational_lamol import RationalLamolConfig
 from cl_dist.models.backbone import load_backbone
 from cl_dist.models.causal import CausalModel
@@ -106,7 +107,9 @@ def test_a_micro_batch_without_data_makes_as_much_as_one_with_data(name: str) ->
     live.restart()
     with live:
         loss = learner.loss(learner.model.train(), batch, Progress(0, 10, 0, 10))
-        (torch.stack([term.sum() for term in (*loss.rows.values(), *loss.own.values())]).sum()).backward()
+        (
+            torch.stack([term.sum() for term in (*loss.per_example.values(), *loss.regularizers.values())]).sum()
+        ).backward()
     micro = dry.micro(ROWS, LENGTH, 2)
     told = max(sum(point.activations.values()) + 4 * point.gradients for point in micro.points)
     assert told == pytest.approx(live.peak - before, rel=0.03)

@@ -218,7 +218,7 @@ def test_real_rows_of_a_task_are_cut_as_its_own_settings_say(
     else:
         assert isinstance(stage, Train)
         learner = build_learner(job)
-        train.start(job, learner)
+        train.prepare_learner(job, learner)
         rows, _ = train._rows(job, stage, learner)
         number = {length: sum(rows.length(k) == length for k in range(len(rows))) for length in lengths}
         assert number[lengths[1]] == 20

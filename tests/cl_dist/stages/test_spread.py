@@ -20,7 +20,7 @@ from cl_dist.run import Run
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stage import StageRef
 from cl_dist.stages import build
-from cl_dist.stages.shards import SHARDED
+from cl_dist.stages.shards import sharded
 from tests import tiny
 
 METHODS: dict[str, Any] = {
@@ -68,7 +68,7 @@ def test_a_divided_model_leaves_the_same_bytes(
     all_runs: dict[str, Run], divided: Divided, tmp_path: Path, name: str, kind: str
 ) -> None:
     run = all_runs[name]
-    job, shards = run.job(run.stage(StageRef(task=1, stage=kind))), SHARDED[kind]
+    job, shards = run.job(run.stage(StageRef(task=1, stage=kind))), sharded(kind)
     worker = shards.worker(job)
     out = tmp_path / "out"
     out.mkdir()
@@ -123,7 +123,7 @@ def test_workers_that_cannot_hold_a_model_together_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"workers=3: expected a multiple of workers_per_model=2"):
         parse(ClusterConfig, {**sound, "workers": 3})
     for gpus in (0, 0.5, 1.5):
-        with pytest.raises(ConfigError, match="it is for models that whole GPUs hold together"):
+        with pytest.raises(ConfigError, match="expected an integer gpus_per_worker of 1 or more"):
             parse(ClusterConfig, {**sound, "gpus_per_worker": gpus})
     with pytest.raises(ConfigError, match="min_workers=1: expected workers_per_model=2 or more"):
         parse(ClusterConfig, {**sound, "min_workers": 1})

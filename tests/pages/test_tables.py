@@ -1,26 +1,23 @@
-"""The README's figures are those of the stored summaries."""
+"""The figures and references on the pages are those of the stored results and of the code."""
 
 import json
 import re
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.tables import PAGES, RESULTS, filled, kept, memory, parity, quantile, speed, table
 from tests.launcher.summaries import summaries
+from tests.pages.markdown import GENERATED, ROOT, pages
+from tests.pages.measured_tables import memory, parity, speed
+from tests.pages.run_tables import kept, means, quantile, table
+from tests.pages.tables import REFERENCES, filled, results
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_pages_show_what_the_stored_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    pages = [page.read_text(encoding="utf8") for page in PAGES]
-    assert list(RESULTS.glob("*.json"))
-    for path in RESULTS.glob("*.json"):
-        assert sum(f"<!-- table: {path.stem} -->" in page for page in pages) == 1
-    assert [filled(page) for page in pages] == pages, "run `make tables`"
+def test_each_generated_block_is_on_one_page_and_up_to_date() -> None:
+    names = [match["name"] for page in pages().values() for match in GENERATED.finditer(page)]
+    assert sorted(names) == sorted({*results(), *REFERENCES, "ctr-demo-means"})
+    assert [name for name, page in pages().items() if filled(page) != page] == [], "run `make tables`"
 
 
 def test_a_table_has_a_row_per_run_and_no_number_for_what_was_not_measured() -> None:
@@ -113,7 +110,7 @@ def test_the_table_of_memory_has_a_row_per_gang_and_a_column_per_micro_batch() -
     assert rows[1] == "| lamol, generate | 1 | torch | 3.0 / 2.0 (1.500) | - |"
 
 
-def test_the_table_of_speed_shows_each_figure_beside_what_is_allowed() -> None:
+def test_the_table_of_speed_shows_each_figure_with_its_budget() -> None:
     figures = [
         {"what": "a vote", "value": 1.06, "text": "1.06x their time", "budget": "at most 1.1"},
         {"what": "operations", "value": 437, "text": "437 each time", "budget": ""},
@@ -122,7 +119,7 @@ def test_the_table_of_speed_shows_each_figure_beside_what_is_allowed() -> None:
     assert rows == ["| a vote | 1.06x their time | at most 1.1 |", "| operations | 437 each time | - |"]
 
 
-def test_the_table_of_speed_has_two_workers_and_says_where_they_miss_what_is_allowed() -> None:
+def test_the_table_of_speed_has_two_workers_and_marks_a_missed_budget() -> None:
     line = {"how": "strong", "workers": 1, "global_batch": 64, "step_s": 1.0, "tokens_per_s": 1000.0}
     scaling: dict[str, Any] = {
         "measured": [line, line | {"workers": 2, "tokens_per_s": 1550.0}],
@@ -136,11 +133,21 @@ def test_the_table_of_speed_has_two_workers_and_says_where_they_miss_what_is_all
     assert "two workers" not in speed({"figures": [], "cores": 2, "torch": "2"}, {"measured": []})
 
 
+def test_the_short_table_has_the_mean_of_each_method_and_the_commonest_label() -> None:
+    one = kept(summaries()[0])
+    other = json.loads(json.dumps(one)) | {"seed": 1}
+    other["metrics"]["cl/avg_acc"]["value"] = one["metrics"]["cl/avg_acc"]["value"] - 0.1
+    first, last = means([one, other]).splitlines()[2:]
+    mean = one["metrics"]["cl/avg_acc"]["value"] - 0.05
+    assert [cell.strip() for cell in first.split("|")[1:4]] == [f"`{one['method']}`", "2", f"{mean:.3f}"]
+    assert last.startswith("| always the commonest label |")
+
+
 def test_make_chaos_runs_every_test_that_the_table_of_faults_names() -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf8")
-    told = page.partition("## What it survives")[2].partition("<!-- table: chaos -->")[0]
+    page = pages()["tests/README.md"]
+    faults = page.partition("## Faults")[2].partition("\n## ")[0]
     run = subprocess.run(["make", "-n", "chaos"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    names = set(re.findall(r"test_\w+\.py", told))
+    names = set(re.findall(r"test_\w+\.py", faults))
     assert len(names) > 5
     assert names <= set(re.findall(r"test_\w+\.py", run.stdout))
     assert all(list((ROOT / "tests").rglob(name)) for name in names)

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 from cl_dist.config import parse
 from cl_dist.data.language import TextCodec, encode_row
 from cl_dist.data.rows import Row, TaskData, Where
-from cl_dist.data.spelling import label_faults, length_faults
 from cl_dist.data.tasks import TaskConfig
+from cl_dist.data.text_faults import label_faults, length_faults
 from cl_dist.errors import DataError
 from tests import tiny
 
@@ -23,21 +23,24 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "faults"),
     [
         (("good", "bad"), []),
         (("good", "+"), []),  # unknown, but unlike the other
-        (("+", "bad", "-"), ["labels '+' and '-' are the same to the tokenizer ([UNK])"]),
-        (("good", "good [SEP] bad"), ["labels 'good' and 'good [SEP] bad' are the same"]),  # an answer ends there
-        (("good", "[SEP]"), ["label '[SEP]' is the end of text to the tokenizer"]),
-        (("good", " "), ["label ' ' is no token to the tokenizer"]),
+        (("+", "bad", "-"), ["labels '+' and '-' alike ([UNK])"]),
+        (("good", "good [SEP] bad"), ["labels 'good' and 'good [SEP] bad' alike"]),  # an answer ends there
+        (("good", "[SEP]"), ["label '[SEP]' as the end of text"]),
+        (("good", " "), ["label ' ' as no token"]),
         (("+", "-", "*"), ["labels '+' and '-'", "labels '+' and '*'"]),
     ],
 )
-def test_labels_are_told_apart_as_an_answer_is_read(codec: TextCodec, labels: tuple[str, ...], told: list[str]) -> None:
+def test_labels_that_the_tokenizer_encodes_alike_are_faults(
+    codec: TextCodec, labels: tuple[str, ...], faults: list[str]
+) -> None:
     found = label_faults(labels, codec)
-    assert len(found) == len(told)
-    assert all(fault.startswith(start) for fault, start in zip(found, told, strict=True))
+    assert len(found) == len(faults)
+    prefix = "the tokenizer encodes "
+    assert all(fault.startswith(prefix + start) for fault, start in zip(found, faults, strict=True))
 
 
 def row(number: int, pair: str, label: str) -> Row:
@@ -65,6 +68,6 @@ def test_a_row_is_told_exactly_where_it_cannot_be_laid_out(codec: TextCodec, len
             answer = reserved or len(each.label.split())
             if len((each.text_pair or "").split()) + 1 + answer + 2 > length:
                 expected.append((split, number))
-                with pytest.raises(DataError, match=rf"max_length={length} leaves room for .{length - 2}."):
+                with pytest.raises(DataError, match=rf"max_length={length} leaves room for {length - 2};"):
                     encode_row(codec, replace(each, label="") if reserved else each, "?", length, reserved)
     assert found == expected

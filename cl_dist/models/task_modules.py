@@ -1,4 +1,4 @@
-"""Parts that a task may own inside a backbone: layer norms, bottleneck adapters, embedding tables, and where they sit.
+"""Modules that each task has of its own inside a backbone: layer norms, bottleneck adapters, embedding tables.
 
 Axes: B rows, L tokens, H hidden units.
 """
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cl_dist.models.architectures import architecture, layers_of
 from cl_dist.models.backbone import replace
 from cl_dist.models.classifier import Classifier, freeze
-from cl_dist.partition import whole
+from cl_dist.partition import gathered
 
 
 @dataclass
@@ -28,7 +28,7 @@ def copied(module: nn.Module) -> nn.Module:
     """Return a copy with whole weights, also of a module that ZeRO-3 has cut up; then a collective."""
     copy = deepcopy(module)
     for own, base in zip(copy.parameters(), module.parameters(), strict=True):
-        with whole(base) as values:
+        with gathered(base) as values:
             own.data = values.clone()
     return copy
 
@@ -71,7 +71,7 @@ def insert(
     return names, all_norms
 
 
-class Adapters(nn.Module):
+class HoulsbyAdapters(nn.Module):
     """A bottleneck per task behind one sub-block: x + up(GELU(down(x))), near the identity at the start.
 
     Source: Houlsby et al. 2019, "Parameter-efficient transfer learning for NLP".
@@ -103,17 +103,17 @@ class AdapterClassifier(Classifier):
         super().__init__(backbone, pooling)
         freeze(backbone)
         self.active = ActiveTask()
-        self.adapters: list[Adapters] = []
+        self.adapters: list[HoulsbyAdapters] = []
 
         def adapter(inner: nn.Module) -> nn.Module:
-            self.adapters.append(Adapters(inner, backbone.config.hidden_size, size, self.active))
+            self.adapters.append(HoulsbyAdapters(inner, backbone.config.hidden_size, size, self.active))
             return self.adapters[-1]
 
         _, self.norms = insert(backbone, self.active, adapter)
 
     def add_task(self, num_labels: int) -> None:
         """Append the next task's parts."""
-        parts: list[Adapters | TaskNorms] = [*self.adapters, *self.norms]
+        parts: list[HoulsbyAdapters | TaskNorms] = [*self.adapters, *self.norms]
         for part in parts:
             part.add_task()
         self.add_head(num_labels)

@@ -1,4 +1,4 @@
-"""Rows as a tokenizer reads them: texts of no token, tokens without an embedding, and the share of unknown ones."""
+"""Report of a tokenizer on rows: texts without tokens, tokens without an embedding, and the share of unknown tokens."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,32 +10,32 @@ from cl_dist.data.sources import Fault
 from cl_dist.data.tasks import TaskConfig
 
 _CHUNK = 4096
-MOSTLY = 0.5
-"""Share of unknown tokens above which there is a warning."""
+MAX_UNKNOWN = 0.5
+"""Share of unknown tokens above which a warning is issued."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What a tokenizer makes of the rows of a task."""
+class TokenReport:
+    """Faults and unknown tokens of the rows of a task."""
 
     faults: tuple[Fault, ...]
     unknown: float
-    """Share of the tokens of the train rows' texts that are unknown."""
+    """Share of unknown tokens in the texts of the train rows."""
 
     def warning(self, tokenizer: str) -> str | None:
-        """Return what to warn of."""
-        if self.unknown <= MOSTLY:
+        """Return a warning, if most tokens are unknown."""
+        if self.unknown <= MAX_UNKNOWN:
             return None
         return (
-            f"{self.unknown:.0%} of the tokens of the train rows are unknown to the tokenizer of {tokenizer!r}; does "
-            "it belong to this model, and read this language?"
+            f"{self.unknown:.0%} of the tokens of the train rows are unknown to the tokenizer of {tokenizer!r}; check "
+            "that it belongs to this model and supports this language"
         )
 
 
-def reading(
+def build_report(
     task: TaskConfig, data: TaskData, tokenizer: Any, max_length: int, embeddings: int | None = None
-) -> Reading:
-    """Read all rows of a task; embeddings is how many tokens the backbone knows, None where it gets those it lacks."""
+) -> TokenReport:
+    """Check all rows of a task; embeddings is the size of the backbone's embedding, None if it can be extended."""
     faults: list[Fault] = []
     unknown = total = 0
     for split in SPLITS:
@@ -46,13 +46,13 @@ def reading(
             if split == "train" and column == task.text and tokenizer.unk_token_id is not None:
                 unknown += tokens.count(tokenizer.unk_token_id)
                 total += len(tokens)
-    return Reading(tuple(faults), unknown / max(total, 1))
+    return TokenReport(tuple(faults), unknown / max(total, 1))
 
 
 def unreadable(
     task: TaskConfig, rows: Sequence[Row], tokenizer: Any, max_length: int, embeddings: int | None = None
 ) -> Iterator[tuple[Row, str, str]]:
-    """Yield (row, column, what is wrong) for each text that the tokenizer, or the backbone behind it, cannot read."""
+    """Yield (row, column, message) for each text that the tokenizer cannot encode or the backbone cannot embed."""
     for row, column, tokens in _parts(task, rows, tokenizer, max_length):
         if (message := _fault(task, row, column, tokens, tokenizer, embeddings)) is not None:
             yield row, column, message
@@ -61,7 +61,7 @@ def unreadable(
 def _parts(
     task: TaskConfig, rows: Sequence[Row], tokenizer: Any, max_length: int
 ) -> Iterator[tuple[Row, str, list[int]]]:
-    """Yield (row, column, tokens) for every text of some rows."""
+    """Yield (row, column, tokens) for every text of the rows."""
     yield from zip(rows, repeat(task.text), _tokens(tokenizer, [row.text for row in rows], max_length))
     if task.text_pair is not None:
         pairs = [row.text_pair or "" for row in rows]
@@ -72,11 +72,11 @@ def _fault(
     task: TaskConfig, row: Row, column: str, tokens: list[int], tokenizer: Any, embeddings: int | None
 ) -> str | None:
     if not tokens and column == task.text:
-        return f"the tokenizer makes no token of {row.text!a:.60}"
+        return f"the tokenizer encodes {row.text!a:.60} as no token"
     if embeddings is None or (largest := max(tokens, default=0)) < embeddings:
         return None
     name = tokenizer.convert_ids_to_tokens(largest)
-    return f"holds {name!a}, token {largest} of the tokenizer, and the model's embedding has {embeddings} rows"
+    return f"contains {name!a}, token {largest} of the tokenizer, but the model's embedding has {embeddings} rows"
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str], max_length: int) -> Iterator[list[int]]:

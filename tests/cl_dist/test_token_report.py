@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from cl_dist import session
+from cl_dist.checks import check_tokens
 from cl_dist.errors import ConfigError, DataError
 from cl_dist.models.backbone import check_vocabulary, load_tokenizer, num_embeddings
 from cl_dist.models.config import ModelConfig
@@ -115,19 +116,19 @@ def test_a_special_token_that_no_row_holds_needs_no_embedding_and_a_row_that_hol
     with pytest.raises(ConfigError, match="<image>"):
         check_vocabulary(given, load_tokenizer(given), is_whole=True)
     found = make_run(tmp_path)
-    found.check_tokens()
+    check_tokens(found)
     append(tmp_path, "the soup <image>")
     again = make_run(tmp_path, seed=1, data={"overlap": "drop"})
     known = num_embeddings(given)
     said = refused(again, DataError)
-    assert f"food.jsonl, line 37, field text: holds '<image>', token {known} of the tokenizer" in said
+    assert f"food.jsonl, line 37, field text: contains '<image>', token {known} of the tokenizer" in said
 
 
 def test_a_model_that_writes_gets_what_it_lacks_unless_its_backbone_is_frozen(tmp_path: Path) -> None:
     grows = make_run(tmp_path, "lamol")
     frozen = tiny.make_run(tmp_path, {"science": {"method": {"name": "lamol", "gamma": 0.5, "lora": {"r": 2}}}})
     add_tokens(tmp_path / "decoder", "espresso")
-    grows.check_tokens()
+    check_tokens(grows)
     said = refused(frozen, ConfigError)
     assert "'espresso' has the number" in said
     assert "set vocab_size to" in said
@@ -145,13 +146,13 @@ def test_a_text_of_no_token_is_a_fault_with_file_and_line(tmp_path: Path, split:
     path.write_text(json.dumps(tokenizer), "utf8")
     append(tmp_path, "\u2603", split)
     said = refused(found, DataError)
-    assert "food.jsonl, line 37, field text: the tokenizer makes no token of '\\u2603'" in said
-    assert said.count("makes no token") == 1
+    assert "food.jsonl, line 37, field text: the tokenizer encodes '\\u2603'" in said
+    assert said.count("as no token") == 1
 
 
 def test_mostly_unknown_words_are_a_warning(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = make_run(tmp_path)
-    found.check_tokens()
+    check_tokens(found)
     assert not caplog.records
     shutil.copytree(model, tmp_path / "other")
     path = tmp_path / "other" / "tokenizer.json"
@@ -159,7 +160,7 @@ def test_mostly_unknown_words_are_a_warning(tmp_path: Path, model: Path, caplog:
     tokenizer["model"]["vocab"] = {f"x{n}" if n > 4 else word: n for word, n in tokenizer["model"]["vocab"].items()}
     path.write_text(json.dumps(tokenizer), "utf8")
     third = make_run(tmp_path, model={"source": str(tmp_path / "other")})
-    third.check_tokens()
+    check_tokens(third)
     assert "100% of the tokens of the train rows are unknown to the tokenizer of" in caplog.text
 
 

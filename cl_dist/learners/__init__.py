@@ -1,0 +1,1 @@
+"""Learners: the part of a method that runs in a worker, in torch."""

@@ -1,0 +1,1 @@
+"""A method of another package: a linear probe per task on a frozen backbone."""

@@ -1,0 +1,142 @@
+"""References of settings, metrics and recipes, from the classes and tables that define them."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from itertools import takewhile
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from cl_dist.config import Section
+from cl_dist.methods import METHODS
+from cl_dist.metrics import FORMULAS
+from cl_dist.run_config import RunConfig, Science
+from launcher import runs
+from tests.pages.markdown import anchor, table
+
+METHODS_PAGE = "../cl_dist/methods/README.md"
+OPERATORS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+
+
+def run_file_settings() -> str:
+    """Return a table of settings for each section of a run file, the method's own ones left out."""
+    return "\n".join(_sections(RunConfig, ""))
+
+
+def method_settings() -> str:
+    """Return a table of settings for each class of method settings."""
+    parts = []
+    for config in dict.fromkeys(method.config for method in METHODS.values()):
+        names = [f"`{name}`" for name, method in METHODS.items() if method.config is config]
+        parts.append(f"### {', '.join(names)}\n")
+        parts += _sections(config, "method", skip=("name",)) if len(config.model_fields) > 1 else ["No settings.\n"]
+    return "\n".join(parts)
+
+
+def metric_table() -> str:
+    """Return the metrics of a run and their formulas."""
+    return table(["metric", "formula"], [[f"`{name}`", f"`{formula}`"] for name, formula in FORMULAS.items()])
+
+
+def recipe_table() -> str:
+    """Return the recipes and the first sentence of the comment that each begins with."""
+    rows = []
+    for name, path in sorted(runs.recipes().items()):
+        comment = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf8").splitlines())
+        sentence = re.split(r"[.:;](?= |$)", " ".join(line.lstrip("# ") for line in comment), maxsplit=1)[0]
+        rows.append([f"`{name}`", sentence])
+    return table(["recipe", "what it runs"], rows)
+
+
+def undescribed() -> list[str]:
+    """Return the settings of a run file that have no description."""
+    return [line for kind in _classes(RunConfig) for line in _undescribed(kind)]
+
+
+def _undescribed(kind: type[Section]) -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        if not description(kind, name) and inner(field) is None and name not in ("name", "method", "schema_version"):
+            yield f"{kind.__name__}.{name}"
+
+
+def _classes(kind: type[Section]) -> Iterator[type[Section]]:
+    yield kind
+    for field in kind.model_fields.values():
+        if (section := inner(field)) is not None:
+            yield from _classes(section)
+    if kind is Science:
+        for config in dict.fromkeys(method.config for method in METHODS.values()):
+            yield from _classes(config)
+
+
+def _sections(kind: type[Section], path: str, skip: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the table of a section, then heading and table of each section in it."""
+    properties = kind.model_json_schema()["properties"]
+    nested, rows = [], []
+    for name, field in kind.model_fields.items():
+        if name in skip:
+            continue
+        section = None if name == "method" else inner(field)
+        below = f"{path}.{name}" if path else name
+        text = description(kind, name)
+        if section is not None:
+            below += "[]" if properties[name].get("type") == "array" else ""
+            nested.append((section, below))
+            text = " ".join(filter(None, [text, f"See [`{below}`](#{anchor(below)})."]))
+        elif name == "method":
+            text = f"Name and settings of the method: see [methods]({METHODS_PAGE})."
+        rows.append([f"`{name}`", _default(field), _type(properties[name]), text])
+    yield table(["key", "default", "value", "meaning"], rows)
+    for section, below in nested:
+        yield f"{'####' if path.startswith('method') else '###'} `{below}`\n"
+        yield from _sections(section, below)
+
+
+def description(kind: type[Section], name: str) -> str:
+    """Return the description of a setting in one line; a class that only changes the default inherits it."""
+    found = (base.model_fields.get(name) for base in kind.__mro__ if issubclass(base, Section))
+    text = next((field.description for field in found if field is not None and field.description), "")
+    return " ".join(text.split())
+
+
+def inner(field: FieldInfo) -> type[Section] | None:
+    """Return the section that a field holds, alone, in a list or in a union; None for a plain field."""
+    waiting: list[Any] = [field.annotation]
+    while waiting:
+        kind = waiting.pop()
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+        waiting += get_args(kind)
+    return None
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, Section):
+        return "see below"
+    if value is None:
+        return "-"
+    return f"`{json.dumps(value)}`".replace('"', "")
+
+
+def _type(schema: Mapping[str, Any]) -> str:
+    """Return which values a property of a JSON Schema takes."""
+    if "anyOf" in schema:
+        each = [part for part in schema["anyOf"] if part.get("type") != "null"]
+        return " or ".join(dict.fromkeys(map(_type, each)))
+    if "enum" in schema or "const" in schema:
+        return ", ".join(
+            f"`{json.dumps(value)}`".replace('"', "") for value in schema.get("enum", [schema.get("const")])
+        )
+    if "$ref" in schema or "oneOf" in schema or "allOf" in schema:
+        return "mapping"
+    kind = schema.get("type", "any")
+    if kind == "array":
+        items = schema.get("items") or (schema.get("prefixItems") or [{}])[0]
+        return f"list of {_type(items)}" if items else "list"
+    name = {"object": "mapping", "string": "text", "boolean": "true, false"}.get(kind, kind)
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in OPERATORS.items() if key in schema]
+    return " ".join([name, ", ".join(bounds)]).strip()
