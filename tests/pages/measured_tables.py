@@ -121,7 +121,7 @@ def scaling(data: Mapping[str, Any]) -> str:
     for each in data["paper"]:
         for line in each["stages"]:
             stage = line["stage"].partition("/")[2]
-            lines.append(f"| {each['what']}: {stage} | {line['rows']} | {' | '.join(cells(line))} |")
+            lines.append(f"| {each['what']}: {stage} | {line['rows']} | {' | '.join(cells(line['seconds']))} |")
     lines += [
         "",
         f"The second of two tasks of {rows['train']:,} train and {rows['test']:,} test rows, {rows['epochs']} epochs; "
