@@ -8,7 +8,7 @@ reader closes its end of stdout, the output ends; the command continues and keep
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -78,12 +78,12 @@ VERBS = (
 
 
 class _InOrder(TyperGroup):
-    """Lists verbs and groups in the order of VERBS."""
+    """Lists verbs and groups in the order of VERBS; typer lists groups last."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]  # typer brings its own context
-        """Return the names of verbs and groups."""
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         order = list(dict.fromkeys(verb.name.split()[0] for verb in VERBS))
-        return sorted(super().list_commands(ctx), key=order.index)
+        self.commands = dict(sorted(self.commands.items(), key=lambda item: order.index(item[0])))
 
 
 def _print_version(is_asked: bool) -> None:
