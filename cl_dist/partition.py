@@ -20,7 +20,7 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 @contextmanager
-def whole(parameter: nn.Parameter) -> Iterator[Tensor]:
+def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
     """Give the whole values of a parameter that no engine trains, for as long as they are needed.
 
     A collective where it is cut up.
@@ -28,9 +28,9 @@ def whole(parameter: nn.Parameter) -> Iterator[Tensor]:
     if not is_partitioned(parameter):
         yield parameter.detach()
         return
-    held: Any = parameter
-    held.all_gather()
+    partitioned: Any = parameter
+    partitioned.all_gather()
     try:
-        yield held.data
+        yield partitioned.data
     finally:
-        held.partition()
+        partitioned.partition()

@@ -27,7 +27,7 @@ from cl_dist.stopping import kept_from_children
 log = logging.getLogger(__name__)
 ACTOR_TIMEOUT_S = 60.0
 """How long a call may take that only passes a message."""
-FITS_S = 5.0
+CAPACITY_CHECK_S = 5.0
 PROCESS_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -44,7 +44,7 @@ SECRETS = ("HF_TOKEN",)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class WorkerSlot:
     """Where a rank of the gang lives: the node and the GPUs that the pool may borrow."""
 
     rank: int
@@ -195,17 +195,17 @@ def check_fits(cluster: ClusterConfig) -> None:
     nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
         have = [node.get(resource, 0.0) for node in nodes]
-        places = sum(int(amount / each + 1e-6) for amount in have) if each else workers  # none spans two nodes
-        if places < workers:
+        slots = sum(int(amount / each + 1e-6) for amount in have) if each else workers  # none spans two nodes
+        if slots < workers:
             raise ClusterError(
                 f"cluster: {workers} workers with {each:g} {resource} each need {workers * each:g}, "
                 f"the cluster has {sum(have):g} in all, on nodes of {', '.join(f'{amount:g}' for amount in have)}; "
                 f"lower cluster.workers or {resource.lower()}s_per_worker, or add nodes"
             )
-        together = cluster.workers_per_model * each
-        if together > max(have, default=0.0):
+        per_model = cluster.workers_per_model * each
+        if per_model > max(have, default=0.0):
             raise ClusterError(
-                f"cluster.workers_per_model={cluster.workers_per_model}: {together:g} {resource} of a node hold one "
+                f"cluster.workers_per_model={cluster.workers_per_model}: {per_model:g} {resource} of a node hold one "
                 f"model, the nodes have {', '.join(f'{amount:g}' for amount in have)}; lower it, or take larger nodes"
             )
 
@@ -214,19 +214,19 @@ class CapacityWatch:
     """Watches whether the cluster can still hold the run: Ray would wait for a lost node for ever."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
-        self._cluster, self._looked = cluster, time.monotonic()
+        self._cluster, self._last_check = cluster, time.monotonic()
         self._missing_since: float | None = None
 
-    def look(self) -> bool:
+    def check(self) -> bool:
         """Look every few seconds; return whether it was time to.
 
         Raises:
             ClusterError: If nodes have been missing for longer than lost_node_timeout_s.
         """
         now = time.monotonic()
-        if now - self._looked < FITS_S:
+        if now - self._last_check < CAPACITY_CHECK_S:
             return False
-        self._looked = now
+        self._last_check = now
         try:
             check_fits(self._cluster)
             self._missing_since = None
@@ -244,7 +244,7 @@ class CapacityWatch:
         return True
 
 
-def free() -> str:
+def free_resources() -> str:
     """Return what of the cluster nobody has taken."""
     left = ray.available_resources()
     return "free now: " + ", ".join(f"{left.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))

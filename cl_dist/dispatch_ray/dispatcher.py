@@ -61,7 +61,7 @@ class RayDispatcher:
             raise self._gang.stop
         if kind_of(job.stage).worker is None:
             if self._pool is not None:
-                self._pool.free(keep_actors=self._pool.borrowed)
+                self._pool.release(keep_actors=self._pool.borrowed)
                 self._pool = self._pool if self._pool.borrowed else None
             if self._gang is None:
                 self._gang = Gang(self._cluster, self._folder, self._connection.folder)
@@ -70,11 +70,11 @@ class RayDispatcher:
                 import_workers()  # imports torch while the gang starts, which takes longer
             self._gang.train(job, out, tracker)
             return
-        if self._pool is not None and self._gang is not None and self._pool.places != self._gang.places():
-            self._pool.free(keep_actors=False)  # the gang was started again elsewhere, or with another size
+        if self._pool is not None and self._gang is not None and self._pool.slots != self._gang.slots():
+            self._pool.release(keep_actors=False)  # the gang was started again elsewhere, or with another size
             self._pool = None
         if self._pool is None:
-            self._pool = Pool(self._cluster, self._gang.places() if self._gang else None)
+            self._pool = Pool(self._cluster, self._gang.slots() if self._gang else None)
         from cl_dist.stages.shards import ShardStore
 
         finished = ShardStore(job, Path(out))
@@ -85,7 +85,7 @@ class RayDispatcher:
         """End the gang and the pool and leave the cluster (or stop it, where this run started it)."""
         try:
             if self._pool is not None:
-                self._pool.free(keep_actors=False)
+                self._pool.release(keep_actors=False)
         finally:
             try:
                 if self._gang is not None:

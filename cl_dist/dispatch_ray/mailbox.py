@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from cl_dist.dispatch_ray.cluster import Place
+from cl_dist.dispatch_ray.cluster import WorkerSlot
 from cl_dist.errors import ClDistError
 from cl_dist.stages.stage_job import Job, SaveRequest
 
@@ -30,23 +30,23 @@ class Mailbox:
 
     def __init__(self, secrets: Mapping[str, str] | None = None) -> None:
         self._secrets = dict(secrets or {})
-        self._parcel: StageTicket | None = None
+        self._ticket: StageTicket | None = None
         self._done, self._closed = -1, False
         self._error: ClDistError | None = None
         self._events: list[dict[str, Any]] = []
-        self._places: dict[int, Place] = {}
+        self._slots: dict[int, WorkerSlot] = {}
         self._starts = 0
-        self._asked: SaveRequest = ""
+        self._request: SaveRequest = ""
         self._saved = -1
 
-    async def hello(self, place: Place, size: int) -> dict[str, str]:
+    async def hello(self, slot: WorkerSlot, size: int) -> dict[str, str]:
         """Take note of a rank that has started, in a gang of some size: an elastic one may have been larger.
 
         Return what belongs into its environment.
         """
-        self._places[place.rank] = place
-        self._places = {rank: known for rank, known in self._places.items() if rank < size}
-        self._starts += place.rank == 0
+        self._slots[slot.rank] = slot
+        self._slots = {rank: known for rank, known in self._slots.items() if rank < size}
+        self._starts += slot.rank == 0
         return self._secrets
 
     async def fetch(self, after: int) -> StageTicket | str:
@@ -54,14 +54,14 @@ class Mailbox:
         for _ in range(100):
             if self._closed:
                 return "closed"
-            if self._parcel is not None and self._parcel.number > max(after, self._done):
-                return self._parcel
+            if self._ticket is not None and self._ticket.number > max(after, self._done):
+                return self._ticket
             await asyncio.sleep(POLL_S)
         return "wait"
 
-    async def post(self, parcel: StageTicket) -> None:
+    async def post(self, ticket: StageTicket) -> None:
         """Hand a stage to the gang."""
-        self._parcel, self._error, self._asked = parcel, None, ""
+        self._ticket, self._error, self._request = ticket, None, ""
 
     @ray.method(enable_task_events=True)
     async def working(self, number: int) -> None:
@@ -71,17 +71,17 @@ class Mailbox:
 
     async def request(self, due: SaveRequest) -> None:
         """Ask the gang to save the stage it is at, or to save and leave it."""
-        self._asked = due
+        self._request = due
 
     async def take_request(self) -> SaveRequest:
         """Return what it is asked for; to save only once."""
-        asked = self._asked
-        self._asked = "stop" if asked == "stop" else ""
-        return asked
+        pending = self._request
+        self._request = "stop" if pending == "stop" else ""
+        return pending
 
     async def saved(self, number: int) -> None:
         """Take note that a stage was left, saved, because it was asked for; nobody shall go on with it."""
-        self._saved, self._parcel = number, None
+        self._saved, self._ticket = number, None
 
     async def tell(self, event: dict[str, Any]) -> None:
         """Pass on a progress event."""
@@ -93,18 +93,18 @@ class Mailbox:
 
     async def fail(self, error: ClDistError) -> None:
         """Take note of an error that a restart would not cure, and take the stage back: nobody shall try it again."""
-        self._error, self._parcel = self._error or error, None
+        self._error, self._ticket = self._error or error, None
 
     async def news(self) -> dict[str, Any]:
         """Return what happened; events are handed out once."""
         events, self._events = self._events, []
-        places = [self._places[rank] for rank in sorted(self._places)]
+        slots = [self._slots[rank] for rank in sorted(self._slots)]
         return {
             "events": events,
             "done": self._done,
             "saved": self._saved,
             "error": self._error,
-            "places": places,
+            "slots": slots,
             "starts": self._starts,
         }
 

@@ -27,7 +27,7 @@ SEEN_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class NodeFacts:
+class NodeInfo:
     """What a node said about itself; `error` if it could not."""
 
     name: str
@@ -69,16 +69,16 @@ def check_storage(folder: Path) -> None:
     """
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in alive() if node["NodeID"] != here]
-    blind = [facts for facts in probe(folder, others) if not (facts.reads and facts.writes)]
+    blind = [info for info in probe(folder, others) if not (info.reads and info.writes)]
     if blind:
-        told = "\n".join(f"  {facts.name}: {facts.sight}" for facts in blind)
+        views = "\n".join(f"  {info.name}: {info.sight}" for info in blind)
         raise ClusterError(
             f"run.dir={str(folder.parent)!r}: expected a folder that every node of the cluster sees, such as a network "
-            f"file system; the driver is on {platform.node()}\n{told}"
+            f"file system; the driver is on {platform.node()}\n{views}"
         )
 
 
-def probe(folder: Path, nodes: Sequence[Mapping[str, Any]]) -> list[NodeFacts]:
+def probe(folder: Path, nodes: Sequence[Mapping[str, Any]]) -> list[NodeInfo]:
     """Ask nodes about themselves: a file goes from here through the run folder to each, and one comes back.
 
     A node that has left the cluster before it answered is left out: Ray lists dead nodes until it misses them.
@@ -91,9 +91,9 @@ def probe(folder: Path, nodes: Sequence[Mapping[str, Any]]) -> list[NodeFacts]:
         (where / "driver").write_text("driver", encoding="utf8")
         deadline = time.monotonic() + PROBE_S
         asked = [(node, _ask(node["NodeID"], where)) for node in nodes]
-        facts = [_facts(node, where, *_answer(node["NodeID"], future, where, deadline)) for node, future in asked]
+        info = [_node_info(node, where, *_answer(node["NodeID"], future, where, deadline)) for node, future in asked]
         still = {node["NodeID"] for node in alive()}
-        return [found for found, node in zip(facts, nodes, strict=True) if not found.error or node["NodeID"] in still]
+        return [found for found, node in zip(info, nodes, strict=True) if not found.error or node["NodeID"] in still]
     finally:
         shutil.rmtree(where, ignore_errors=True)
 
@@ -119,11 +119,11 @@ def _answer(node: str, future: Any, where: Path, deadline: float) -> tuple[dict[
             return {}, f"does not answer: {type(cause).__name__}"
 
 
-def _facts(node: Mapping[str, Any], where: Path, found: Mapping[str, Any], error: str) -> NodeFacts:
+def _node_info(node: Mapping[str, Any], where: Path, found: Mapping[str, Any], error: str) -> NodeInfo:
     answer, deadline = where / node["NodeID"], time.monotonic() + (0.0 if error else SEEN_S)
     while not answer.is_file() and found.get("writes") and time.monotonic() < deadline:
         time.sleep(0.2)
-    return NodeFacts(
+    return NodeInfo(
         name=name_of(node),
         resources=node["Resources"],
         versions=found.get("versions", {}),

@@ -20,9 +20,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cl_dist.dispatch_ray.cluster import (
     ACTOR_TIMEOUT_S,
     CapacityWatch,
-    Place,
+    WorkerSlot,
     chdir_to_driver,
-    free,
+    free_resources,
     last_lines,
     secrets,
 )
@@ -80,23 +80,23 @@ class ShardWorker:
             torch.cuda.empty_cache()
 
 
-def together(places: list[Place], each: int) -> list[Place]:
+def group_slots(slots: list[WorkerSlot], each: int) -> list[WorkerSlot]:
     """Return places that are each made of so many of a node; those that are left over hold no model.
 
     Raises:
         ClusterError: If no node has so many.
     """
-    by_node: dict[str, list[Place]] = {}
-    for place in places:
-        by_node.setdefault(place.node, []).append(place)
+    by_node: dict[str, list[WorkerSlot]] = {}
+    for slot in slots:
+        by_node.setdefault(slot.node, []).append(slot)
     found = [
-        replace(mine[first], gpus=",".join(place.gpus for place in mine[first : first + each]))
+        replace(mine[first], gpus=",".join(slot.gpus for slot in mine[first : first + each]))
         for mine in by_node.values()
         for first in range(0, len(mine) - each + 1, each)
     ]
     if not found:
         raise ClusterError(
-            f"cluster.workers_per_model={each}: no node has so many of the {len(places)} workers; lower it, or take "
+            f"cluster.workers_per_model={each}: no node has so many of the {len(slots)} workers; lower it, or take "
             "nodes with more GPUs"
         )
     return found
@@ -105,28 +105,28 @@ def together(places: list[Place], each: int) -> list[Place]:
 class Pool:
     """Actors that take shards one by one. A shard of a dead actor goes to a fresh one."""
 
-    def __init__(self, cluster: ClusterConfig, places: list[Place] | None) -> None:
+    def __init__(self, cluster: ClusterConfig, slots: list[WorkerSlot] | None) -> None:
         self._cluster = cluster
-        self.places = list(places or [])
+        self.slots = list(slots or [])
         """Where the gang was whose resources are borrowed."""
         each = cluster.workers_per_model
-        self._places: list[Place | None] = [None] * (cluster.workers // each)
-        if places:
-            self._places = list(together(places, each))
-        self.borrowed = places is not None
-        self._actors: list[Any] = [self._start(number) for number in range(len(self._places))]
+        self._slots: list[WorkerSlot | None] = [None] * (cluster.workers // each)
+        if slots:
+            self._slots = list(group_slots(slots, each))
+        self.borrowed = slots is not None
+        self._actors: list[Any] = [self._start(number) for number in range(len(self._slots))]
 
     def _start(self, number: int) -> Any:
-        place, cluster = self._places[number], self._cluster
-        if place is None:
+        slot, cluster = self._slots[number], self._cluster
+        if slot is None:
             each = cluster.workers_per_model
             kind = ray.remote(ShardWorker).options(
                 num_cpus=cluster.cpus_per_worker * each, num_gpus=cluster.gpus_per_worker * each
             )
             return kind.remote(number, os.getcwd(), None, secrets())
-        here = NodeAffinitySchedulingStrategy(place.node, soft=True)
+        here = NodeAffinitySchedulingStrategy(slot.node, soft=True)
         kind = ray.remote(ShardWorker).options(num_cpus=0, num_gpus=0, scheduling_strategy=here)
-        return kind.remote(number, os.getcwd(), place.gpus if cluster.gpus_per_worker else None, secrets())
+        return kind.remote(number, os.getcwd(), slot.gpus if cluster.gpus_per_worker else None, secrets())
 
     def map(self, tracker: Tracker, job: Job, finished: ShardStore, logs: Path) -> None:
         """Have all missing shards worked on, each once, and keep each result as it comes.
@@ -148,15 +148,15 @@ class Pool:
         failures: dict[Shard, int] = {}
         starting = {actor.__ray_ready__.remote(): number for number, actor in enumerate(self._actors)}
         idle: list[int] = []
-        fits, worked = CapacityWatch(self._cluster), time.monotonic()
+        capacity, worked = CapacityWatch(self._cluster), time.monotonic()
         while any(blocks) or running:
-            fits.look()
+            capacity.check()
             if running or idle:
                 worked = time.monotonic()
             elif time.monotonic() - worked > self._cluster.start_timeout_s:
                 raise ClusterError(
                     f"{job.key}: none of {len(self._actors)} actors started within cluster.start_timeout_s="
-                    f"{self._cluster.start_timeout_s:g}; {free()}"
+                    f"{self._cluster.start_timeout_s:g}; {free_resources()}"
                 )
             while any(blocks) and idle:
                 number = idle.pop()
@@ -199,7 +199,7 @@ class Pool:
                 )
                 blocks[number].append(shard)
 
-    def free(self, keep_actors: bool) -> None:
+    def release(self, keep_actors: bool) -> None:
         """Make room: drop the models, or end the actors."""
         if not keep_actors:
             for actor in self._actors:
@@ -209,4 +209,4 @@ class Pool:
             ray.get([actor.drop.remote() for actor in self._actors], timeout=ACTOR_TIMEOUT_S)
         except (RayActorError, GetTimeoutError) as error:
             log.warning("pool actor gone while idle: %s", error)
-            self._actors = [self._start(number) for number in range(len(self._places))]
+            self._actors = [self._start(number) for number in range(len(self._slots))]

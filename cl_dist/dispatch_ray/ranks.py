@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, chdir_to_driver
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, WorkerSlot, chdir_to_driver
 from cl_dist.dispatch_ray.watchdog import Watchdog, log_of
 from cl_dist.errors import ClDistError, StoppedError
 from cl_dist.stages.stage_job import SaveRequest
@@ -29,35 +29,37 @@ def gang_worker(config: Mapping[str, Any]) -> None:
     context = ray.get_runtime_context()
     # Its own GPUs: CUDA_VISIBLE_DEVICES names those of all ranks of its node.
     gpus = ",".join(map(str, context.get_accelerator_ids().get("GPU", [])))
-    place = Place(world.rank, context.get_node_id(), gpus, os.getpid())
-    os.environ |= ray.get(mailbox.hello.remote(place, world.size), timeout=ACTOR_TIMEOUT_S)
+    slot = WorkerSlot(world.rank, context.get_node_id(), gpus, os.getpid())
+    os.environ |= ray.get(mailbox.hello.remote(slot, world.size), timeout=ACTOR_TIMEOUT_S)
     while True:
-        parcel = ray.get(mailbox.fetch.remote(after), timeout=ACTOR_TIMEOUT_S)
-        if parcel == "closed":
+        ticket = ray.get(mailbox.fetch.remote(after), timeout=ACTOR_TIMEOUT_S)
+        if ticket == "closed":
             return
-        if parcel == "wait":
+        if ticket == "wait":
             continue
-        alive = Watchdog(parcel.progress_timeout_s, _log_to(log_of(Path(parcel.logs), world.rank)))
+        watchdog = Watchdog(ticket.progress_timeout_s, _log_to(log_of(Path(ticket.logs), world.rank)))
         try:
-            with storage_errors(parcel.out), alive:
-                train.run(parcel.job, Path(parcel.out), _Throttled(mailbox), lambda: _asks(mailbox), alive)
+            with storage_errors(ticket.out), watchdog:
+                train.run(
+                    ticket.job, Path(ticket.out), _ThrottledTracker(mailbox), lambda: _take_request(mailbox), watchdog
+                )
         except StoppedError:
             if world.rank == 0:
-                ray.get(mailbox.saved.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
-            after = parcel.number
-            _free()
+                ray.get(mailbox.saved.remote(ticket.number), timeout=ACTOR_TIMEOUT_S)
+            after = ticket.number
+            _free_memory()
             continue
         except ClDistError as error:
             ray.get(mailbox.fail.remote(error), timeout=ACTOR_TIMEOUT_S)
             raise
-        _free()  # before the pool borrows these GPUs
+        _free_memory()  # before the pool borrows these GPUs
         world.gather(None)  # rank 0 has written its files, and nobody is still reading an input
         if world.rank == 0:
-            ray.get(mailbox.done.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
-        after = parcel.number
+            ray.get(mailbox.done.remote(ticket.number), timeout=ACTOR_TIMEOUT_S)
+        after = ticket.number
 
 
-def _free() -> None:
+def _free_memory() -> None:
     """Let go of the stage's engine, which holds itself in cycles, and of what torch keeps of a GPU for later."""
     import torch
 
@@ -66,12 +68,12 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _asks(mailbox: Any) -> SaveRequest:
-    asked: SaveRequest = ray.get(mailbox.take_request.remote(), timeout=ACTOR_TIMEOUT_S)
-    return asked
+def _take_request(mailbox: Any) -> SaveRequest:
+    request: SaveRequest = ray.get(mailbox.take_request.remote(), timeout=ACTOR_TIMEOUT_S)
+    return request
 
 
-class _Throttled:
+class _ThrottledTracker:
     """Sends a few step events a second and all others."""
 
     def __init__(self, mailbox: Any) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 
 log = logging.getLogger(__name__)
-EVERY_S = 1.0
-SHOWN = 6
+HEARTBEAT_S = 1.0
+TAIL_LINES = 6
 STARTED = "train start"
 """What train.run logs when a stage begins or goes on."""
 
@@ -35,11 +35,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         if self._timeout_s:
-            faulthandler.dump_traceback_later(self._timeout_s + EVERY_S, exit=True, file=self._file)
+            faulthandler.dump_traceback_later(self._timeout_s + HEARTBEAT_S, exit=True, file=self._file)
 
     def __call__(self, step: int) -> None:
         """Note that so many steps are done."""
-        if time.monotonic() - self._noted > EVERY_S:
+        if time.monotonic() - self._noted > HEARTBEAT_S:
             self._noted = time.monotonic()
             self._watch()  # each watch is a thread of its own: too dear for every step
             peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -60,7 +60,7 @@ def log_tails(logs: Path, numbers: Iterable[int], who: str = "rank") -> str:
         starts = [number for number, line in enumerate(lines) if STARTED in line]
         lines = lines[starts[-1] :] if starts else lines  # a log goes on through restarts
         stacks = [number for number, line in enumerate(lines) if line.startswith("Timeout (")]
-        shown = lines[stacks[-1] :][: 3 * SHOWN] if stacks else lines[-SHOWN:]
+        shown = lines[stacks[-1] :][: 3 * TAIL_LINES] if stacks else lines[-TAIL_LINES:]
         parts.append(f"{path.stem}, the end of {path}:\n" + "\n".join(f"  {line}" for line in shown))
     return "\n".join(parts)
 

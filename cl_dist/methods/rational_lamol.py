@@ -127,8 +127,8 @@ class RationalLamol(Lamol):
         import torch
 
         from cl_dist.models.architectures import architecture, layers_of
-        from cl_dist.models.attention_slices import kept
-        from cl_dist.models.lowrank import kept_updates
+        from cl_dist.models.attention_slices import trainable_masks
+        from cl_dist.models.lowrank import trainable_update_masks
 
         model, config = super().shape(backbone, known, size), self.config
         if config.lora is None or config.freeze == "none" or config.level == "block":
@@ -136,7 +136,9 @@ class RationalLamol(Lamol):
         layers = layers_of(backbone)
         first = [(layer, 0) for layer in range(len(layers))]
         with torch.device("cpu"):  # a plan shapes the model without data, but looks at these numbers
-            frozen = kept_updates(backbone, UPDATE, kept(backbone, first, config.level, config.freeze_output))
+            frozen = trainable_update_masks(
+                backbone, UPDATE, trainable_masks(backbone, first, config.level, config.freeze_output)
+            )
         if not all(any(name.startswith(f"{path}.") for name in frozen) for path, _ in layers):
             raise ConfigError(
                 f"method.lora.target_modules={config.lora.target_modules}: level: {config.level} freezes parts of "
@@ -199,16 +201,16 @@ class RationalLamol(Lamol):
         """Keep what frozen heads and groups own; everything else moves and decays as it would."""
         from dataclasses import replace
 
-        from cl_dist.models.attention_slices import kept
+        from cl_dist.models.attention_slices import trainable_masks
 
         scales = dict(super().grad_scales())
         if self.config.level == "block":
             return {name: scale for name, scale in scales.items() if self.model.get_parameter(name).requires_grad}
-        parts = kept(self.model.backbone, self._frozen, self.config.level, self.config.freeze_output)
+        parts = trainable_masks(self.model.backbone, self._frozen, self.config.level, self.config.freeze_output)
         if self.lora is not None:
-            from cl_dist.models.lowrank import kept_updates
+            from cl_dist.models.lowrank import trainable_update_masks
 
-            parts = kept_updates(self.model.backbone, UPDATE, parts)
+            parts = trainable_update_masks(self.model.backbone, UPDATE, parts)
         for inner, scale in held(parts).items():
             name = f"backbone.{inner}"
             before = scales.get(name)

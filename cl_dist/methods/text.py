@@ -41,12 +41,12 @@ class TextLearner(Learner):
         import torch
 
         from cl_dist.models.causal import CausalModel
-        from cl_dist.models.vocabulary import add_trainable_rows, extend
+        from cl_dist.models.vocabulary import add_trainable_rows, extend_vocabulary
         from cl_dist.parallel.seeds import seeded
 
         dtype = getattr(torch, self.model_config.dtype)
         if self.lora is None:
-            extend(backbone, size, known, self.seed, dtype)
+            extend_vocabulary(backbone, size, known, self.seed, dtype)
         else:
             from cl_dist.models.lowrank import add_update  # peft takes seconds to import
 

@@ -17,7 +17,7 @@ from cl_dist.errors import ConfigError
 from cl_dist.models.architectures import architecture
 from cl_dist.models.backbone import replace
 from cl_dist.models.config import LoraShape
-from cl_dist.models.vocabulary import TrainableRows, merge_own_rows
+from cl_dist.models.vocabulary import TrainableRows, merge_trainable_rows
 
 
 def add_update(backbone: PreTrainedModel, shape: LoraShape, name: str) -> None:
@@ -58,8 +58,8 @@ def own_parameters(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, _ in model.named_parameters() if name.startswith(inside) or name in rows)
 
 
-def kept_updates(
-    model: PreTrainedModel, name: str, kept: Mapping[str, tuple[str, Tensor]]
+def trainable_update_masks(
+    model: PreTrainedModel, name: str, masks: Mapping[str, tuple[str, Tensor]]
 ) -> dict[str, tuple[str, Tensor]]:
     """Return what remains trainable of an update so that slices of the layers below keep every bit.
 
@@ -69,7 +69,7 @@ def kept_updates(
     """
     found: dict[str, tuple[str, Tensor]] = {}
     for path, layer in layers_with_updates(model):
-        axis, keep = kept.get(f"{path}.weight", ("row", torch.ones(1)))
+        axis, keep = masks.get(f"{path}.weight", ("row", torch.ones(1)))
         if bool(keep.all()):
             continue
         down, up = f"{path}.lora_A.{name}.weight", f"{path}.lora_B.{name}.weight"
@@ -86,4 +86,4 @@ def merge_updates(model: PreTrainedModel) -> None:
     for path, layer in list(layers_with_updates(model)):
         layer.merge()
         replace(model, path, layer.get_base_layer())
-    merge_own_rows(model)
+    merge_trainable_rows(model)

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cl_dist.partition import is_partitioned, whole
+from cl_dist.partition import gathered, is_partitioned
 
 
 @torch.no_grad()
-def extend(model: PreTrainedModel, size: int, known: int, seed: int, dtype: torch.dtype = torch.float32) -> None:
+def extend_vocabulary(
+    model: PreTrainedModel, size: int, known: int, seed: int, dtype: torch.dtype = torch.float32
+) -> None:
     """Give a model rows for `size` tokens; those from `known` on start at the mean of the others plus seeded noise.
 
     A row's initial value depends on its number and the seed alone, whatever the size, and on the mean of what the other
@@ -22,15 +24,15 @@ def extend(model: PreTrainedModel, size: int, known: int, seed: int, dtype: torc
     has cut up over the ranks are whole afterwards, and it is a collective then.
     """
     untyped: Any = model
-    _make_whole(untyped.get_input_embeddings(), untyped.get_output_embeddings())
+    _gather_tables(untyped.get_input_embeddings(), untyped.get_output_embeddings())
     if untyped.get_input_embeddings().weight.shape[0] < size:
         untyped.resize_token_embeddings(size, mean_resizing=False)
     for weight in _tables(model):
-        weight[known:] = _fresh(weight, known, weight.shape[0], seed, dtype)
-    _without_bias(model, known, None)
+        weight[known:] = _initial_rows(weight, known, weight.shape[0], seed, dtype)
+    _zero_bias(model, known, None)
 
 
-def _make_whole(*tables: nn.Module) -> None:
+def _gather_tables(*tables: nn.Module) -> None:
     """Give tables that are cut up whole weights, tied ones the same."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for table in tables:
@@ -38,12 +40,12 @@ def _make_whole(*tables: nn.Module) -> None:
             if not is_partitioned(parameter):
                 continue
             if parameter not in made:
-                with whole(parameter) as values:
+                with gathered(parameter) as values:
                     made[parameter] = nn.Parameter(values.to("cpu", copy=True))
             setattr(table, name, made[parameter])
 
 
-def _without_bias(model: Any, first: int, stop: int | None) -> None:
+def _zero_bias(model: Any, first: int, stop: int | None) -> None:
     """Let the head say nothing of some tokens but what it reads: Phi's has a bias."""
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
@@ -56,7 +58,7 @@ def _tables(model: Any) -> list[nn.Parameter]:
     return list({id(table.weight): table.weight for table in tables}.values())
 
 
-def _fresh(weight: Tensor, known: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
+def _initial_rows(weight: Tensor, known: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
     """Return initial rows known..size-1 of a table whose first `known` rows have been learned, float32."""
     mean_H = weight[:known].to(dtype).float().mean(0)
     if weight.is_meta:
@@ -76,7 +78,7 @@ class TrainableRows(nn.Module):
         self.base, self.first, self.rows = base, first, rows
 
 
-class OwnEmbedding(TrainableRows):
+class TrainableEmbedding(TrainableRows):
     """Input embeddings."""
 
     def forward(self, ids_BL: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ class OwnEmbedding(TrainableRows):
         return torch.where((ids_BL >= self.first)[..., None], own_BLH, known_BLH)
 
 
-class OwnLogits(TrainableRows):
+class TrainableLogits(TrainableRows):
     """The language modelling head."""
 
     def forward(self, hidden_XH: Tensor) -> Tensor:
@@ -110,16 +112,16 @@ def add_trainable_rows(
     embedding, head = untyped.get_input_embeddings(), untyped.get_output_embeddings()
     rows = []
     for table in (embedding, head):
-        with whole(table.weight) as values:
-            rows.append(nn.Parameter(_fresh(values, known, size, seed, dtype)))
+        with gathered(table.weight) as values:
+            rows.append(nn.Parameter(_initial_rows(values, known, size, seed, dtype)))
     if embedding.weight is head.weight:
         rows[1] = rows[0]
-    untyped.set_input_embeddings(OwnEmbedding(embedding, known, rows[0]))
-    untyped.set_output_embeddings(OwnLogits(head, known, rows[1]))
+    untyped.set_input_embeddings(TrainableEmbedding(embedding, known, rows[0]))
+    untyped.set_output_embeddings(TrainableLogits(head, known, rows[1]))
 
 
 @torch.no_grad()
-def merge_own_rows(model: PreTrainedModel) -> None:
+def merge_trainable_rows(model: PreTrainedModel) -> None:
     """Write rows of their own, where there are any, into the tables: a plain model again."""
     untyped: Any = model
     embedding, head = untyped.get_input_embeddings(), untyped.get_output_embeddings()
@@ -132,7 +134,7 @@ def merge_own_rows(model: PreTrainedModel) -> None:
         untyped.resize_token_embeddings(size, mean_resizing=False)
     for table, own in ((untyped.get_input_embeddings(), embedding), (untyped.get_output_embeddings(), head)):
         table.weight[own.first : size] = own.rows
-    _without_bias(model, embedding.first, size)
+    _zero_bias(model, embedding.first, size)
 
 
 def logits(model: Any, hidden_XH: Tensor) -> Tensor:

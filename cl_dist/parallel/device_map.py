@@ -23,7 +23,7 @@ FILLED = 0.8
 """Share of a device's free memory that weights may take; the rest is for what is computed."""
 
 
-def spread(model: M, layer: type[nn.Module]) -> M:
+def dispatch(model: M, layer: type[nn.Module]) -> M:
     """Bring a model to this process's devices; layers that they cannot hold stay with the host, and come when used.
 
     Args:
@@ -35,16 +35,16 @@ def spread(model: M, layer: type[nn.Module]) -> M:
         return model.to(device)
     gc.collect()
     torch.cuda.empty_cache()  # what the allocator keeps of the model before is not free to measure
-    room: dict[int | str, int] = {
+    max_memory: dict[int | str, int] = {
         number: int(FILLED * torch.cuda.mem_get_info(number)[0]) for number in range(torch.cuda.device_count())
     }
-    if _size(model) <= room[0]:
+    if _size(model) <= max_memory[0]:
         return model.to(device)
-    return by_layers(model, layer, room)
+    return dispatch_by_layers(model, layer, max_memory)
 
 
-def by_layers(
-    model: M, layer: type[nn.Module], room: Mapping[int | str, int], rest: str = "cpu", folder: Path | None = None
+def dispatch_by_layers(
+    model: M, layer: type[nn.Module], max_memory: Mapping[int | str, int], rest: str = "cpu", folder: Path | None = None
 ) -> M:
     """Divide a model over devices with room for so many bytes each.
 
@@ -60,50 +60,50 @@ def by_layers(
     """
     from accelerate import dispatch_model
 
-    places = dispatch_layers(model, layer, room, rest)
-    at_rest = [model.get_submodule(name) for name, place in places.items() if place == rest]
+    device_map = infer_device_map(model, layer, max_memory, rest)
+    at_rest = [model.get_submodule(name) for name, device in device_map.items() if device == rest]
     if any(buffer.dtype == torch.uint8 for module in at_rest for buffer in module.buffers()):
         raise ConfigError(
             "science.model.weight_bits: a model that is scored does not fit, and quantized weights cannot rest with "
             "the host; raise cluster.workers_per_model"
         )
-    log.info("model divided places=%s", dict(Counter(places.values())))
-    if rest in places.values():
+    log.info("model divided places=%s", dict(Counter(device_map.values())))
+    if rest in device_map.values():
         log.warning("layers rest on %s, and come to a device when used: that is slow", rest)
-    return dispatch_model(model, places, offload_dir=folder, skip_keys="past_key_values", force_hooks=True)
+    return dispatch_model(model, device_map, offload_dir=folder, skip_keys="past_key_values", force_hooks=True)
 
 
-def dispatch_layers(
-    model: nn.Module, layer: type[nn.Module], room: Mapping[int | str, int], rest: str
+def infer_device_map(
+    model: nn.Module, layer: type[nn.Module], max_memory: Mapping[int | str, int], rest: str
 ) -> dict[str, int | str]:
     """Return the place of each layer, and of each module beside them, by path.
 
     What is no layer lies on the first device, where inputs come and logits go. The layers follow in order, about as
     many bytes on each device.
     """
-    units = list(_units(model, layer))
-    first, share = next(iter(room)), -(-_size(model) // len(room))
-    places: dict[str, int | str] = {path: first for path, module in units if not isinstance(module, layer)}
-    used = dict.fromkeys(room, 0)
-    used[first] = sum(_size(module) for path, module in units if path in places)
+    units = list(_dispatch_units(model, layer))
+    first, share = next(iter(max_memory)), -(-_size(model) // len(max_memory))
+    device_map: dict[str, int | str] = {path: first for path, module in units if not isinstance(module, layer)}
+    used = dict.fromkeys(max_memory, 0)
+    used[first] = sum(_size(module) for path, module in units if path in device_map)
     for path, module in units:
         if isinstance(module, layer):
             size = _size(module)
-            fitting = [device for device in room if used[device] + size <= room[device]]
-            places[path] = next((device for device in fitting if used[device] < share), (*fitting, rest)[0])
+            fitting = [device for device in max_memory if used[device] + size <= max_memory[device]]
+            device_map[path] = next((device for device in fitting if used[device] < share), (*fitting, rest)[0])
             if fitting:
-                used[places[path]] += size
-    return places
+                used[device_map[path]] += size
+    return device_map
 
 
-def _units(module: nn.Module, layer: type[nn.Module], path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _dispatch_units(module: nn.Module, layer: type[nn.Module], path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers, and the largest modules that hold none."""
     for name, child in module.named_children():
         here = f"{path}.{name}" if path else name
         if isinstance(child, layer) or not any(isinstance(part, layer) for part in child.modules()):
             yield here, child
         else:
-            yield from _units(child, layer, here)
+            yield from _dispatch_units(child, layer, here)
 
 
 def _size(model: nn.Module) -> int:

@@ -97,7 +97,7 @@ class Engine(Protocol):
     """The learning rate's; the library's class carries no types."""
 
     @property
-    def flats(self) -> list[Tensor]:
+    def flat_tensors(self) -> list[Tensor]:
         """The tensors that the optimizer updates and keeps state of, as far as this rank holds them."""
 
     def __call__(self, batch: Any) -> Any:
@@ -140,7 +140,7 @@ def build_engine(
     else:
         engine = DeepSpeedEngine(config, model, optimizing, num_micro, micro_batch, bf16, world, pulls)
     if any(scale.decay for scale in grad_scales.values()) and optimizing.weight_decay:
-        engine.optimizer.hold = _FrozenEntries(engine.module, grad_scales, world.rank).put_back
+        engine.optimizer.restore_frozen = _FrozenEntries(engine.module, grad_scales, world.rank).put_back
     return engine
 
 
@@ -165,13 +165,13 @@ def attach(model: nn.Module, grad_scales: Mapping[str, GradScale]) -> None:
 class FrozenEntryAdamW(torch.optim.AdamW):
     """AdamW that puts chosen entries back after every step, before anybody copies them."""
 
-    hold: Callable[[], None] | None = None
+    restore_frozen: Callable[[], None] | None = None
 
     def step(self, closure: Any = None) -> Any:
         """Update the weights."""
         result = super().step(closure)
-        if self.hold is not None:
-            self.hold()
+        if self.restore_frozen is not None:
+            self.restore_frozen()
         return result
 
 
@@ -186,8 +186,8 @@ class _FrozenEntries:
             if not scale.decay or not parameter.requires_grad:
                 continue
             piece, start = params.local(parameter, rank)
-            whole = torch.empty(full_shape(parameter), device=piece.device)
-            keep = (scale.factor(whole) == 0).flatten()[start : start + piece.numel()]
+            full = torch.empty(full_shape(parameter), device=piece.device)
+            keep = (scale.factor(full) == 0).flatten()[start : start + piece.numel()]
             keep = torch.nn.functional.pad(keep, (0, piece.numel() - keep.numel()))
             if bool(keep.any()):
                 self._parts.append((parameter, keep, piece.flatten()[keep].clone()))
@@ -213,7 +213,7 @@ class TorchEngine:
         self._micro, self._norm = 0, 0.0
 
     @property
-    def flats(self) -> list[Tensor]:
+    def flat_tensors(self) -> list[Tensor]:
         """See Engine."""
         return list(self._parameters)
 
@@ -276,8 +276,8 @@ class DeepSpeedEngine:
             for parameter in model.parameters():
                 params.lower(parameter)
         elements = [full_shape(parameter).numel() for parameter in model.parameters()]
-        held = [full_shape(parameter).numel() for parameter in trained.values()]
-        bounds = buffer_bounds(sum(elements), sum(held), max(elements))
+        sizes = [full_shape(parameter).numel() for parameter in trained.values()]
+        bounds = buffer_bounds(sum(elements), sum(sizes), max(elements))
         settings = deepspeed_settings(
             config, num_micro=num_micro, micro_batch=micro_batch, clip=optimizing.clip, bf16=bf16, bounds=bounds
         )
@@ -294,7 +294,7 @@ class DeepSpeedEngine:
         exact.put_back(world.rank)
 
     @property
-    def flats(self) -> list[Tensor]:
+    def flat_tensors(self) -> list[Tensor]:
         """See Engine."""
         wrapped, stage = self._engine.optimizer, self._engine.zero_optimization_stage()
         if stage == 0:

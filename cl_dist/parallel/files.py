@@ -54,15 +54,15 @@ class Files:
         zero, largest = settings["zero_optimization"], max(p.ds_tensor.ds_numel for p in parameters)
         threshold, item = zero["stage3_param_persistence_threshold"], parameters[0].element_size()
 
-        def moves(held: Any) -> bool:
-            return held.ds_numel > threshold and held.ds_tensor.ds_numel * item >= MEGABYTE
+        def moves(parameter: Any) -> bool:
+            return parameter.ds_numel > threshold and parameter.ds_tensor.ds_numel * item >= MEGABYTE
 
         count = num_buffers(model, moves)
         trained = sum(p.ds_tensor.ds_numel for p in parameters if p.requires_grad)
         _check_lockable(item * (count * largest + trained))
         place = {"device": NVME, "nvme_path": str(self.folder), "max_in_cpu": 0}
         place |= {"buffer_size": largest, "buffer_count": count}
-        told = {
+        nvme_settings = {
             **settings,
             "zero_optimization": {
                 **zero,
@@ -73,7 +73,7 @@ class Files:
                 "stage3_prefetch_bucket_size": 0,
             },
         }
-        self._swapper = AsyncPartitionedParameterSwapper(DeepSpeedConfig(told), parameters[0].dtype)
+        self._swapper = AsyncPartitionedParameterSwapper(DeepSpeedConfig(nvme_settings), parameters[0].dtype)
         reserve = self._swapper.reserve_partitioned_swap_space  # which DeepSpeed asks for whole parameters
         self._swapper.reserve_partitioned_swap_space = lambda sizes: reserve([-(-size // ranks) for size in sizes])
         for parameter in parameters:
@@ -83,7 +83,7 @@ class Files:
                 piece.data = buffer.copy_(piece)
                 piece.final_location = NVME
                 self._swapper.swap_out_and_release([parameter])
-        return told
+        return nvme_settings
 
     def close(self) -> None:
         """Remove the files, and free the buffers, which DeepSpeed keeps as long as the process lives."""

@@ -19,7 +19,7 @@ from cl_dist.partition import full_shape
 class _Watched:
     name: str
     parameter: nn.Parameter
-    keep: Tensor | None
+    protected: Tensor | None
     """Which entries of this rank's piece are protected; None: all."""
     checksum: int
 
@@ -34,11 +34,11 @@ class Guard:
             if parameter.requires_grad and name not in grad_scales:
                 continue
             piece, start = params.local(parameter, self._world.rank)
-            keep = None
+            protected = None
             if parameter.requires_grad:
-                whole = torch.empty(full_shape(parameter), device=piece.device)
-                keep = (grad_scales[name].factor(whole) == 0).flatten()[start : start + piece.numel()]
-            self._watched.append(_Watched(name, parameter, keep, _checksum(piece, keep)))
+                full = torch.empty(full_shape(parameter), device=piece.device)
+                protected = (grad_scales[name].factor(full) == 0).flatten()[start : start + piece.numel()]
+            self._watched.append(_Watched(name, parameter, protected, _checksum(piece, protected)))
 
     def check(self, step: int) -> None:
         """Compare with the bits at the start. A collective: all ranks raise, or none.
@@ -49,7 +49,7 @@ class Guard:
         moved = [
             each.name
             for each in self._watched
-            if _checksum(params.local(each.parameter, self._world.rank)[0], each.keep) != each.checksum
+            if _checksum(params.local(each.parameter, self._world.rank)[0], each.protected) != each.checksum
         ]
         everywhere = sorted({name for names in self._world.gather(moved) for name in names})
         if everywhere:
@@ -61,11 +61,11 @@ class Guard:
             )
 
 
-def _checksum(piece: Tensor, keep: Tensor | None) -> int:
+def _checksum(piece: Tensor, protected: Tensor | None) -> int:
     """Return a sum over the bits in which every place has a weight of its own: no single change leaves it equal."""
     bits = piece.detach().contiguous().view(torch.int32 if piece.element_size() == 4 else torch.int16).flatten()
     bits = bits.to(torch.int64)
-    if keep is not None:
-        bits = bits[: keep.numel()] * keep
-    place = torch.arange(bits.numel(), device=bits.device, dtype=torch.int64)
-    return int((bits * (2 * place + 1)).sum())
+    if protected is not None:
+        bits = bits[: protected.numel()] * protected
+    index = torch.arange(bits.numel(), device=bits.device, dtype=torch.int64)
+    return int((bits * (2 * index + 1)).sum())

@@ -22,7 +22,7 @@ def local(engine: Engine, parameter: nn.Parameter, key: str) -> tuple[Tensor, in
     piece, start = params.local(parameter, engine.world.rank)
     if not piece.numel():
         return piece, start
-    for flat in engine.flats:
+    for flat in engine.flat_tensors:
         first = (piece.data_ptr() - flat.data_ptr()) // flat.element_size()
         if 0 <= first < flat.numel():
             moment: Tensor = engine.optimizer.state[flat][key]
@@ -34,7 +34,7 @@ def local(engine: Engine, parameter: nn.Parameter, key: str) -> tuple[Tensor, in
 def restore(engine: Engine, step: int, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Put an optimizer where it was after `step` steps; moments[key] has whole tensors by parameter name."""
     state: Any = engine.optimizer.state
-    for flat in engine.flats:
+    for flat in engine.flat_tensors:
         state[flat] = {"step": torch.tensor(float(step), device=flat.device)}
         state[flat] |= {key: torch.zeros_like(flat) for key in KEYS}
     for name, parameter in engine.module.named_parameters():

@@ -26,7 +26,7 @@ def load(model: nn.Module, values: Mapping[str, Tensor], rank: int) -> None:
         CheckpointError: If a value has another shape.
     """
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        value, held = values.get(name), cast("Any", parameter)
+        value, managed = values.get(name), cast("Any", parameter)
         if value is None:
             continue
         if value.shape != full_shape(parameter):
@@ -34,29 +34,29 @@ def load(model: nn.Module, values: Mapping[str, Tensor], rank: int) -> None:
                 f"{name} is stored as {tuple(value.shape)}, the model has {tuple(full_shape(parameter))}"
             )
         if is_partitioned(parameter):
-            held.ds_tensor.copy_(_own_piece(held, value, rank))
+            managed.ds_tensor.copy_(_own_shard(managed, value, rank))
         else:
-            held.copy_(value)
+            managed.copy_(value)
 
 
 def lower(parameter: nn.Parameter) -> None:
     """Round a parameter to bfloat16, cut up or not. No collective."""
     parameter.data = parameter.data.to(torch.bfloat16)
     if is_partitioned(parameter):
-        held: Any = parameter
-        rounded = held.ds_tensor.data.to(torch.bfloat16)
-        held.ds_tensor.data = rounded.pin_memory() if held.ds_tensor.is_pinned() else rounded
+        managed: Any = parameter
+        rounded = managed.ds_tensor.data.to(torch.bfloat16)
+        managed.ds_tensor.data = rounded.pin_memory() if managed.ds_tensor.is_pinned() else rounded
 
 
 class Fp32Snapshot:
     """What parameters are in float32 before an engine takes them, which rounds them; no copy of them."""
 
     def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
-        self._kept: list[tuple[Any, Tensor, bool]] = []
+        self._snapshots: list[tuple[Any, Tensor, bool]] = []
         for parameter in named.values():
-            held: Any = parameter
-            divided = is_partitioned(parameter)
-            self._kept.append((parameter, (held.ds_tensor if divided else held).detach(), divided))
+            managed: Any = parameter
+            partitioned = is_partitioned(parameter)
+            self._snapshots.append((parameter, (managed.ds_tensor if partitioned else managed).detach(), partitioned))
 
     @torch.no_grad()
     def put_back(self, rank: int) -> None:
@@ -66,12 +66,12 @@ class Fp32Snapshot:
         """
         from deepspeed.utils import safe_set_full_fp32_param
 
-        for parameter, value, was_divided in self._kept:
+        for parameter, value, was_partitioned in self._snapshots:
             if is_partitioned(parameter):
-                local(parameter, rank)[0].copy_(value if was_divided else _own_piece(parameter, value, rank))
+                local(parameter, rank)[0].copy_(value if was_partitioned else _own_shard(parameter, value, rank))
             else:
                 safe_set_full_fp32_param(parameter, value)
-        self._kept = []
+        self._snapshots = []
 
 
 def _read(parameter: nn.Parameter) -> Tensor:
@@ -89,7 +89,7 @@ def add_gradient(parameter: nn.Parameter, gradient: Callable[[Tensor], Tensor], 
 
         whole = safe_get_full_grad(parameter) + gradient(_read(parameter))
         if is_partitioned(parameter):
-            safe_set_local_grad(parameter, _own_piece(parameter, whole, rank))
+            safe_set_local_grad(parameter, _own_shard(parameter, whole, rank))
         else:
             safe_set_full_grad(parameter, whole)
     else:
@@ -97,7 +97,7 @@ def add_gradient(parameter: nn.Parameter, gradient: Callable[[Tensor], Tensor], 
         parameter.grad += gradient(parameter.detach())
 
 
-def _own_piece(parameter: Any, value: Tensor, rank: int) -> Tensor:
+def _own_shard(parameter: Any, value: Tensor, rank: int) -> Tensor:
     """Cut a rank's flat piece out of a whole value. DeepSpeed's setters cannot where the ranks do not divide it."""
     size = parameter.ds_tensor.ds_numel  # where it lies in a file, its tensor is another one
     flat = value.flatten()[rank * size : (rank + 1) * size]

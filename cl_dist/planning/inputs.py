@@ -135,7 +135,7 @@ def _longest_rows(run: Run, task: int) -> TrainConfig:
 class ModelEstimate:
     """The model of a run's last task, which has most parts, on its longest rows."""
 
-    dry: TracedLearner
+    traced: TracedLearner
     partitions: bool
     """Whether ZeRO-3 cuts the backbone up while it is loaded."""
     whole_at_once: int
@@ -153,7 +153,7 @@ class ModelEstimate:
         """Shape the model, or return None where its sizes are not at hand."""
         from cl_dist.parallel.files import MEGABYTE, num_buffers
         from cl_dist.planning.trace import TracedLearner
-        from cl_dist.stages.build import loads_in_pieces
+        from cl_dist.stages.build import loads_partitioned
 
         model = inputs.model()
         if model is None:
@@ -164,8 +164,8 @@ class ModelEstimate:
         stages = [s for s in run.plan(len(labels) - 1) if isinstance(s, Train) and s.learner is None]
         tasks = tuple({*stages[-1].data, *stages[-1].replay})
         recompute = run.config.cluster.activation_checkpointing
-        dry = TracedLearner(method, model, labels, vocabulary=vocabulary, tasks=tasks, recompute=recompute)
-        partitions = loads_in_pieces(dry.learner, run.config.science.model)
+        traced = TracedLearner(method, model, labels, vocabulary=vocabulary, tasks=tasks, recompute=recompute)
+        partitions = loads_partitioned(traced.learner, run.config.science.model)
         before = (
             TracedLearner(method, model, labels[:-1], vocabulary=vocabulary).parts.elements if len(labels) > 1 else 0
         )
@@ -173,29 +173,29 @@ class ModelEstimate:
         longest = max(settings, key=lambda train: train.max_length * train.global_batch)
         item = 2 if model.dtype == "bfloat16" else 4
         smallest = MEGABYTE * run.config.cluster.workers // item
-        whole = num_buffers(dry.learner.model, lambda parameter: parameter.numel() >= smallest)
-        return cls(dry, partitions, whole, item, longest, answer, dry.parts.elements - before, is_text)
+        whole = num_buffers(traced.learner.model, lambda parameter: parameter.numel() >= smallest)
+        return cls(traced, partitions, whole, item, longest, answer, traced.parts.elements - before, is_text)
 
     @property
     def model(self) -> Model:
         """Counts of the model."""
-        dry = self.dry
+        traced = self.traced
         return Model(
-            elements=dry.backbone.elements + dry.parts.elements,
-            trained=dry.backbone.trained + dry.parts.trained,
-            largest=dry.largest,
+            elements=traced.backbone.elements + traced.parts.elements,
+            trained=traced.backbone.trained + traced.parts.trained,
+            largest=traced.largest,
             item=self.item,
-            task_elements=dry.parts.elements,
-            buffers=dry.buffers,
-            beside=dry.beside,
+            task_elements=traced.parts.elements,
+            buffers=traced.buffers,
+            extras=traced.extras,
             partitions=self.partitions,
             whole_at_once=self.whole_at_once,
-            quantized=dry.quantized,
-            tables=dry.tables,
+            quantized=traced.quantized,
+            tables=traced.tables,
         )
 
     def step(self, rows: int, accumulates: bool) -> Step:
         """Return the micro-batches of an optimizer step."""
-        micro = self.dry.micro(rows, self.train.max_length, self.answer)
+        micro = self.traced.micro(rows, self.train.max_length, self.answer)
         points = [(point.activations, point.gradients) for point in micro.points]
-        return Step(micro.kept, points, accumulates, micro.operations)
+        return Step(micro.saved, points, accumulates, micro.operations)

@@ -69,6 +69,6 @@ class LiveTensorBytes(TorchDispatchMode):
         self.peak = self.live
 
 
-def held(module: nn.Module) -> list[Tensor]:
+def tensors_of(module: nn.Module) -> list[Tensor]:
     """Return a module's parameters and buffers."""
     return [*module.parameters(), *module.buffers()]

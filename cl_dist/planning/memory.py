@@ -44,7 +44,7 @@ class Model:
     task_trained: int = 0
     buffers: int = 0
     """Bytes of masks and other buffers."""
-    beside: Mapping[str, int] = field(default_factory=dict)
+    extras: Mapping[str, int] = field(default_factory=dict)
     """Bytes of what a method holds beside its model: penalties, a teacher."""
     quantized: int = 0
     """Elements beside those that are loaded whole, then held in fewer bits: part of the buffers."""
@@ -60,7 +60,7 @@ class Model:
 class Step:
     """Micro-batches of an optimizer step."""
 
-    kept: Mapping[str, int]
+    saved: Mapping[str, int]
     """Bytes that wait for the backward pass, by kind."""
     points: Sequence[tuple[Mapping[str, int], int]]
     """(bytes of activations by kind, elements of finished gradients) at the moments that may be the highest."""
@@ -182,7 +182,7 @@ def _resident(model: Model, gang: Gang, stage: int) -> list[Quantity]:
     if stage == 3:
         found.append(Quantity("gradients", b * divided, "b T/R"))
         found.append(Quantity("buckets", b * _bounds(model)["reduce_bucket_size"], "b C"))
-    for name, size in model.beside.items():
+    for name, size in model.extras.items():
         if not (gang.is_gpu and name == "penalties"):  # which stay with the host
             found.append(Quantity(name, size, "4 bytes an element, whole on every rank"))
     return [each for each in found if each.bytes]
@@ -223,7 +223,7 @@ def _moments(model: Model, step: Step, gang: Gang, stage: int) -> list[Quantity]
         Quantity("micro-batch", most + whole, "max A + b min(P, W/2 + F + M): gathered weights"),
         Quantity(
             "end of the forward pass",
-            sum(size for kind, size in step.kept.items() if kind != "logits") + whole + fetched,
+            sum(size for kind, size in step.saved.items() if kind != "logits") + whole + fetched,
             "A + b min(P, W/2 + F + M) + b min(P, F + M): what was fetched last exists twice",
         ),
         Quantity("reduction", copies * bucket + b * model.largest, f"{copies} b C + b M"),
@@ -313,8 +313,8 @@ def host(model: Model, gang: Gang) -> tuple[Quantity, ...]:
         if model.item == 2 and (rounded := 4 * model.trained - 2 * model.elements) > 0:
             formula = "4 T - 2 P: rounded, while the exact ones wait for DeepSpeed's masters"
             found.append(Quantity("host: its weights in bfloat16", rounded, formula))
-    if model.beside.get("penalties"):
-        found.append(Quantity("host: penalties", model.beside["penalties"], "8 bytes an element: strength, anchor"))
+    if model.extras.get("penalties"):
+        found.append(Quantity("host: penalties", model.extras["penalties"], "8 bytes an element: strength, anchor"))
     left = _left_to_the_host(gang)
     for each in _resident(model, gang, gang.zero_stage):
         if each.kind == "weights" and gang.in_files:

@@ -36,7 +36,7 @@ from cl_dist.models.plugin import Plugin
 from cl_dist.models.quantized import QuantizedLinear
 from cl_dist.models.saliency import sensitivity
 from cl_dist.parallel.engine import attach
-from cl_dist.planning.live import LiveTensorBytes, held
+from cl_dist.planning.live import LiveTensorBytes, tensors_of
 from cl_dist.stages.build import new_learner
 
 
@@ -62,7 +62,7 @@ class Point:
 class Micro:
     """One micro-batch, forward and backward."""
 
-    kept: Mapping[str, int]
+    saved: Mapping[str, int]
     """Bytes that wait for the backward pass, by kind."""
     points: tuple[Point, ...]
     """In order of time, so with more and more gradients: moments after which there are never as many activations."""
@@ -131,8 +131,8 @@ class TracedLearner:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake:
             for module in (built, *([] if teacher is None else [teacher])):
-                _embody(module)
-            _copied_as(backbone, teacher)
+                _materialize(module)
+            _redirect_copies(backbone, teacher)
             self.learner.model = built
             for earlier in range(self._task):
                 self._finish(earlier)
@@ -144,7 +144,7 @@ class TracedLearner:
             self.block = sum(parameter.numel() for parameter in first if parameter.requires_grad)
             """Elements of a decoder's block: what a vote for blocks takes out of training."""
             if model.dtype == "bfloat16":
-                _embody(built, torch.bfloat16)
+                _materialize(built, torch.bfloat16)
             attach(built, scales)
             if recompute:
                 recompute_activations(built)
@@ -169,30 +169,33 @@ class TracedLearner:
         """Elements of the module that holds most of them itself: what ZeRO-3 gathers at a time, at least."""
         self.buffers = _bytes(model.buffers())
         pulls = [t for pull in self.learner.pulls().values() for t in (pull.strength, pull.anchor)]
-        self._taught = [p for teacher in getattr(model, "_teacher", []) for p in held(teacher)]
-        self.beside = {"penalties": _bytes(t for t in pulls if isinstance(t, Tensor)), "teacher": _bytes(self._taught)}
+        self._teacher_tensors = [p for teacher in getattr(model, "_teacher", []) for p in tensors_of(teacher)]
+        self.extras = {
+            "penalties": _bytes(t for t in pulls if isinstance(t, Tensor)),
+            "teacher": _bytes(self._teacher_tensors),
+        }
         """Bytes of what the method holds beside its model."""
 
     def micro(self, rows: int, length: int, answer: int) -> Micro:
         """Run a micro-batch of equally long rows, with so many labels in each answer, forward and backward."""
         model = self.learner.model
-        with self._fake, _following(model.train(), self._config, self._taught) as trace:
+        with self._fake, _tracing(model.train(), self._config, self._teacher_tensors) as trace:
             batch = self._batch(rows, length, answer)
             with trace.live, _Operations() as counted:
                 loss = self.learner.loss(model, batch, Progress(0, 10, 0, 10))
                 terms = [(term * batch["weight"]).sum() for term in loss.rows.values()]
                 total = torch.stack([term.float() for term in (*terms, *loss.own.values())]).sum()
                 del loss, terms
-                kept = trace.activations()
+                saved = trace.activations()
                 total.backward()
             for parameter in model.parameters():
                 parameter.grad = None
-            return Micro(kept, trace.points(), counted.total)
+            return Micro(saved, trace.points(), counted.total)
 
     def scored(self, rows: int, length: int) -> Scored:
         """Run a forward pass without gradients, of a decoder without logits."""
         model: Any = self.learner.model
-        with self._fake, torch.no_grad(), _following(model.eval(), self._config, []) as trace:
+        with self._fake, torch.no_grad(), _tracing(model.eval(), self._config, []) as trace:
             self.learner.activate(self._task)
             batch = self._batch(rows, length, 1)
             with trace.live, _Operations() as counted:
@@ -206,7 +209,7 @@ class TracedLearner:
     def marked(self, length: int, answer: int) -> int:
         """Return the most bytes beside the weights while a text's rationale is found by gradients."""
         model: Any = self.learner.model
-        with self._fake, _following(model.eval(), self._config, []) as trace:
+        with self._fake, _tracing(model.eval(), self._config, []) as trace:
             self.learner.activate(self._task)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             model.requires_grad_(False)  # as in a model that only reads
@@ -278,11 +281,11 @@ class _Operations(TorchDispatchMode):
 class _Trace:
     """Follows a micro-batch: which kinds of activations live, and which gradients are finished."""
 
-    def __init__(self, there: list[Tensor], vocabulary: int) -> None:
+    def __init__(self, resident: list[Tensor], vocabulary: int) -> None:
         self._vocabulary, self._inside = vocabulary, ["activations"]
         self._finished, self._points = 0, list[tuple[int, Point]]()
         self.live = LiveTensorBytes(self._kind)
-        self.live.show(there, "held")
+        self.live.show(resident, "held")
         self.before = self.live.live
         self.live.watch = self._note
 
@@ -321,9 +324,9 @@ class _Trace:
 
 
 @contextmanager
-def _following(model: nn.Module, config: Any, beside: list[Tensor]) -> Iterator[_Trace]:
+def _tracing(model: nn.Module, config: Any, extras: list[Tensor]) -> Iterator[_Trace]:
     """Follow what a model computes; beside: other tensors that are there already."""
-    trace, hooks = _Trace([*held(model), *beside], getattr(config, "vocab_size", 0)), []
+    trace, hooks = _Trace([*tensors_of(model), *extras], getattr(config, "vocab_size", 0)), []
     for module in model.modules():
         if isinstance(module, Plugin | Adapters):
             for part, kind in ((module, "plugins"), (module.inner, "activations")):
@@ -338,14 +341,14 @@ def _following(model: nn.Module, config: Any, beside: list[Tensor]) -> Iterator[
             hook.remove()
 
 
-def _copied_as(backbone: Any, teacher: Any) -> None:
+def _redirect_copies(backbone: Any, teacher: Any) -> None:
     """Let what copies a model get another one, that stays in place: without data it can be neither copied nor moved."""
     if teacher is not None:
         backbone.__deepcopy__ = lambda memo: teacher
         teacher.to = lambda *args: teacher
 
 
-def _embody(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+def _materialize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Put a model, now on the meta device, on the CPU without data, or bring it to another precision.
 
     On the meta device attention would not be the fused one. `nn.Module.to` cannot do either.

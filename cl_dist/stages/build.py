@@ -18,7 +18,7 @@ from cl_dist.models.architectures import layers_of
 from cl_dist.models.backbone import load_backbone, lower
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel import params
-from cl_dist.parallel.device_map import spread
+from cl_dist.parallel.device_map import dispatch
 from cl_dist.parallel.seeds import seeded
 from cl_dist.parallel.world import World
 from cl_dist.parallel.zero3_init import partitioned_init
@@ -45,10 +45,10 @@ def to_inference(job: Job, model: M) -> M:
     if job.model.dtype == "bfloat16":
         lower(model)  # before it goes to a device, where float32 may not fit
     backbone = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
-    return spread(model, type(layers_of(backbone)[0][1])).eval().requires_grad_(False)
+    return dispatch(model, type(layers_of(backbone)[0][1])).eval().requires_grad_(False)
 
 
-class _Fitted(Mapping[str, Tensor]):
+class _ResizedWeights(Mapping[str, Tensor]):
     """Stored weights by name, from the newest of several folders, in the shapes that a model has; made when asked for.
 
     Those of parameters that are cut up are as they were stored.
@@ -68,12 +68,14 @@ class _Fitted(Mapping[str, Tensor]):
         return len(self._stored)
 
 
-def loads_in_pieces(learner: Learner, model: ModelConfig) -> bool:
+def loads_partitioned(learner: Learner, model: ModelConfig) -> bool:
     """Return whether a backbone can be cut up over the ranks while it is loaded, where ZeRO-3 cuts it up in the end."""
     return learner.takes_partitioned and model.config is None and model.weight_bits is None
 
 
-def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False, is_read: bool = False) -> Learner:
+def build_learner(
+    job: Job, up_to: int | None = None, *, partitioned: bool = False, for_inference: bool = False
+) -> Learner:
     """Return the stage's learner with its model: backbone, parts of all tasks so far, stored weights.
 
     New parts are drawn from a seed of (run seed, task id), so every rank and every restart draws the same. With up_to,
@@ -91,11 +93,11 @@ def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False, 
     last = job.stage.task if up_to is None else up_to
     num_labels = tuple(len(task_data(job, task).labels) for task in range(last + 1))
     learner = new_learner(job.method, job.model, num_labels, job.seed, name)
-    divided = divided and loads_in_pieces(learner, job.model)
-    cut = partitioned_init(job.engine, World.current()) if divided else nullcontext()
+    partitioned = partitioned and loads_partitioned(learner, job.model)
+    cut = partitioned_init(job.engine, World.current()) if partitioned else nullcontext()
     with seeded(job.seed, "build", job.tasks[last].id, *number):
         with cut:
-            dtype = torch.bfloat16 if is_read and job.model.dtype == "bfloat16" else torch.float32
+            dtype = torch.bfloat16 if for_inference and job.model.dtype == "bfloat16" else torch.float32
             backbone = load_backbone(job.model, causal=learner.output == "lm", dtype=dtype)
         model = learner.build(backbone, last)
     own, world = model.state_dict(), World.current()
@@ -106,7 +108,7 @@ def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False, 
             raise CheckpointError(f"{folder}: holds weights of {min(unexpected)!r}, which this model does not have")
         latest |= {name: stored for name in stored if name in own}
     try:
-        params.load(model, _Fitted(learner, latest, own), world.rank)
+        params.load(model, _ResizedWeights(learner, latest, own), world.rank)
     except CheckpointError as error:
         raise CheckpointError(f"{job.chain[-1]}: weights do not fit the model: {error}") from error
     if job.chain and (Path(job.chain[-1]) / LEARNER).exists():

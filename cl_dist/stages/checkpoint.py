@@ -28,7 +28,7 @@ from cl_dist.stages.weights import TRAINABLE, LocalShards, ShardedWeights
 from cl_dist.storage import storage_errors
 
 log = logging.getLogger(__name__)
-FOLDER, INDEX, BEST, KEPT = "checkpoints", "checkpoint.json", "best", 2
+FOLDER, INDEX, BEST, KEEP_LATEST = "checkpoints", "checkpoint.json", "best", 2
 
 
 class Best:
@@ -37,7 +37,7 @@ class Best:
     def __init__(self, loss: float, weights: LocalShards | Path) -> None:
         self.loss, self._weights = loss, weights
 
-    def lie_in(self, folder: Path) -> None:
+    def relocate(self, folder: Path) -> None:
         """Be read from this folder from now on, if they were read from one before, which may be removed."""
         if isinstance(self._weights, Path):
             self._weights = folder
@@ -83,16 +83,16 @@ class Writer:
         self._folder, self._engine, self._world = out / FOLDER, engine, engine.world
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._written: Future[dict[str, str]] | None = None
-        self._facts: dict[str, Any] = {}
+        self._state: dict[str, Any] = {}
         self._best: Best | None = None
 
-    def save(self, facts: Mapping[str, Any], best: Best | None, *, wait: bool) -> None:
+    def save(self, state: Mapping[str, Any], best: Best | None, *, wait: bool) -> None:
         """Begin to write a checkpoint, after the one before; with wait, end it too. A collective.
 
         facts are plain data, equal on all ranks, with the `step`.
         """
         self.commit()
-        self._facts, self._best = {**facts, "best_loss": None if best is None else best.loss}, best
+        self._state, self._best = {**state, "best_loss": None if best is None else best.loss}, best
         if self._world.rank == 0:
             shutil.rmtree(self._partial, ignore_errors=True)
             (self._partial / BEST).mkdir(parents=True)
@@ -134,16 +134,16 @@ class Writer:
         partial, final = self._partial, self._partial.with_suffix("")
         if self._world.rank == 0:
             files = {name: digest for share in outcomes if isinstance(share, dict) for name, digest in share.items()}
-            index = {**self._facts, "files": files}
+            index = {**self._state, "files": files}
             write_json(partial / INDEX, {**index, "digest": digest_of(index)})
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             sync_folder(final.parent)
         self._world.gather(None)
         if self._best is not None:
-            self._best.lie_in(final / BEST)
+            self._best.relocate(final / BEST)
         if self._world.rank == 0:
-            for old in _found(self._folder.parent)[KEPT:]:
+            for old in _checkpoints(self._folder.parent)[KEEP_LATEST:]:
                 shutil.rmtree(old)
 
     def close(self) -> None:
@@ -152,7 +152,7 @@ class Writer:
 
     @property
     def _partial(self) -> Path:
-        return self._folder / f"{_name(self._facts['step'])}.partial"
+        return self._folder / f"{_name(self._state['step'])}.partial"
 
 
 def _write(folder: Path, copies: Iterable[tuple[str, LocalShards]], best: Best | None, rank: int) -> dict[str, str]:
@@ -172,8 +172,8 @@ def latest(out: Path, world: World) -> Checkpoint | None:
     """
     chosen: Path | None = None
     if world.rank == 0:
-        found = _found(out)
-        chosen = next((path for path in found if _is_whole(path)), None)
+        found = _checkpoints(out)
+        chosen = next((path for path in found if _is_intact(path)), None)
         newer = found[: len(found) if chosen is None else found.index(chosen)]
         results = [path for path in out.iterdir() if path.name not in UNFINISHED]
         for path in (*newer, *results, *(out / FOLDER).glob("*.partial")):
@@ -190,12 +190,12 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _found(out: Path) -> list[Path]:
+def _checkpoints(out: Path) -> list[Path]:
     """Return the checkpoints below out, newest first."""
     return sorted((path.parent for path in (out / FOLDER).glob(f"step-*[0-9]/{INDEX}")), reverse=True)
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_intact(folder: Path) -> bool:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf8"))
         if index.pop("digest") != digest_of(index) or folder.name != _name(index["step"]):

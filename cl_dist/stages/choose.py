@@ -31,16 +31,16 @@ class ChooseWorker:
     """Holds the model of one candidate at a time."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._held = job, -1
+        self._job, self._loaded = job, -1
 
     def run(self, shard: Shard) -> int:
         """Return how many of a shard's rows are answered rightly."""
         assert isinstance(self._job.stage, Choose)
-        if shard.candidate != self._held:
+        if shard.candidate != self._loaded:
             self._predictor: Predictor | None = None  # never two models resident
             folder = self._job.folder(self._job.stage.candidates[shard.candidate])
             self._predictor = Predictor(replace(self._job, chain=(*self._job.chain, str(folder))))
-            self._held = shard.candidate
+            self._loaded = shard.candidate
         assert self._predictor is not None
         where = shard.rows
         rows = voting_rows(task_data(self._job, where.source), self._job.stage.vote.max_examples)[
@@ -61,8 +61,8 @@ def merge(job: Job, results: Iterable[tuple[Shard, int]], out: Path) -> None:
     scores = [sum(found[task] / sizes[task] for task in stage.sources) / len(stage.sources) for found in right]
     best = stage.units[scores.index(max(scores))]
     tried = [{"unit": list(unit), "accuracy": score} for unit, score in zip(stage.units, scores, strict=True)]
-    facts = {"level": stage.vote.level, "chosen": [list(best)], "tried": tried}
-    (out / CRITICAL).write_text(json.dumps(facts, indent=1), encoding="utf8")
+    result = {"level": stage.vote.level, "chosen": [list(best)], "tried": tried}
+    (out / CRITICAL).write_text(json.dumps(result, indent=1), encoding="utf8")
 
 
 KIND = ShardedKind(shards, ChooseWorker, merge)

@@ -87,7 +87,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, Scored]], out: Path) -> None:
         data = task_data(job, task)
         predictions = [text for _, scored in scored_parts for text in _answers(scored, data)]
         truth = [row.label for row in data.test]
-        numbers = compared(job.tasks[task], data.labels, data.test, predictions)
+        numbers = score_answers(job.tasks[task], data.labels, data.test, predictions)
         if without:
             scores["without"][without] = numbers
             continue
@@ -107,7 +107,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, Scored]], out: Path) -> None:
     (out / SCORES).write_text(json.dumps(scores, indent=1), encoding="utf8")
 
 
-def compared(task: TaskConfig, labels: Sequence[str], rows: Sequence[Row], answers: list[str]) -> dict[str, Any]:
+def score_answers(task: TaskConfig, labels: Sequence[str], rows: Sequence[Row], answers: list[str]) -> dict[str, Any]:
     """Return the scores of the answers to some rows; "score" is the one that R holds.
 
     A free text has no classes: its f1_macro is null, and "accuracy" counts the answers that are right to the letter.

@@ -35,7 +35,7 @@ from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.seeds import seeded
 from cl_dist.stage import Evaluate
 from cl_dist.stages.build import build_learner, new_learner
-from cl_dist.stages.export_text import Example, generation, misspelled, text_tokenizer
+from cl_dist.stages.export_text import Example, count_mismatches, generation, text_tokenizer
 from cl_dist.stages.model_card import class_card, text_card
 from cl_dist.stages.stage_job import Job, task_data
 
@@ -121,14 +121,14 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
     if tokenizer.pad_token is None and tokenizer.all_special_tokens:
         # Masked, so any will do; but one that is not special yet, as number 0 may be, would cut up texts that hold it.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.all_special_tokens[0]
-    untrained, places = _untrained(card, job.model)
+    untrained, backbone_names = _untrained(card, job.model)
     weights = untrained.model.state_dict().keys()  # without masks of finished tasks, which are the learner's state
     found = learner.model.state_dict().items()
     tensors = {name: tensor.detach().cpu() for name, tensor in found if name in weights}
     plain = job.model.model_copy(update={"weight_bits": None})
     backbone = load_backbone(plain)  # one that no method has put anything into
-    backbone.load_state_dict({inner: tensors[name] for name, inner in places.items()}, strict=False)
-    parts = {_MODEL + name: tensor for name, tensor in tensors.items() if name not in places}
+    backbone.load_state_dict({inner: tensors[name] for name, inner in backbone_names.items()}, strict=False)
+    parts = {_MODEL + name: tensor for name, tensor in tensors.items() if name not in backbone_names}
     parts |= {_LEARNER + name: tensor.cpu() for name, tensor in learner.state_dict().items()}
 
     _save(backbone, folder / BACKBONE)
@@ -173,7 +173,7 @@ def _export_text(job: Job, card: Card, model: CausalModel, source: PreTrainedTok
     write_json(settings, json.loads(settings.read_text("utf8")) | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     stored: Any = load_tokenizer(ModelConfig(source=str(folder.absolute())))
-    wrong = misspelled(stored, codec, examples)
+    wrong = count_mismatches(stored, codec, examples)
     if wrong:
         log.warning(
             "export task=%s rows=%d misspelled=%d: the chat template does not lay them out as training did; see %s",
@@ -235,12 +235,12 @@ def load_exported(folder: Path | str, task: str | None = None) -> tuple[nn.Modul
     )
     try:
         parts = load_file(folder / PARTS)
-        learner, places = _untrained(card, config)
+        learner, backbone_names = _untrained(card, config)
     except (OSError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {error}") from error
     model = learner.model
     own = {name.removeprefix(_MODEL): tensor for name, tensor in parts.items() if name.startswith(_MODEL)}
-    if wrong := own.keys() ^ (model.state_dict().keys() - places.keys()):
+    if wrong := own.keys() ^ (model.state_dict().keys() - backbone_names.keys()):
         raise CheckpointError(f"{folder / PARTS}: does not fit this model, see {min(wrong)!r}; export the run again")
     try:
         model.load_state_dict(own, strict=False)

@@ -111,7 +111,7 @@ def text_tokenizer(
     return made
 
 
-def misspelled(tokenizer: Any, codec: TextCodec, examples: Iterable[Example]) -> int:
+def count_mismatches(tokenizer: Any, codec: TextCodec, examples: Iterable[Example]) -> int:
     """Return how many rows the chat template lays out in other numbers than training did."""
     return sum(
         tokenizer.apply_chat_template(example.messages(), return_dict=False) != example.tokens(codec)
@@ -155,14 +155,14 @@ def _with_tokens(source: PreTrainedTokenizerBase, special: SpecialTokens, names:
     inner.no_truncation()
     inner.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
     inner.add_special_tokens(names)
-    places = [inner.token_to_id(name) for name in names]
-    if places != list(range(special.base, special.base + len(names))):
-        raise ConfigError(f"the tokenizer's ids have gaps, and its kind of vocabulary cannot fill them: {places[:4]}")
-    kept = {name: token for name, token in source.special_tokens_map.items() if isinstance(token, str)}
+    ids = [inner.token_to_id(name) for name in names]
+    if ids != list(range(special.base, special.base + len(names))):
+        raise ConfigError(f"the tokenizer's ids have gaps, and its kind of vocabulary cannot fill them: {ids[:4]}")
+    named = {name: token for name, token in source.special_tokens_map.items() if isinstance(token, str)}
     fast: Any = PreTrainedTokenizerFast  # its constructor carries no types
     made: PreTrainedTokenizerBase = fast(
         tokenizer_object=inner,
-        **kept | {"eos_token": inner.id_to_token(special.eos), "pad_token": inner.id_to_token(special.pad)},
+        **named | {"eos_token": inner.id_to_token(special.eos), "pad_token": inner.id_to_token(special.pad)},
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=source.model_max_length,

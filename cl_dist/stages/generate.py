@@ -23,14 +23,14 @@ from cl_dist.data.samples import STATISTICS, Sample, as_sample, write_samples
 from cl_dist.errors import TrainingError
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.causal import CausalModel
-from cl_dist.models.decode import Line, draw, rows_within, write
+from cl_dist.models.decode import Generation, generate, rows_within, sample_token
 from cl_dist.parallel.seeds import seed_of
 from cl_dist.stage import Generate
 from cl_dist.stages.build import build_learner, to_inference
 from cl_dist.stages.shards import ShardedKind
 from cl_dist.stages.stage_job import Job, replayed_rows, row_length, task_data
 
-SHOWN = 20
+NUM_SHOWN = 20
 """First attempts of each task that are kept as they came, for the report."""
 Fault = Literal["no_answer_mark", "stray_token", "no_end", "empty", "other_question", "unknown_label", "surplus_label"]
 """no_answer_mark: ended without the token between question and answer, or has two; stray_token: holds another special
@@ -69,7 +69,7 @@ class GenerateWorker:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        learner = build_learner(job, is_read=True)
+        learner = build_learner(job, for_inference=True)
         assert isinstance(learner.model, CausalModel)
         model: Any = learner.model.backbone  # the library's methods carry no types
         self._model: Any = to_inference(job, model)
@@ -83,31 +83,31 @@ class GenerateWorker:
         slots = rows_within(self._model, settings.parallel_samples, length, settings.kv_cache_gb)
         gen = special.gen if self._shared else special.task(shard.source)
 
-        def line(number: int, attempt: int) -> _Line:
+        def line(number: int, attempt: int) -> _SampleGeneration:
             key = seed_of(self._job.seed, "sample", shard.source, number, attempt)
-            return _Line(gen, key, number, attempt, special, length)
+            return _SampleGeneration(gen, key, number, attempt, special, length)
 
         def pick(logits_BV: Tensor, key_B: Tensor, at_B: Tensor) -> Tensor:
-            return draw(logits_BV, key_B, at_B, settings.top_k, settings.top_p, settings.temperature)
+            return sample_token(logits_BV, key_B, at_B, settings.top_k, settings.top_p, settings.temperature)
 
-        known = {tuple(self._codec.encode(name)) for name in self._known(shard.source)}
+        known = {tuple(self._codec.encode(name)) for name in self._known_labels(shard.source)}
         found: dict[int, Sample] = {}
         spare: dict[int, Sample] = {}
-        room = self._quota(shard)
+        quota = self._quota(shard)
         faults: Counter[str] = Counter()
         firsts: dict[int, str] = {}
         attempts = tokens = first_well_formed = 0
         wanted = list(range(shard.start, shard.stop))
         for attempt in range(settings.max_attempts):
             waiting = deque(line(number, attempt) for number in wanted)
-            lines = {ended.number: ended for ended in write(self._model, waiting, slots, length, pick)}
+            lines = {ended.number: ended for ended in generate(self._model, waiting, slots, length, pick)}
             wanted = []
             for number, ended in sorted(lines.items()):
                 attempts, tokens = attempts + 1, tokens + len(ended.tokens) + 1
-                sample, fault = self._judged(ended, shard.source, known)
-                if attempt == 0 and number < SHOWN:
-                    firsts[number] = self._shown(ended.tokens) + (f"  [{fault}]" if fault else "")
-                if sample is not None and room.get(sample.label, 1) < 1:
+                sample, fault = self._parse(ended, shard.source, known)
+                if attempt == 0 and number < NUM_SHOWN:
+                    firsts[number] = self._readable(ended.tokens) + (f"  [{fault}]" if fault else "")
+                if sample is not None and quota.get(sample.label, 1) < 1:
                     spare.setdefault(number, sample)
                     sample, fault = None, "surplus_label"
                 first_well_formed += attempt == 0 and fault in (None, "surplus_label")
@@ -116,8 +116,8 @@ class GenerateWorker:
                     wanted.append(number)
                     continue
                 found[number] = sample
-                if sample.label in room:
-                    room[sample.label] -= 1
+                if sample.label in quota:
+                    quota[sample.label] -= 1
             if not wanted:
                 break
         found |= {number: spare[number] for number in wanted if number in spare}
@@ -137,13 +137,15 @@ class GenerateWorker:
             return {}
         counts = Counter(row.label for row in rows.train)
         wanted = shard.stop - shard.start
-        return {self._spelled(name): ceil(wanted * counts[name] / len(rows.train)) for name in rows.labels}
+        return {self._normalized(name): ceil(wanted * counts[name] / len(rows.train)) for name in rows.labels}
 
-    def _spelled(self, label: str) -> str:
+    def _normalized(self, label: str) -> str:
         """Return a label as the vocabulary spells it."""
         return self._codec.decode(self._codec.encode(label))
 
-    def _judged(self, line: "_Line", source: int, known: set[tuple[int, ...]]) -> tuple[Sample | None, Fault | None]:
+    def _parse(
+        self, line: "_SampleGeneration", source: int, known: set[tuple[int, ...]]
+    ) -> tuple[Sample | None, Fault | None]:
         """Return the sample that was written, or what is wrong with it."""
         tokens, special = line.tokens, self._codec.special
         if line.fault is not None:
@@ -155,26 +157,26 @@ class GenerateWorker:
         text, label = self._codec.decode(prefix), self._codec.decode(answer)
         if not text or not label:
             return None, "empty"
-        if not self._asks(source, prefix):
+        if not self._ends_in_question(source, prefix):
             return None, "other_question"
         if self._job.generate.require_known_label and known and answer not in known:
             return None, "unknown_label"
         return Sample(source, line.number, line.attempt, prefix, answer, text, label), None
 
-    def _asks(self, source: int, prefix: tuple[int, ...]) -> bool:
+    def _ends_in_question(self, source: int, prefix: tuple[int, ...]) -> bool:
         """Return whether a text ends in its task's question, or need not."""
         question = tuple(self._codec.encode(task_data(self._job, source).question))
         is_checked = self._job.generate.require_known_question and not self._shared and question
         return not is_checked or prefix[-len(question) :] == question
 
-    def _known(self, source: int) -> tuple[str, ...]:
+    def _known_labels(self, source: int) -> tuple[str, ...]:
         stage = self._job.stage
         assert isinstance(stage, Generate)
         sources = stage.sources if self._shared else (source,)  # a shared token says nothing of the task
         labels = [task_data(self._job, task).labels for task in sources]
         return tuple(name for names in labels for name in names) if all(labels) else ()
 
-    def _shown(self, tokens: list[int]) -> str:
+    def _readable(self, tokens: list[int]) -> str:
         parts: list[list[int]] = [[]]
         for token in tokens:
             if token == self._codec.special.ans:
@@ -184,7 +186,7 @@ class GenerateWorker:
         return " => ".join(self._codec.decode(part) for part in parts)
 
 
-class _Line(Line):
+class _SampleGeneration(Generation):
     """A sample being written."""
 
     def __init__(self, gen: int, key: int, number: int, attempt: int, special: SpecialTokens, length: int) -> None:
@@ -193,7 +195,7 @@ class _Line(Line):
         self.fault: Fault | None = None
         self._special, self._length = special, length
 
-    def takes(self, token: int) -> bool:
+    def accept(self, token: int) -> bool:
         """Take a token and return whether the sample ends here, well or not."""
         special = self._special
         if token == special.eos:
@@ -204,25 +206,25 @@ class _Line(Line):
         if len(self.tokens) == self._length - 1:  # as long as the longest train row, which ends here
             self.fault = "no_end"
             return True
-        return super().takes(token)
+        return super().accept(token)
 
 
 def _agreement(data: TaskData, samples: list[Sample]) -> dict[str, float | None]:
     """Return how often a word classifier trained on real rows gives samples their label, and real test rows theirs."""
     if not data.labels:
         return {"label_agreement": None, "label_agreement_real": None}
-    judge = NaiveBayes((f"{row.text} {row.text_pair or ''}", row.label) for row in data.train)
-    asked = words(data.question)
-    written = [(" ".join(_without(words(sample.text), asked)), sample.label) for sample in samples]
+    classifier = NaiveBayes((f"{row.text} {row.text_pair or ''}", row.label) for row in data.train)
+    question = words(data.question)
+    written = [(" ".join(_without(words(sample.text), question)), sample.label) for sample in samples]
     return {
-        "label_agreement": judge.agreement(written),
-        "label_agreement_real": judge.agreement([(f"{r.text} {r.text_pair or ''}", r.label) for r in data.test]),
+        "label_agreement": classifier.agreement(written),
+        "label_agreement_real": classifier.agreement([(f"{r.text} {r.text_pair or ''}", r.label) for r in data.test]),
     }
 
 
-def _without(text: list[str], asked: list[str]) -> list[str]:
+def _without(text: list[str], question: list[str]) -> list[str]:
     """Return the words of a sample before its question, which may name the labels."""
-    return text[: len(text) - len(asked)] if asked and text[-len(asked) :] == asked else text
+    return text[: len(text) - len(question)] if question and text[-len(question) :] == question else text
 
 
 def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None:
@@ -235,7 +237,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None
     parts = sorted(results, key=lambda result: result[0])
     requested = replayed_rows(job)
     kept: list[Sample] = []
-    facts: dict[str, Any] = {}
+    statistics: dict[str, Any] = {}
     for source in job.stage.sources:
         own = [written for shard, written in parts if shard.source == source]
         samples = sorted((as_sample(s) for written in own for s in written["samples"]), key=lambda s: s.number)
@@ -245,7 +247,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None
         attempts = sum(written["attempts"] for written in own)
         faults = {name: sum(written["faults"].get(name, 0) for written in own) for name in get_args(Fault)}
         firsts = {number: text for written in own for number, text in written["firsts"]}
-        facts[job.tasks[source].id] = {
+        statistics[job.tasks[source].id] = {
             "requested": requested,
             "generated": attempts,
             "malformed": sum(faults.values()) - faults["surplus_label"],
@@ -259,7 +261,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None
             "firsts": [firsts[number] for number in sorted(firsts)],
             **_agreement(task_data(job, source), left),
         }
-    for name, numbers in facts.items():
+    for name, numbers in statistics.items():
         if numbers["kept"] < job.generate.min_yield * requested:
             worst = max(numbers["faults"], key=numbers["faults"].__getitem__)
             raise TrainingError(
@@ -269,7 +271,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None
                 "Train longer, raise science.generate.max_attempts, or lower min_yield."
             )
     write_samples(out, kept)
-    (out / STATISTICS).write_text(json.dumps({"tasks": facts}, indent=1, ensure_ascii=False), encoding="utf8")
+    (out / STATISTICS).write_text(json.dumps({"tasks": statistics}, indent=1, ensure_ascii=False), encoding="utf8")
 
 
 KIND = ShardedKind(shards, GenerateWorker, merge)

@@ -49,7 +49,7 @@ Written out, the prompt is {prompt}, without a start-of-text token. A row had at
 alone the model writes a sample of task `{task}`: set `do_sample=True`, `top_k` and a larger `max_new_tokens`.
 """
 
-_MISSPELLED = """
+_MISMATCHES = """
 With this tokenizer a chat is not always spelled as the parts of a row are: {wrong} of {of} rows that were compared
 differ from training. Give the model the token numbers of `cl_dist.data.language.spell` where that matters.
 """
@@ -70,7 +70,7 @@ def text_card(
     prompt: str,
     tokens: tuple[str, str, str],
     lengths: tuple[int, int],
-    misspelled: tuple[int, int],
+    mismatches: tuple[int, int],
 ) -> str:
     """Return the README.md of a model that writes.
 
@@ -85,19 +85,21 @@ def text_card(
         misspelled: (rows that the chat template lays out in other tokens than training, rows compared).
     """
     ans, eos, gen = tokens
-    asked = "\n".join(f"- `{name}`: {json.dumps(question, ensure_ascii=False)}" for name, question in questions.items())
+    listed = "\n".join(
+        f"- `{name}`: {json.dumps(question, ensure_ascii=False)}" for name, question in questions.items()
+    )
     text = _TEXT.format(
         ans=ans,
         eos=eos,
         gen=gen,
         task=task,
-        questions=asked,
+        questions=listed,
         prompt=f"`{json.dumps(prompt)}`",
         length=lengths[0],
         longest=lengths[1],
     )
-    wrong, of = misspelled
-    return _head("transformers", method, task, tasks) + text + (_MISSPELLED.format(wrong=wrong, of=of) if wrong else "")
+    wrong, of = mismatches
+    return _head("transformers", method, task, tasks) + text + (_MISMATCHES.format(wrong=wrong, of=of) if wrong else "")
 
 
 def _head(library: str, method: str, task: str, tasks: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from cl_dist.methods import METHODS
 from cl_dist.methods.base import Learner
 from cl_dist.models.backbone import load_tokenizer, num_embeddings
 from cl_dist.models.causal import CausalModel
-from cl_dist.models.decode import answer_all
+from cl_dist.models.decode import greedy_decode
 from cl_dist.parallel.world import World
 from cl_dist.stages.build import build_learner, to_inference
 from cl_dist.stages.stage_job import Job, task_data
@@ -41,7 +41,7 @@ class Predictor:
         self._model: Any = None
         self.__dict__.pop("learner", None)
         gc.collect()  # never two models resident: accelerate's hooks hold theirs in a cycle
-        self.learner, self._latest = build_learner(self._job, task, is_read=True), task
+        self.learner, self._latest = build_learner(self._job, task, for_inference=True), task
         self._model = to_inference(self._job, self.learner.model)
 
     @property
@@ -115,12 +115,12 @@ class Predictor:
         found: list[str] = []
         for start in range(0, len(rows), self._job.evaluate.shard_rows):
             blind = [replace(row, label="") for row in rows[start : start + self._job.evaluate.shard_rows]]
-            spelled = [encode_row(codec, row, data.question, length, longest) for row in blind]
-            prompts = [[*context, *asked, special.ans] for context, asked, _ in spelled]
+            encoded = [encode_row(codec, row, data.question, length, longest) for row in blind]
+            prompts = [[*context, *asked, special.ans] for context, asked, _ in encoded]
             of_row: dict[int, str] = {}
             for indices in self._batches(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))):
                 chosen = [prompts[index] for index in indices]
-                written = answer_all(backbone, chosen, special.pad, special.eos, longest + 1)
+                written = greedy_decode(backbone, chosen, special.pad, special.eos, longest + 1)
                 for index, tokens in zip(indices, written, strict=True):
                     of_row[index] = known.get(tuple(tokens)) or codec.decode(tokens)
             found += [of_row[index] for index in range(len(prompts))]

@@ -67,8 +67,8 @@ class RationaliseWorker:
         marked: Marked = []
         for number, row in enumerate(chosen):
             (mask_L,) = self._model.select(rows.batch([number], self._device)).tolist()
-            places = [place for place, is_chosen in zip(rows.places[number], mask_L, strict=False) if is_chosen]
-            marked.append((row.id, joined(places)))
+            spans = [span for span, is_chosen in zip(rows.places[number], mask_L, strict=False) if is_chosen]
+            marked.append((row.id, joined(spans)))
         return marked
 
 
@@ -78,9 +78,9 @@ def merge(job: Job, results: Iterable[tuple[Shard, Marked]], out: Path) -> None:
     lines = [line for _, marked in sorted(results, key=lambda result: result[0]) for line in marked]
     (out / RATIONALES).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
     scores = dev_scores(job)
-    facts: dict[str, Any] = {"standings": scores, "chosen": scores.index(max(scores)), "rows": len(lines)}
-    facts["empty"] = sum(not spans for _, spans in lines)
-    (out / FOUND).write_text(json.dumps(facts, indent=1), encoding="utf8")
+    result: dict[str, Any] = {"standings": scores, "chosen": scores.index(max(scores)), "rows": len(lines)}
+    result["empty"] = sum(not spans for _, spans in lines)
+    (out / FOUND).write_text(json.dumps(result, indent=1), encoding="utf8")
 
 
 KIND = ShardedKind(shards, RationaliseWorker, merge)

@@ -60,7 +60,7 @@ def run(
     stage, world = job.stage, World.current()
     assert isinstance(stage, Train)
     began = entered = time.monotonic()
-    learner = build_learner(job, divided=partitions(job.engine, world))
+    learner = build_learner(job, partitioned=partitions(job.engine, world))
     start(job, learner)
     if job.engine.activation_checkpointing:
         recompute_activations(learner.model)

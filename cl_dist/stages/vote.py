@@ -43,7 +43,7 @@ class _Reader(ABC):
     def __init__(self, job: Job) -> None:
         assert isinstance(job.stage, Record | Vote)
         self._job, self._vote = job, job.stage.vote
-        learner = build_learner(job, is_read=True)
+        learner = build_learner(job, for_inference=True)
         assert isinstance(learner.model, CausalModel)
         model: Any = learner.model.backbone
         self._model: Any = to_inference(job, model)
@@ -63,14 +63,16 @@ class _Reader(ABC):
         found: Seen = []
         for number in range(shard.start, shard.stop):
             row = rows[number]
-            tokens, kept = self._tokens(data, row)
+            tokens, num_text = self._tokens(data, row)
             line: dict[str, Any] = {"source": shard.source, "number": number, "row": row.id}
             line["tokens"] = digest_of(tokens)
-            found.append(line | self.look(line, data, row, tokens, kept))
+            found.append(line | self.examine(line, data, row, tokens, num_text))
         return found
 
     @abstractmethod
-    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], kept: int) -> dict[str, Any]:
+    def examine(
+        self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], num_text: int
+    ) -> dict[str, Any]:
         """Return what the stage finds in a row, of whose tokens the first `kept` are its text."""
 
 
@@ -83,19 +85,21 @@ class RecordWorker(_Reader):
         found = [read_rationales(job.folder(stage)) for stage in job.stage.rationales]
         self._found = dict(zip(job.stage.sources, found, strict=True)) if found else {}
 
-    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], kept: int) -> dict[str, Any]:
+    def examine(
+        self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], num_text: int
+    ) -> dict[str, Any]:
         """Return the maps as packed bits, and how far each fits the rationale; the first row of a task in words too.
 
         A row that cannot vote says why.
         """
-        text_T, skipped = self._rationale(line["source"], data, row, kept)
+        text_T, skipped = self._rationale(line["source"], data, row, num_text)
         if skipped:
             return {"skipped": skipped}
         found: dict[str, Any] = {}
         if self._vote.rationales != "human":
-            human_T = self._marked(row, row.rationale, kept)
+            human_T = self._rationale_mask(row, row.rationale, num_text)
             found = {"agreement": agreement(text_T, human_T)} if human_T.any() else {}
-        mask_T = np.pad(text_T, (0, len(tokens) - kept))
+        mask_T = np.pad(text_T, (0, len(tokens) - num_text))
         recorder = Recorder(mask_T, units_of(self._model, self._vote.level), self._vote.beta)
         with watched(self._model):  # around this alone: gradients would keep every map of every layer
             watch(self._model, tokens, recorder)
@@ -106,22 +110,22 @@ class RecordWorker(_Reader):
         bits = np.packbits(maps_LUT).tobytes().hex()
         return found | {"shape": list(maps_LUT.shape), "maps": bits, "iou": iou_LU.tolist()}
 
-    def _rationale(self, source: int, data: TaskData, row: Row, kept: int) -> tuple[Bits, str | None]:
+    def _rationale(self, source: int, data: TaskData, row: Row, num_text: int) -> tuple[Bits, str | None]:
         """Return which of the first `kept` tokens of a text are its rationale, and why it cannot vote, if so."""
-        if kept < 2:
-            return np.zeros(kept, dtype=bool), "too_short"
+        if num_text < 2:
+            return np.zeros(num_text, dtype=bool), "too_short"
         if self._vote.rationales == "gradient":
             context, asked, answer = encode_row(self._codec, row, data.question, self._length[data.id])
             prefix, ans = [*context, *asked], self._codec.special.ans
-            return salient(self._model, kept, prefix, ans, answer, self._vote.rationale_share), None
+            return salient(self._model, num_text, prefix, ans, answer, self._vote.rationale_share), None
         spans = row.rationale if self._vote.rationales == "human" else self._found[source].get(row.id, ())
-        mask_T = self._marked(row, spans, kept)
+        mask_T = self._rationale_mask(row, spans, num_text)
         return mask_T, None if mask_T.any() else "cut_off" if spans else "no_rationale"
 
-    def _marked(self, row: Row, spans: Sequence[Span], kept: int) -> Bits:
+    def _rationale_mask(self, row: Row, spans: Sequence[Span], num_text: int) -> Bits:
         """Return which of the first `kept` tokens of a text lie in some spans."""
-        _, places = self._codec.encode_places(row.text)
-        return np.array(token_mask(places[:kept], spans), dtype=bool)
+        _, offsets = self._codec.encode_places(row.text)
+        return np.array(token_mask(offsets[:num_text], spans), dtype=bool)
 
 
 class VoteWorker(_Reader):
@@ -133,7 +137,9 @@ class VoteWorker(_Reader):
         self._recorded = {(line["source"], line["number"]): line for line in read_recorded(self._folder)}
         super().__init__(job)
 
-    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], kept: int) -> dict[str, Any]:
+    def examine(
+        self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], num_text: int
+    ) -> dict[str, Any]:
         """Return c of every unit.
 
         Raises:
@@ -222,8 +228,8 @@ def _example(recorded: Seen, layer: int, unit: int) -> dict[str, Any] | None:
     line = next((line for line in recorded if "words" in line), None)
     if line is None:
         return None
-    looked = np.flatnonzero(_maps(line)[layer, unit]).tolist()
-    return {"row": line["row"], "words": line["words"], "rationale": line["rationale"], "looked_at": looked}
+    attended = np.flatnonzero(_maps(line)[layer, unit]).tolist()
+    return {"row": line["row"], "words": line["words"], "rationale": line["rationale"], "looked_at": attended}
 
 
 def merge_vote(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> None:
@@ -239,7 +245,7 @@ def merge_vote(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> No
     decisive = found["margin"] >= vote.min_margin
     if not decisive:
         log.warning("vote not decisive task=%s margin=%.3f", job.tasks[job.stage.task].id, found["margin"])
-    facts = {
+    result = {
         "level": vote.level,
         "rationales": vote.rationales,
         "used": len(used),
@@ -250,7 +256,7 @@ def merge_vote(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> No
         "agreement": {name: float(np.mean([s[name] for s in shares])) for name in ("f1", "iou")} if shares else None,
         "example": _example(recorded, *found["chosen"][0]),
     }
-    (out / CRITICAL).write_text(json.dumps(facts | found, indent=1), encoding="utf8")
+    (out / CRITICAL).write_text(json.dumps(result | found, indent=1), encoding="utf8")
 
 
 RECORD = ShardedKind(shards, RecordWorker, merge_record)

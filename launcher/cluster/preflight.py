@@ -27,7 +27,7 @@ from launcher.options import AsJson, Config, Overrides
 from launcher.verbs.plan import planned
 
 if TYPE_CHECKING:
-    from cl_dist.dispatch_ray.nodes import NodeFacts
+    from cl_dist.dispatch_ray.nodes import NodeInfo
 
 State = Literal["ok", "warn", "fail"]
 SHM_GB, OPEN_FILES = 1.0, 4096
@@ -254,7 +254,7 @@ def _cluster(config: RunConfig, needed_gb: float) -> Iterator[Finding]:
         connection.close()
 
 
-def _node(facts: NodeFacts, own: dict[str, str | None], config: RunConfig, needed_gb: float) -> Iterator[Finding]:
+def _node(facts: NodeInfo, own: dict[str, str | None], config: RunConfig, needed_gb: float) -> Iterator[Finding]:
     if facts.error:
         remedy = "look at this node's Ray: `ray status`, and its log folder"
         yield Finding("node", "fail", facts.name, facts.error, remedy)

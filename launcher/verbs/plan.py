@@ -139,13 +139,13 @@ def _sizes(
     keeps_best = shape.train.keep == "best_dev"
     if any(isinstance(stage, Train) and stage.frozen is not None for stage in stages):
         inputs.assumptions.append(
-            f"what a vote will freeze: T counts everything; a frozen block takes {shape.dry.block:,} elements off it, "
+            f"what a vote freezes: T counts everything; a frozen block takes {shape.traced.block:,} elements off it, "
             "frozen heads stay in the optimizer"
         )
     clusters = [_cluster(rank, pool, size) for size in devices]
     files = memory.disk(
         model,
-        learner=shape.dry.ended(),  # no micro-batch can be traced after this
+        learner=shape.traced.ended(),  # no micro-batch can be traced after this
         num_tasks=len(inputs.run.tasks),
         trainings=trainings,
         keeps_best=keeps_best,
@@ -158,11 +158,11 @@ def _sizes(
             "micro_batches": rank.micro_batches(cluster.workers, configured),
             "max_length": shape.train.max_length,
             "slots": _slots(config, shape),
-            "labels": shape.dry.labels(configured, shape.train.max_length, shape.answer),
+            "labels": shape.traced.labels(configured, shape.train.max_length, shape.answer),
             "bytes_per_element": shape.item,
             "operations": {
                 "trained_row": rank.operations(),
-                "read_row": shape.dry.scored(1, shape.train.max_length).operations,
+                "read_row": shape.traced.scored(1, shape.train.max_length).operations,
             },
             "elements": {
                 "P": model.elements,
@@ -238,16 +238,19 @@ def _pool(config: RunConfig, shape: ModelEstimate, stages: list[Stage]) -> dict[
     kinds = {stage.kind for stage in stages if not isinstance(stage, Train)} - {"rationalise"}
     model, science, length = shape.model, config.science, shape.train.max_length
     found: dict[str, tuple[Quantity, ...]] = {}
-    decoder = None if shape.dry.decoder is None else memory.Decoder(*shape.dry.decoder)
+    decoder = None if shape.traced.decoder is None else memory.Decoder(*shape.traced.decoder)
     for kind in sorted(kinds):
         rows = science.evaluate.batch if kind in ("evaluate", "choose") else 1
         working: list[Quantity] = []
         if kind == "generate" and decoder is not None:
             working = list(memory.generating(decoder, _slots(config, shape), length, shape.item))
         else:
-            size, formula = shape.dry.scored(rows, length).peak, "rows * max_length tokens; traced, without gradients"
+            size, formula = (
+                shape.traced.scored(rows, length).peak,
+                "rows * max_length tokens; traced, without gradients",
+            )
             if kind == "record" and _finds_rationales(stages):
-                back = shape.dry.marked(length, shape.answer)
+                back = shape.traced.marked(length, shape.answer)
                 size, formula = max(size, back), f"{formula}, and with those of the embeddings, before"
             working.append(Quantity("forward pass", size, formula))
             if kind in ("record", "vote") and decoder is not None:
@@ -265,9 +268,9 @@ def _finds_rationales(stages: list[Stage]) -> bool:
 
 def _slots(config: RunConfig, shape: ModelEstimate) -> int:
     """Return how many samples are written side by side; 0 where nothing writes."""
-    if shape.dry.decoder is None:
+    if shape.traced.decoder is None:
         return 0
-    decoder, generate = memory.Decoder(*shape.dry.decoder), config.science.generate
+    decoder, generate = memory.Decoder(*shape.traced.decoder), config.science.generate
     return memory.rows_within(
         decoder, generate.parallel_samples, shape.train.max_length, shape.item, generate.kv_cache_gb
     )

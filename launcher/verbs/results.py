@@ -39,7 +39,7 @@ def eval_(
         if not opened.data(number).rows(split):
             raise ConfigError(f"--split {split}: task {opened.data(number).id} has no {split} rows")
     models = answering(opened, tasks, last)
-    from cl_dist.stages.evaluate import compared
+    from cl_dist.stages.evaluate import score_answers
     from cl_dist.stages.predict import Predictor
 
     lines = {}
@@ -55,7 +55,7 @@ def eval_(
                 "task": data.id,
                 "model": opened.ledger.key(stage.model),
                 "rows": len(rows),
-                **compared(opened.tasks.tasks[number], data.labels, rows, answers[number]),
+                **score_answers(opened.tasks.tasks[number], data.labels, rows, answers[number]),
                 "majority": majority_accuracy([row.label for row in data.train], [row.label for row in rows]),
             }
     scored = [lines[number] for number in tasks]

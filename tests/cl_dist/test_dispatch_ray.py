@@ -78,7 +78,7 @@ def test_ranks_are_handed_the_drivers_secrets_and_jobs_are_not(monkeypatch: pyte
     with cluster.connect(ClusterConfig()):
         assert asked[0]["runtime_env"]["env_vars"]["HF_HOME"] == "/models"
         assert "hf_secret" not in str(asked)
-        place = cluster.Place(rank=0, node="a", gpus="", pid=1)
+        place = cluster.WorkerSlot(rank=0, node="a", gpus="", pid=1)
         assert asyncio.run(Mailbox(cluster.secrets()).hello(place, 1)) == {"HF_TOKEN": "hf_secret"}
 
 

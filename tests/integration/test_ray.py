@@ -76,7 +76,7 @@ def compute(run: Run, watch: Callable[[RayDispatcher, Event], None] = lambda ray
 
 def gang_pids(dispatcher: RayDispatcher) -> list[int]:
     assert dispatcher._gang is not None
-    return [place.pid for place in dispatcher._gang.places()]
+    return [place.pid for place in dispatcher._gang.slots()]
 
 
 # --------------------------------------------------------------------------------------------------------------- gang

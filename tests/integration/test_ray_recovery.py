@@ -100,7 +100,7 @@ def test_a_gang_outlives_a_rank_and_a_lost_node_is_told(
         seen.append(dict(event))
         kinds = [one["event"] for one in seen]
         if event["event"] == "round" and kinds.count("round") == 9 and dispatcher._gang is not None:
-            os.kill(dispatcher._gang.places()[1].pid, signal.SIGKILL)
+            os.kill(dispatcher._gang.slots()[1].pid, signal.SIGKILL)
         if event["event"] == "round" and "continued" in kinds and nodes:
             cluster.remove_node(nodes.pop(), allow_graceful=False)
             nodes.clear()
@@ -135,7 +135,7 @@ def test_an_elastic_gang_shrinks_and_grows(cluster: Cluster, tmp_path: Path, mon
             continued.append(event["step"])
         if event["event"] != "round" or dispatcher._gang is None:
             return
-        sizes.append(len(dispatcher._gang.places()))
+        sizes.append(len(dispatcher._gang.slots()))
         if sizes.count(2) == 5 and len(nodes) == 2 and 1 not in sizes:
             cluster.remove_node(nodes.pop(), allow_graceful=False)
         if sizes[-1] == 1 and sizes.count(1) == 3:

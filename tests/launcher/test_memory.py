@@ -77,7 +77,7 @@ def test_large_models_are_reduced_and_gathered_in_pieces() -> None:
 
 
 def test_penalties_stay_with_the_host_of_a_gpu() -> None:
-    held = Model(elements=10, trained=10, largest=5, item=4, beside={"penalties": 80, "teacher": 40})
+    held = Model(elements=10, trained=10, largest=5, item=4, extras={"penalties": 80, "teacher": 40})
     on_cpu, on_gpu = (parts(memory.training(held, ONE, Gang(1, 2, is_gpu=gpu)).resident) for gpu in (False, True))
     assert (on_cpu["penalties"], on_cpu["teacher"], on_gpu["teacher"]) == (80, 40, 40)
     assert "penalties" not in on_gpu

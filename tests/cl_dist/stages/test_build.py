@@ -7,7 +7,7 @@ import pytest
 from cl_dist.config import parse
 from cl_dist.methods import METHODS
 from cl_dist.models.config import ModelConfig
-from cl_dist.stages.build import loads_in_pieces, new_learner
+from cl_dist.stages.build import loads_partitioned, new_learner
 from tests import tiny
 
 
@@ -24,4 +24,4 @@ from tests import tiny
 def test_what_loads_in_pieces(method: str, model: dict[str, Any], expected: bool) -> None:
     config = parse(ModelConfig, {"source": "somewhere", **model})
     learner = new_learner(parse(METHODS[method].config, dict(tiny.METHODS[method])), config, (2,), 0)
-    assert loads_in_pieces(learner, config) is expected
+    assert loads_partitioned(learner, config) is expected

@@ -20,7 +20,7 @@ from cl_dist.models.backbone import load_tokenizer
 from cl_dist.run import Run
 from cl_dist.stage import Evaluate
 from cl_dist.stages.export import README, export
-from cl_dist.stages.export_text import Example, misspelled, text_tokenizer
+from cl_dist.stages.export_text import Example, count_mismatches, text_tokenizer
 from cl_dist.stages.predict import Predictor
 from tests import tiny
 
@@ -161,7 +161,7 @@ def test_a_chat_has_the_numbers_of_training(tmp_path: Path, kind: Any) -> None:
     assert stored.eos_token_id == special.eos
     assert stored.pad_token_id == special.pad
     assert len(stored) == special.size(3, 4)
-    assert misspelled(stored, TextCodec(spelling), [Example(row, QUESTION) for row in rows]) == 0
+    assert count_mismatches(stored, TextCodec(spelling), [Example(row, QUESTION) for row in rows]) == 0
     for row in (*rows[:6], Row("x", " It's 42. \n", "the  soup", "bad"), Row("x", "the cake", " ", "good")):
         prompt, whole = in_training(spelling, row)
         users = [row.text, *([row.text_pair] if row.text_pair else [])]
