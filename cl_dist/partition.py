@@ -1,4 +1,4 @@
-"""Parameters of a model, of which ZeRO-3 may have cut some up over the ranks (DeepSpeed: partitioned)."""
+"""Access to parameters that ZeRO-3 may have partitioned over the ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Return whether ZeRO-3 has cut this parameter up, in an engine or while it was loaded; the same on every rank."""
+    """Return whether ZeRO-3 has partitioned this parameter, in an engine or on loading; the same on every rank."""
     return hasattr(parameter, "ds_id")
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of the whole parameter."""
+    """Return the shape of the full parameter."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
 @contextmanager
 def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """Give the whole values of a parameter that no engine trains, for as long as they are needed.
+    """Gather the full values of a parameter that no engine trains, for the duration of the context.
 
-    A collective where it is cut up.
+    A collective if the parameter is partitioned.
     """
     if not is_partitioned(parameter):
         yield parameter.detach()

@@ -1,4 +1,4 @@
-"""What every rank of the gang does: fetch a stage from the mailbox, train it, fetch the next."""
+"""Worker loop of the gang's ranks: fetch a stage from the mailbox, train it, fetch the next."""
 
 import gc
 import logging
@@ -18,16 +18,16 @@ from cl_dist.storage import storage_errors
 
 
 def gang_worker(config: Mapping[str, Any]) -> None:
-    """Run on every rank of the gang: fetch a stage, train it, fetch the next; start over at the current one."""
-    from cl_dist.parallel.world import World  # here, since Ray Train's controller imports this module too
+    """Run on every rank of the gang: train the mailbox's stages; a restarted gang begins with the current stage."""
+    from cl_dist.parallel.world import World  # imported here: Ray Train's controller imports this module too
     from cl_dist.stages import train
 
-    gc.freeze()  # what has been imported: else every collection looks through all of it
+    gc.freeze()  # garbage collections skip the imported modules
     mailbox, after = config["mailbox"], -1
     chdir_to_driver(config["cwd"])
     world = World.current()
     context = ray.get_runtime_context()
-    # Its own GPUs: CUDA_VISIBLE_DEVICES names those of all ranks of its node.
+    # Its own GPUs: CUDA_VISIBLE_DEVICES lists those of all ranks of its node.
     gpus = ",".join(map(str, context.get_accelerator_ids().get("GPU", [])))
     slot = WorkerSlot(world.rank, context.get_node_id(), gpus, os.getpid())
     os.environ |= ray.get(mailbox.hello.remote(slot, world.size), timeout=ACTOR_TIMEOUT_S)
@@ -53,14 +53,14 @@ def gang_worker(config: Mapping[str, Any]) -> None:
             ray.get(mailbox.fail.remote(error), timeout=ACTOR_TIMEOUT_S)
             raise
         _free_memory()  # before the pool borrows these GPUs
-        world.gather(None)  # rank 0 has written its files, and nobody is still reading an input
+        world.gather(None)  # rank 0 has written its files, and no rank still reads an input
         if world.rank == 0:
             ray.get(mailbox.done.remote(ticket.number), timeout=ACTOR_TIMEOUT_S)
         after = ticket.number
 
 
 def _free_memory() -> None:
-    """Let go of the stage's engine, which holds itself in cycles, and of what torch keeps of a GPU for later."""
+    """Free the stage's engine, which has reference cycles, and torch's cached GPU memory."""
     import torch
 
     gc.collect()
@@ -74,7 +74,7 @@ def _take_request(mailbox: Any) -> SaveRequest:
 
 
 class _ThrottledTracker:
-    """Sends a few step events a second and all others."""
+    """Forwards all events, but at most one step event per 0.3 seconds."""
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox, self._last = mailbox, 0.0
@@ -87,7 +87,7 @@ class _ThrottledTracker:
 
 
 def _log_to(path: Path) -> Any:
-    """Log to a file from now on, and return it."""
+    """Redirect the log to a file, and return it."""
     root = logging.getLogger("cl_dist")
     if not any(getattr(handler, "baseFilename", "") == str(path.absolute()) for handler in root.handlers):
         path.parent.mkdir(parents=True, exist_ok=True)

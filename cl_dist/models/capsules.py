@@ -201,7 +201,7 @@ class Sharing(nn.Module):
     def forward(
         self, x_BLH: Tensor, task: int, token_mask_BL: Tensor, noise_BU2: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the shared knowledge of the seen tasks (B, L, H) and the gates (B, U), None if routing has no gates."""
+        """Return the shared knowledge of the seen tasks (B, L, H), and the gates (B, U) or None without gates."""
         weight_UdH, bias_Ud = self._composed(task + 1)
         route_UJde = self._stacked("route{}", task + 1)
         p_BULd = task_capsules(x_BLH, weight_UdH, bias_Ud)

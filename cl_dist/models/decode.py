@@ -1,7 +1,7 @@
-"""Writing with a causal language model: rows of a fixed batch stand at places of their own, and start anew one by one.
+"""Continuous-batching generation with a causal language model: every row of a batch has its own position.
 
-`generate` of transformers ends a batch when its longest row ends. Here a row that has ended makes room for the next at
-once: its keys stay in the cache, but no later token of that row looks at them.
+`generate` of transformers ends a batch when its longest row ends. Here a finished row is replaced by the next one at
+once: the old keys stay in the cache, but the mask hides them from the new row.
 Axes: B rows, L tokens, V tokens of the vocabulary, T cache length, k candidates.
 """
 
@@ -20,23 +20,23 @@ from cl_dist.models.noise import uniform
 from cl_dist.models.vocabulary import logits
 
 SPAN = 16
-"""Cache lengths are rounded up to a multiple of this, so that few shapes occur."""
+"""Cache lengths are rounded up to a multiple of this, which limits the number of shapes."""
 
 
 class CachePositions:
-    """Where each row stands; shared by the cache layers, which may lie on several devices."""
+    """The position of each row; shared by the cache layers, which may be on several devices."""
 
     def __init__(self, at_B: Tensor) -> None:
         self.span = 0
         self.move_to(at_B)
 
     def move_to(self, at_B: Tensor) -> None:
-        """Set each row's place."""
+        """Set the position of each row."""
         self.at_B = at_B
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return (numbers, places) of all rows on a device: (B,) each."""
+        """Return (indices, positions) of all rows on a device: (B,) each."""
         if device not in self._on:
             self._on[device] = torch.arange(len(self.at_B), device=device), self.at_B.to(device)
         return self._on[device]
@@ -70,7 +70,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the librar
         return self.keys[:, :, : positions.span], self.values[:, :, : positions.span]
 
     def keep(self, rows_B: Tensor) -> None:
-        """Drop all rows but these."""
+        """Keep only these rows."""
         if self.is_initialized:
             assert self.keys is not None
             assert self.values is not None
@@ -88,7 +88,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the librar
 
 
 class DecodeBatch:
-    """A batch of rows under way. Every row has at most `capacity` tokens."""
+    """A batch of rows being generated, each with at most `capacity` tokens."""
 
     def __init__(self, model: PreTrainedModel, rows: int, capacity: int) -> None:
         self._model: Any = model  # the library's methods carry no types
@@ -101,20 +101,20 @@ class DecodeBatch:
 
     @torch.no_grad()
     def start(self, prompts: list[list[int]], pad: int) -> Tensor:
-        """Read all rows' first tokens and return the logits behind the last of each: (B, V) float32."""
+        """Prefill all prompts and return the logits of the last token of each: (B, V) float32."""
         length_B = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
         longest = int(length_B.max())
         ids_BL = torch.tensor([p + [pad] * (longest - len(p)) for p in prompts], device=self._device)
         if longest == 1:
             return self.step(ids_BL[:, 0], torch.zeros_like(length_B))
         hidden_BLH = self._model.base_model(ids_BL, past_key_values=self._cache, use_cache=True).last_hidden_state
-        there = hidden_BLH.device
-        last_BH = hidden_BLH[torch.arange(len(prompts), device=there), length_B.to(there) - 1]
+        device = hidden_BLH.device
+        last_BH = hidden_BLH[torch.arange(len(prompts), device=device), length_B.to(device) - 1]
         return logits(self._model, last_BH)
 
     @torch.no_grad()
     def step(self, token_B: Tensor, at_B: Tensor) -> Tensor:
-        """Put a token at place at_B of each row, 0 being its start, and return the logits behind it: (B, V) float32."""
+        """Append a token at position at_B of each row (0 is its start) and return its logits: (B, V) float32."""
         positions = self._positions
         positions.move_to(at_B.to(self._device))
         positions.span = min(self._capacity, -(-(int(at_B.max()) + 1) // SPAN) * SPAN)
@@ -129,28 +129,28 @@ class DecodeBatch:
         return logits(self._model, output.last_hidden_state[:, 0])
 
     def _mask(self, back_BT: Tensor) -> Tensor | dict[str, Tensor]:
-        """Return which tokens each row looks at, given how far back they lie: (B, 1, 1, T).
+        """Return the attention mask of each row, from the distances to earlier tokens: (B, 1, 1, T).
 
-        Models some of whose layers have a sliding window take a mask for each kind of layer.
+        Models with sliding windows in some layers take a mask per kind of layer.
         """
         config = self._model.config
         window = getattr(config, "sliding_window", None)
-        seen = self._as_taken(back_BT >= 0)
+        seen = self._to_model_mask(back_BT >= 0)
         if window is None:
             return seen
-        near = self._as_taken((back_BT >= 0) & (back_BT < window))
+        near = self._to_model_mask((back_BT >= 0) & (back_BT < window))
         has_kinds = getattr(config, "layer_types", None) is not None
         return {"full_attention": seen, "sliding_attention": near} if has_kinds else near
 
-    def _as_taken(self, seen_BT: Tensor) -> Tensor:
-        """Return a mask as the model's attention takes it: eager attention adds it to the scores."""
+    def _to_model_mask(self, seen_BT: Tensor) -> Tensor:
+        """Convert a mask for the model's attention; eager attention adds it to the scores."""
         if self._model.config._attn_implementation != "eager":
             return seen_BT[:, None, None, :]
         added_BT = torch.zeros(seen_BT.shape, dtype=self._model.dtype, device=seen_BT.device)
         return added_BT.masked_fill_(~seen_BT, torch.finfo(self._model.dtype).min)[:, None, None, :]
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with some of the rows, in this order."""
+        """Keep only these rows, in this order."""
         rows_B = torch.tensor(rows, device=self._device)
         for layer in self._layers:
             layer.keep(rows_B)
@@ -158,14 +158,14 @@ class DecodeBatch:
 
 
 class Generation:
-    """A row being written. Its first token is read, and is no part of what is written."""
+    """A sequence being generated. Its first token is input only, not part of the output."""
 
     def __init__(self, first: int, key: int) -> None:
         self.last, self.key = first, key
         self.tokens: list[int] = []
 
     def accept(self, token: int) -> bool:
-        """Take the next token and return whether the row ends here."""
+        """Append the next token and return whether the sequence ends here."""
         self.tokens.append(token)
         self.last = token
         return False
@@ -173,17 +173,17 @@ class Generation:
 
 L = TypeVar("L", bound=Generation)
 Pick = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits (B, V), keys (B,), places (B,)) -> tokens (B,)."""
+"""(logits (B, V), keys (B,), positions (B,)) -> tokens (B,)."""
 
 
 def generate(model: PreTrainedModel, waiting: deque[L], rows: int, capacity: int, pick: Pick) -> Iterator[L]:
-    """Write the waiting lines, `rows` at a time, and yield each one that has ended; its place goes to the next.
+    """Run the waiting generations, `rows` at a time, and yield each when it ends; its slot goes to the next.
 
-    Lines may be added to `waiting` on the way. Which lines stand side by side depends on what they become alone: the
-    same model writes the same bits, whoever runs it.
+    Generations may be added to `waiting` while this runs. The composition of the batches depends only on the generated
+    tokens, so the same model generates the same bits on any worker.
     """
     active = [waiting.popleft() for _ in range(min(rows, len(waiting)))]
-    is_open = [True] * len(active)  # lines that have ended without a successor stand on, and are not looked at
+    is_open = [True] * len(active)  # slots without a successor stay in the batch, and are ignored
     batch = DecodeBatch(model, len(active), capacity)
     while any(is_open):
         at_B = torch.tensor([len(line.tokens) for line in active])
@@ -203,7 +203,7 @@ def generate(model: PreTrainedModel, waiting: deque[L], rows: int, capacity: int
 
 
 def rows_within(model: PreTrainedModel, rows: int, capacity: int, kv_cache_gb: float) -> int:
-    """Return how many rows, from one to `rows`, have keys and values of `capacity` tokens within kv_cache_gb GB."""
+    """Return the number of rows, from 1 to `rows`, whose keys and values of `capacity` tokens fit in kv_cache_gb GB."""
     layers, _, groups, size = shape_of(model)
     per_row = 2 * layers * groups * size * -(-capacity // SPAN) * SPAN * model.dtype.itemsize
     return max(1, min(rows, int(kv_cache_gb * 1e9) // per_row))
@@ -212,16 +212,16 @@ def rows_within(model: PreTrainedModel, rows: int, capacity: int, kv_cache_gb: f
 def sample_token(
     logits_BV: Tensor, key_B: Tensor, step_B: Tensor, top_k: int, top_p: float, temperature: float
 ) -> Tensor:
-    """Draw a token for each row: (B,). A row's draw depends on its logits, its key and its step alone.
+    """Sample a token for each row: (B,). A row's sample depends only on its logits, its key and its step.
 
-    The candidates in falling order of probability are walked through until their sum exceeds a uniform number.
+    Inverse transform sampling over the candidates in falling order of probability.
     """
     count = min(top_k, logits_BV.shape[-1]) if top_k else logits_BV.shape[-1]
     best_Bk, token_Bk = torch.topk(logits_BV / temperature, count)
     share_Bk = best_Bk.softmax(-1)
     if top_p < 1:
         before_Bk = share_Bk.cumsum(-1) - share_Bk
-        share_Bk = share_Bk.masked_fill(before_Bk >= top_p, 0.0)  # the likeliest one always stays
+        share_Bk = share_Bk.masked_fill(before_Bk >= top_p, 0.0)  # the most likely one always stays
     sum_Bk = share_Bk.double().cumsum(-1)
     mark_B1 = uniform(key_B, step_B)[:, None] * sum_Bk[:, -1:]
     chosen_B1 = (sum_Bk <= mark_B1).sum(-1, keepdim=True).clamp(max=count - 1)
@@ -231,7 +231,7 @@ def sample_token(
 def greedy_decode(
     model: PreTrainedModel, prompts: list[list[int]], pad: int, eos: int, max_answer: int
 ) -> list[list[int]]:
-    """Return the likeliest continuation of each prompt, token by token, without its end; at most max_answer tokens."""
+    """Return the greedy continuation of each prompt without its end token; at most max_answer tokens."""
     batch = DecodeBatch(model, len(prompts), max(len(prompt) for prompt in prompts) + max_answer)
     found: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))

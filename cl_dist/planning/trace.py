@@ -32,7 +32,7 @@ from cl_dist.models.attention_slices import block_parameters, shape_of
 from cl_dist.models.backbone import load_backbone, recompute_activations
 from cl_dist.models.causal import CausalModel
 from cl_dist.models.config import ModelConfig
-from cl_dist.models.plugin import Plugin
+from cl_dist.models.plugin_layer import Plugin
 from cl_dist.models.quantized import QuantizedLinear
 from cl_dist.models.saliency import sensitivity
 from cl_dist.parallel.engine import attach

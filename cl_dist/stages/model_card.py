@@ -82,7 +82,7 @@ def text_card(
         prompt: An example of a prompt.
         tokens: Names of the answer mark, the end and the token that asks for a sample.
         lengths: Bounds of a row and of an answer in tokens.
-        misspelled: (rows that the chat template lays out in other tokens than training, rows compared).
+        mismatches: (rows whose chat differs from training in its tokens, rows compared).
     """
     ans, eos, gen = tokens
     listed = "\n".join(

@@ -131,7 +131,7 @@ def test_more_failures_than_allowed_end_the_run_with_their_cause(gang: GangStory
     assert gang.error.exit_code == 5
     assert "cluster.max_failures=1" in str(gang.error)
     assert "worker died" in str(gang.error) or "actor died" in str(gang.error)
-    assert "`cl-dist resume` goes on from here" in str(gang.error)
+    assert "`cl-dist resume` continues from there" in str(gang.error)
     finished = {path.parent.parent.name for path in gang.run.glob("stages/*/evaluate/manifest.json")}
     assert finished == {"00-food", "01-film"}
 

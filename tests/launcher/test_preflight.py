@@ -251,7 +251,7 @@ def test_time_limits_are_looked_at(cli: Cli, run_file: Path, monkeypatch: pytest
         (replace(SOUND, versions={**versions(), "torch": "1.0"}), "versions", "torch 1.0 (driver:"),
         (replace(SOUND, versions={**versions(), "peft": None}), "versions", "peft missing"),
         (replace(SOUND, reads=False, writes=False), "storage", "does not read what the driver writes"),
-        (replace(SOUND, writes=False), "storage", "its files do not come back"),
+        (replace(SOUND, writes=False), "storage", "the driver does not see its files"),
         (replace(SOUND, room=replace(SOUND.room, free_gb=0.5)), "disk", "0.5 GB free, the run writes about 1.0 GB"),
         (replace(SOUND, room=replace(SOUND.room, shm_gb=0.06)), "limits", "/dev/shm has 0.06 GB"),
         (replace(SOUND, room=replace(SOUND.room, open_files=1024)), "limits", "1024 open files"),

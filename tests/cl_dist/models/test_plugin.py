@@ -15,7 +15,8 @@ from cl_dist.methods.ctr import Ctr, CtrConfig
 from cl_dist.models.adapters import TaskNorms
 from cl_dist.models.config import ModelConfig, plugin_sizes
 from cl_dist.models.noise import gumbel
-from cl_dist.models.plugin import CtrClassifier, Plugin, pack, unpack
+from cl_dist.models.plugin import CtrClassifier, pack, unpack
+from cl_dist.models.plugin_layer import Plugin
 from cl_dist.stages.schedule import Schedule
 from tests.encoders import KINDS, SHAPE, batch_of, encoder, select, snapshot, train, with_plugins
 

@@ -113,7 +113,7 @@ def test_workers_of_a_node_hold_a_model_together() -> None:
     assert group_slots(places, 1) == places
     assert [(each.node, each.gpus) for each in group_slots(places, 2)] == [("a", "0,1"), ("a", "2,3"), ("b", "1,2")]
     assert [(each.node, each.gpus) for each in group_slots(places, 4)] == [("a", "0,1,2,3")]
-    with pytest.raises(ClusterError, match=r"workers_per_model=6: no node has so many of the 8 workers"):
+    with pytest.raises(ClusterError, match=r"workers_per_model=6: no node has that many of the 8 workers"):
         group_slots(places, 6)
 
 
