@@ -1,4 +1,4 @@
-"""How a worker builds the model that a stage starts from."""
+"""Construction of a stage's learner and model on a worker."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ LEARNER = "learner.safetensors"
 def new_learner(
     method: MethodConfig, model: ModelConfig, num_labels: tuple[int, ...], seed: int, name: str | None = None
 ) -> Learner:
-    """Return a method's learner, the one that the run answers with unless another is named, without a model yet."""
+    """Return a method's learner without a model; the run's main learner unless another is named."""
     entry = METHODS[method.name]
     module, _, cls = entry.learners[name or entry.output(model.output)].partition(":")
     kind: type[Learner] = getattr(import_module(module), cls)
@@ -41,17 +41,17 @@ def new_learner(
 
 
 def to_inference(job: Job, model: M) -> M:
-    """Bring a finished model to the precision of its forward pass and to this worker's devices, to be read alone."""
+    """Convert a trained model to the precision of its forward pass and move it to this worker's devices."""
     if job.model.dtype == "bfloat16":
-        lower(model)  # before it goes to a device, where float32 may not fit
+        lower(model)  # before it moves to a device, where float32 may not fit
     backbone = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
     return dispatch(model, type(layers_of(backbone)[0][1])).eval().requires_grad_(False)
 
 
 class _ResizedWeights(Mapping[str, Tensor]):
-    """Stored weights by name, from the newest of several folders, in the shapes that a model has; made when asked for.
+    """Stored weights by name, from the newest of several folders, read on access and resized to a model's shapes.
 
-    Those of parameters that are cut up are as they were stored.
+    Those of partitioned parameters are not resized.
     """
 
     def __init__(self, learner: Learner, stored: Mapping[str, ShardedWeights], own: Mapping[str, Tensor]) -> None:
@@ -69,7 +69,7 @@ class _ResizedWeights(Mapping[str, Tensor]):
 
 
 def loads_partitioned(learner: Learner, model: ModelConfig) -> bool:
-    """Return whether a backbone can be cut up over the ranks while it is loaded, where ZeRO-3 cuts it up in the end."""
+    """Return whether ZeRO-3 can partition a backbone while it is loaded."""
     return learner.takes_partitioned and model.config is None and model.weight_bits is None
 
 
@@ -78,11 +78,14 @@ def build_learner(
 ) -> Learner:
     """Return the stage's learner with its model: backbone, parts of all tasks so far, stored weights.
 
-    New parts are drawn from a seed of (run seed, task id), so every rank and every restart draws the same. With up_to,
-    parts of later tasks are neither made nor read: what scores an early task needs no capsules of later ones.
-    divided cuts the backbone up over the ranks as it is loaded, where the learner can cope with that; all ranks call.
-    It is float32 then, for the masters that the engine makes of what is trained and for what is copied of it.
-    is_read loads it in the precision of its forward pass: a model that is not trained needs no other.
+    New parts are initialized with a seed of (run seed, task id), the same on every rank and after every restart.
+
+    Args:
+        job: The stage's job.
+        up_to: Last task whose parts are built and loaded; later parts are not needed to score an earlier task.
+        partitioned: Partition the backbone over the ranks while it is loaded, if the learner supports it; a collective.
+            It is float32 then, for the engine's masters and for copies of its modules.
+        for_inference: Load the backbone in the precision of its forward pass.
 
     Raises:
         CheckpointError: If a stored file is missing or does not fit the model.
@@ -105,7 +108,7 @@ def build_learner(
     for folder in job.chain:
         stored = ShardedWeights(folder)
         if last == job.stage.task and (unexpected := stored.keys() - own.keys()):
-            raise CheckpointError(f"{folder}: holds weights of {min(unexpected)!r}, which this model does not have")
+            raise CheckpointError(f"{folder}: has weights of {min(unexpected)!r}, which this model does not have")
         latest |= {name: stored for name in stored if name in own}
     try:
         params.load(model, _ResizedWeights(learner, latest, own), world.rank)

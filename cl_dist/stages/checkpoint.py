@@ -1,10 +1,10 @@
-"""A Train stage in the middle: what the next attempt needs to go on, on any number of ranks and any ZeRO stage.
+"""Checkpoints within a Train stage, to resume it on any number of ranks and with any ZeRO stage.
 
     checkpoints/step-<N>/   after N optimizer steps
-        trainable*.safetensors, exp_avg*.safetensors, exp_avg_sq*.safetensors    each rank writes what it owns
-        best/trainable*.safetensors     weights of the best round so far, where one is selected
+        trainable*.safetensors, exp_avg*.safetensors, exp_avg_sq*.safetensors    each rank writes its partitions
+        best/trainable*.safetensors     weights of the best round so far, if the best round is selected
         checkpoint.json                 step, rounds, running sums, digests of every file and its own; written last
-The folder appears under its name by one rename. The two newest are kept; a damaged one is passed over.
+The folder gets its final name by one rename. The two newest are kept; damaged ones are skipped.
 """
 
 import json
@@ -32,18 +32,18 @@ FOLDER, INDEX, BEST, KEEP_LATEST = "checkpoints", "checkpoint.json", "best", 2
 
 
 class Best:
-    """The weights of the best round so far: in this process, or in a checkpoint's folder."""
+    """The weights of the best round so far, in memory or in a checkpoint's folder."""
 
     def __init__(self, loss: float, weights: LocalShards | Path) -> None:
         self.loss, self._weights = loss, weights
 
     def relocate(self, folder: Path) -> None:
-        """Be read from this folder from now on, if they were read from one before, which may be removed."""
+        """Read the weights from this folder from now on, if they are not in memory; the old folder may be removed."""
         if isinstance(self._weights, Path):
             self._weights = folder
 
     def write(self, folder: Path, rank: int) -> list[Path]:
-        """Write what is this rank's to a folder, and return the files; rank 0 copies a checkpoint's. No collective."""
+        """Write this rank's files and return them; rank 0 copies those of a checkpoint. Not a collective."""
         if isinstance(self._weights, LocalShards):
             return self._weights.write(folder)
         files = self._weights.iterdir() if rank == 0 else ()
@@ -52,10 +52,10 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What was saved."""
+    """State of a stage in a checkpoint."""
 
     step: int
-    """Optimizer steps that are done."""
+    """Number of completed optimizer steps."""
     rounds: list[dict[str, float]]
     sums: dict[str, dict[str, float]]
     """Running sums of the round, over all ranks."""
@@ -65,18 +65,18 @@ class Checkpoint:
     folder: Path
 
     def load_weights(self, model: nn.Module, rank: int) -> None:
-        """Put the trained weights into a model, before an engine takes it."""
+        """Load the trained weights into a model before an engine takes it."""
         params.load(model, ShardedWeights(self.folder), rank)
 
     def load_moments(self, engine: Engine) -> None:
-        """Put the optimizer where it was."""
+        """Restore the state of the optimizer."""
         moments.restore(engine, self.step, {key: ShardedWeights(self.folder, key) for key in moments.KEYS})
 
 
 class Writer:
-    """Writes checkpoints below a stage's folder, while training goes on: a copy is taken, each rank's thread writes it.
+    """Writes checkpoints below a stage's folder in the background: each rank copies its state, and a thread writes it.
 
-    No thread calls a collective. What is written becomes a checkpoint by `commit`, which all ranks come to together.
+    Threads call no collectives. The written files become a checkpoint by `commit`, a collective.
     """
 
     def __init__(self, out: Path, engine: Engine) -> None:
@@ -87,9 +87,9 @@ class Writer:
         self._best: Best | None = None
 
     def save(self, state: Mapping[str, Any], best: Best | None, *, wait: bool) -> None:
-        """Begin to write a checkpoint, after the one before; with wait, end it too. A collective.
+        """Commit the previous checkpoint and start to write a new one; with wait, also commit it. A collective.
 
-        facts are plain data, equal on all ranks, with the `step`.
+        state is plain data, equal on all ranks, with the `step`.
         """
         self.commit()
         self._state, self._best = {**state, "best_loss": None if best is None else best.loss}, best
@@ -98,29 +98,27 @@ class Writer:
             (self._partial / BEST).mkdir(parents=True)
         self._world.gather(None)
         keys = {TRAINABLE: None, **{key: key for key in moments.KEYS}}
-        copies = (
-            (stem, LocalShards(self._engine, key)) for stem, key in keys.items()
-        )  # each taken when it is written,
-        taken = copies if wait else list(copies)  # but before the next step where that does not wait
+        copies = ((stem, LocalShards(self._engine, key)) for stem, key in keys.items())
+        taken = copies if wait else list(copies)  # with wait, copied one at a time to save memory
         self._written = self._thread.submit(_write, self._partial, taken, best, self._world.rank)
         if wait:
             self.commit()
 
     @property
     def is_pending(self) -> bool:
-        """Whether files of this rank await a commit, written or not."""
+        """Whether this rank has a checkpoint to commit, written or not."""
         return self._written is not None
 
     @property
     def is_written(self) -> bool:
-        """Whether there are files of this rank that await a commit; false while they are being written."""
+        """Whether this rank has a checkpoint to commit whose files are written."""
         return self._written is not None and self._written.done()
 
     def commit(self) -> None:
-        """Wait until what was begun is written, and make it a checkpoint. A collective.
+        """Wait for the files of the pending checkpoint, and publish it. A collective.
 
         Raises:
-            StorageError: On all ranks, if one of them could not write.
+            StorageError: On all ranks, if one of them failed to write.
         """
         if self._written is None:
             return
@@ -147,7 +145,7 @@ class Writer:
                 shutil.rmtree(old)
 
     def close(self) -> None:
-        """Wait for this rank's thread. No collective: what it wrote is no checkpoint yet."""
+        """Wait for this rank's thread, without a commit. Not a collective."""
         self._thread.shutdown()
 
     @property
@@ -165,10 +163,10 @@ def _write(folder: Path, copies: Iterable[tuple[str, LocalShards]], best: Best |
 
 
 def latest(out: Path, world: World) -> Checkpoint | None:
-    """Return the newest checkpoint below out that is whole, or None; rank 0 decides. A collective.
+    """Return the newest intact checkpoint below out, or None; rank 0 decides. A collective.
 
-    What else an earlier attempt has left there is removed: newer checkpoints, which are damaged, and results, which a
-    gang of another size would not overwrite.
+    Other files of an earlier attempt are removed: newer checkpoints, which are damaged, and results, which a gang of
+    another size would not overwrite.
     """
     chosen: Path | None = None
     if world.rank == 0:
@@ -199,10 +197,10 @@ def _is_intact(folder: Path) -> bool:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf8"))
         if index.pop("digest") != digest_of(index) or folder.name != _name(index["step"]):
-            raise ValueError("not what its digest says")
+            raise ValueError("digest does not match")
         damaged = [name for name, digest in index["files"].items() if sha256(folder / name) != digest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         damaged = [f"{INDEX} ({type(error).__name__}: {error})"]
     if damaged:
-        log.warning("checkpoint damaged folder=%s files=%s: passed over", folder, ", ".join(damaged))
+        log.warning("checkpoint damaged folder=%s files=%s: skipped", folder, ", ".join(damaged))
     return not damaged

@@ -1,4 +1,4 @@
-"""Worker side of Choose: models that were trained with different units frozen answer dev rows; the best one wins."""
+"""Worker side of Choose: scores candidate models, trained with different units frozen, on dev rows."""
 
 import json
 from collections.abc import Iterable
@@ -15,29 +15,29 @@ from cl_dist.stages.stage_job import Job, task_data
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shard:
-    """Rows that a candidate answers."""
+    """Rows scored with one candidate."""
 
     candidate: int
     rows: voting_shards.Shard
 
 
 def shards(job: Job) -> list[Shard]:
-    """Cut the stage into shards. They depend on the science settings alone, never on the workers."""
+    """Return the stage's shards, which depend on science settings only, never on the workers."""
     assert isinstance(job.stage, Choose)
     return [Shard(number, rows) for number in range(len(job.stage.candidates)) for rows in voting_shards.shards(job)]
 
 
 class ChooseWorker:
-    """Holds the model of one candidate at a time."""
+    """Loads the model of one candidate at a time."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._loaded = job, -1
 
     def run(self, shard: Shard) -> int:
-        """Return how many of a shard's rows are answered rightly."""
+        """Return the number of correct answers to a shard's rows."""
         assert isinstance(self._job.stage, Choose)
         if shard.candidate != self._loaded:
-            self._predictor: Predictor | None = None  # never two models resident
+            self._predictor: Predictor | None = None  # never two models in memory
             folder = self._job.folder(self._job.stage.candidates[shard.candidate])
             self._predictor = Predictor(replace(self._job, chain=(*self._job.chain, str(folder))))
             self._loaded = shard.candidate
@@ -51,7 +51,7 @@ class ChooseWorker:
 
 
 def merge(job: Job, results: Iterable[tuple[Shard, int]], out: Path) -> None:
-    """Write critical.json: the unit whose freezing gave the best mean accuracy over tasks; of equals, the first."""
+    """Write critical.json: the unit whose candidate has the best mean accuracy over tasks; of equals, the first."""
     stage = job.stage
     assert isinstance(stage, Choose)
     right = [dict.fromkeys(stage.sources, 0) for _ in stage.candidates]

@@ -1,9 +1,9 @@
-"""Worker side of a Generate stage: pseudo-samples of earlier tasks, cut into shards of fixed sample numbers.
+"""Worker side of Generate: pseudo-samples of earlier tasks, in shards of fixed sample numbers.
 
-What a shard writes depends on the model file and the science settings alone: its samples stand in a fixed number of
-slots, a slot that is free takes the next number in order, and every draw is keyed on (seed, task, number, attempt,
-step). All samples have their first attempt before any has its second, and within an attempt lower numbers choose first
-where labels are balanced: which sample ends first, and so how long it is, decides nothing.
+The samples of a shard depend only on the model file and the science settings: they are generated in a fixed number of
+slots, a free slot takes the next number in order, and every random draw is keyed on (seed, task, number, attempt,
+step). All first attempts come before any second one, and within an attempt lower numbers have priority when labels are
+balanced, so the order in which samples end, and so their length, has no influence.
 """
 
 import json
@@ -31,11 +31,11 @@ from cl_dist.stages.shards import ShardedKind
 from cl_dist.stages.stage_job import Job, replayed_rows, row_length, task_data
 
 NUM_SHOWN = 20
-"""First attempts of each task that are kept as they came, for the report."""
+"""Number of first attempts of each task that are stored for the report."""
 Fault = Literal["no_answer_mark", "stray_token", "no_end", "empty", "other_question", "unknown_label", "surplus_label"]
-"""no_answer_mark: ended without the token between question and answer, or has two; stray_token: holds another special
-token; no_end: longer than train.max_length of its task; empty: nothing before or behind the mark; other_question,
-unknown_label and surplus_label (well-formed, but one too many): see require_known_question, require_known_label and
+"""no_answer_mark: no token between question and answer, or two; stray_token: has another special token; no_end: longer
+than train.max_length of its task; empty: nothing before or after the mark; other_question, unknown_label and
+surplus_label (well-formed, but exceeds its label's quota): see require_known_question, require_known_label and
 balance_labels of science.generate."""
 
 
@@ -49,12 +49,12 @@ class Shard:
 
 
 Written = dict[str, Any]
-"""samples (as plain data), faults (count by kind over all attempts), attempts, first_well_formed (of the first
-attempts), firsts (number and text of some of these), tokens drawn."""
+"""samples (as plain data), faults (count by kind over all attempts), attempts, first_well_formed (count among first
+attempts), firsts (number and text of some first attempts), tokens (generated)."""
 
 
 def shards(job: Job) -> list[Shard]:
-    """Cut the stage into shards. They depend on the science settings alone, never on the workers."""
+    """Return the stage's shards, which depend on science settings only, never on the workers."""
     assert isinstance(job.stage, Generate)
     count, size = replayed_rows(job), job.generate.shard_samples
     return [
@@ -65,19 +65,19 @@ def shards(job: Job) -> list[Shard]:
 
 
 class GenerateWorker:
-    """Holds the model of the previous task and writes one shard after the other."""
+    """Loads the model of the previous task and generates one shard at a time."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         learner = build_learner(job, for_inference=True)
         assert isinstance(learner.model, CausalModel)
-        model: Any = learner.model.backbone  # the library's methods carry no types
+        model: Any = learner.model.backbone  # the library's methods are untyped
         self._model: Any = to_inference(job, model)
         self._codec = TextCodec(load_tokenizer(job.model))
         self._shared = getattr(job.method, "task_token", "task") == "shared"
 
     def run(self, shard: Shard) -> Written:
-        """Write a shard's samples."""
+        """Generate a shard's samples."""
         settings, special = self._job.generate, self._codec.special
         length = row_length(self._job, shard.source)
         slots = rows_within(self._model, settings.parallel_samples, length, settings.kv_cache_gb)
@@ -131,7 +131,7 @@ class GenerateWorker:
         }
 
     def _quota(self, shard: Shard) -> dict[str, int]:
-        """Return how many samples of each label a shard has room for; nothing where labels are not balanced."""
+        """Return the maximum number of samples per label of a shard; empty if labels are not balanced."""
         rows = task_data(self._job, shard.source)
         if self._shared or not self._job.generate.balance_labels or not rows.labels:
             return {}
@@ -140,13 +140,13 @@ class GenerateWorker:
         return {self._normalized(name): ceil(wanted * counts[name] / len(rows.train)) for name in rows.labels}
 
     def _normalized(self, label: str) -> str:
-        """Return a label as the vocabulary spells it."""
+        """Return a label after encoding and decoding."""
         return self._codec.decode(self._codec.encode(label))
 
     def _parse(
         self, line: "_SampleGeneration", source: int, known: set[tuple[int, ...]]
     ) -> tuple[Sample | None, Fault | None]:
-        """Return the sample that was written, or what is wrong with it."""
+        """Return the generated sample, or its fault."""
         tokens, special = line.tokens, self._codec.special
         if line.fault is not None:
             return None, line.fault
@@ -164,7 +164,7 @@ class GenerateWorker:
         return Sample(source, line.number, line.attempt, prefix, answer, text, label), None
 
     def _ends_in_question(self, source: int, prefix: tuple[int, ...]) -> bool:
-        """Return whether a text ends in its task's question, or need not."""
+        """Return whether a text ends in its task's question, or is not required to."""
         question = tuple(self._codec.encode(task_data(self._job, source).question))
         is_checked = self._job.generate.require_known_question and not self._shared and question
         return not is_checked or prefix[-len(question) :] == question
@@ -172,7 +172,7 @@ class GenerateWorker:
     def _known_labels(self, source: int) -> tuple[str, ...]:
         stage = self._job.stage
         assert isinstance(stage, Generate)
-        sources = stage.sources if self._shared else (source,)  # a shared token says nothing of the task
+        sources = stage.sources if self._shared else (source,)  # a shared token does not identify the task
         labels = [task_data(self._job, task).labels for task in sources]
         return tuple(name for names in labels for name in names) if all(labels) else ()
 
@@ -187,7 +187,7 @@ class GenerateWorker:
 
 
 class _SampleGeneration(Generation):
-    """A sample being written."""
+    """A sample being generated."""
 
     def __init__(self, gen: int, key: int, number: int, attempt: int, special: SpecialTokens, length: int) -> None:
         super().__init__(gen, key)
@@ -196,21 +196,21 @@ class _SampleGeneration(Generation):
         self._special, self._length = special, length
 
     def accept(self, token: int) -> bool:
-        """Take a token and return whether the sample ends here, well or not."""
+        """Append a token and return whether the sample ends here, complete or with a fault."""
         special = self._special
         if token == special.eos:
             return True
         if token >= special.base and (token != special.ans or special.ans in self.tokens):
             self.fault = "no_answer_mark" if token == special.ans else "stray_token"
             return True
-        if len(self.tokens) == self._length - 1:  # as long as the longest train row, which ends here
+        if len(self.tokens) == self._length - 1:  # the maximum length of train rows
             self.fault = "no_end"
             return True
         return super().accept(token)
 
 
 def _agreement(data: TaskData, samples: list[Sample]) -> dict[str, float | None]:
-    """Return how often a word classifier trained on real rows gives samples their label, and real test rows theirs."""
+    """Return the accuracy of a word classifier, trained on real rows, on the samples and on real test rows."""
     if not data.labels:
         return {"label_agreement": None, "label_agreement_real": None}
     classifier = NaiveBayes((f"{row.text} {row.text_pair or ''}", row.label) for row in data.train)
@@ -223,15 +223,15 @@ def _agreement(data: TaskData, samples: list[Sample]) -> dict[str, float | None]
 
 
 def _without(text: list[str], question: list[str]) -> list[str]:
-    """Return the words of a sample before its question, which may name the labels."""
+    """Return the words of a sample before its question, which may contain the labels."""
     return text[: len(text) - len(question)] if question and text[-len(question) :] == question else text
 
 
 def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None:
-    """Sort the samples, drop repeats of one that came before, and write samples.jsonl and replay.json to out.
+    """Sort the samples, drop duplicates, and write samples.jsonl and replay.json to out.
 
     Raises:
-        TrainingError: If too few are left.
+        TrainingError: If fewer than min_yield of the requested samples remain.
     """
     assert isinstance(job.stage, Generate)
     parts = sorted(results, key=lambda result: result[0])
@@ -241,7 +241,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None
     for source in job.stage.sources:
         own = [written for shard, written in parts if shard.source == source]
         samples = sorted((as_sample(s) for written in own for s in written["samples"]), key=lambda s: s.number)
-        distinct = {(s.prefix, s.answer): s for s in reversed(samples)}  # of equal ones the first remains
+        distinct = {(s.prefix, s.answer): s for s in reversed(samples)}  # keeps the first duplicate
         left = sorted(distinct.values(), key=lambda s: s.number)
         kept += left
         attempts = sum(written["attempts"] for written in own)
@@ -266,8 +266,8 @@ def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None
             worst = max(numbers["faults"], key=numbers["faults"].__getitem__)
             raise TrainingError(
                 f"task {name}: {numbers['kept']} of {requested} pseudo-samples are well-formed and distinct, less than "
-                f"science.generate.min_yield={job.generate.min_yield:g} asks for; commonest fault: {worst} "
-                f"({numbers['faults'][worst]} of {numbers['generated']} attempts), {numbers['duplicate']} repeats. "
+                f"science.generate.min_yield={job.generate.min_yield:g} requires; most common fault: {worst} "
+                f"({numbers['faults'][worst]} of {numbers['generated']} attempts), {numbers['duplicate']} duplicates. "
                 "Train longer, raise science.generate.max_attempts, or lower min_yield."
             )
     write_samples(out, kept)

@@ -1,8 +1,8 @@
-"""What a Train stage trained, on disk: each rank writes the pieces that it owns, and any number of ranks reads them.
+"""Trained weights on disk: each rank writes its partitions, and any number of ranks can read them.
 
-One worker, or ZeRO-0, writes `trainable.safetensors` with whole tensors. A gang under ZeRO-1/2/3 writes one
-`trainable-<rank>-of-<ranks>.safetensors` per rank: flat pieces, and in the header's metadata, for each name, its shape
-and the place of its first element.
+One worker, or ZeRO-0, writes `trainable.safetensors` with full tensors. A gang under ZeRO-1/2/3 writes one
+`trainable-<rank>-of-<ranks>.safetensors` per rank: flat partitions, and in the header's metadata ("places") the full
+shape and the offset of each.
 """
 
 import json
@@ -25,10 +25,10 @@ TRAINABLE = "trainable"
 
 
 class LocalShards:
-    """A copy of what this rank owns of an engine's trained weights, float32 on the CPU. Taking it is no collective."""
+    """A float32 copy on the CPU of this rank's partitions of an engine's trained weights. Not a collective."""
 
     def __init__(self, engine: Engine, moment: str | None = None) -> None:
-        """Take a copy of the weights, or of one of the optimizer's moments of them."""
+        """Copy the weights, or one of the optimizer's moments."""
         self._world = engine.world
         self._tensors: dict[str, Tensor] = {}
         self._offsets: dict[str, tuple[list[int], int]] = {}
@@ -41,17 +41,17 @@ class LocalShards:
             if moment is not None:
                 piece, start = moments.local(engine, parameter, moment)
             self._is_sharded |= params.is_managed(parameter)
-            piece = piece.detach().flatten()[: max(0, prod(shape) - start)]  # ZeRO-3 fills up the last one
+            piece = piece.detach().flatten()[: max(0, prod(shape) - start)]  # ZeRO-3 pads the last one
             self._tensors[name] = piece.to("cpu", torch.float32, copy=True)
             self._offsets[name] = shape, start
 
     def save(self, folder: Path) -> None:
-        """Write this rank's file. Ends when all ranks have written: a collective."""
+        """Write this rank's file and wait for all ranks. A collective."""
         self.write(folder)
         self._world.gather(None)
 
     def write(self, folder: Path, stem: str = TRAINABLE) -> list[Path]:
-        """Write this rank's file, and return it; ranks with nothing of their own write none. No collective."""
+        """Write this rank's file, if it has one, and return it. Not a collective."""
         world = self._world
         if self._is_sharded and world.size > 1:
             path = folder / f"{stem}-{world.rank:05d}-of-{world.size:05d}.safetensors"
@@ -65,7 +65,7 @@ class LocalShards:
 
 
 class ShardedWeights(Mapping[str, Tensor]):
-    """The weights in a folder by name; each is put together when it is asked for.
+    """The weights in a folder by name; each is assembled on access.
 
     Raises:
         CheckpointError: If files are missing, unreadable, or do not cover a parameter.
@@ -77,13 +77,14 @@ class ShardedWeights(Mapping[str, Tensor]):
         shards = sorted(self._folder.glob(f"{stem}-*-of-*.safetensors"))
         files = [full] if full.exists() else shards
         if not full.exists() and (not shards or len(shards) != int(shards[0].stem.rpartition("-")[2])):
-            raise CheckpointError(f"{folder}: holds no {full.name}, and {len(shards)} shards of it, which are not all")
+            expected = f"{len(shards)} of {int(shards[0].stem.rpartition('-')[2])}" if shards else "no"
+            raise CheckpointError(f"{folder}: {full.name} does not exist, and {expected} shards of it were found")
         self._files: list[tuple[Any, dict[str, tuple[list[int], int]]]] = []
         self._names: dict[str, None] = {}  # an ordered set
         for path in files:
             try:
-                opened: Any = safe_open(path, framework="pt")  # the library's class carries no types
-            except Exception as error:  # the library has no exception type of its own that it promises
+                opened: Any = safe_open(path, framework="pt")  # the library's class is untyped
+            except Exception as error:  # the library documents no exception type
                 raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
             offsets = json.loads((opened.metadata() or {}).get("places", "{}"))
             self._files.append((opened, offsets))

@@ -147,7 +147,10 @@ def test_a_long_temporary_folder_leaves_room_for_sockets(monkeypatch: pytest.Mon
 
 def test_where_no_private_folder_can_be_made_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/dev/null/ray")
-    with pytest.raises(ClusterError, match=r"/dev/null/ray: cannot create a folder for a local Ray: .*set RAY_TMPDIR"), private():
+    with (
+        pytest.raises(ClusterError, match=r"/dev/null/ray: cannot create a folder for a local Ray: .*set RAY_TMPDIR"),
+        private(),
+    ):
         pass
 
 
@@ -279,7 +282,9 @@ def test_workers_must_fit_on_the_nodes(
     if fits:
         cluster.check_fits(ClusterConfig(**asked))
         return
-    with pytest.raises(ClusterError, match=r"cluster: \d workers with .* each need .*, the cluster has .* on nodes with"):
+    with pytest.raises(
+        ClusterError, match=r"cluster: \d workers with .* each need .*, the cluster has .* on nodes with"
+    ):
         cluster.check_fits(ClusterConfig(**asked))
 
 
@@ -288,7 +293,9 @@ def test_a_node_must_hold_the_workers_of_a_model(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     asked: dict[str, Any] = {"workers": 4, "gpus_per_worker": 1.0}
     cluster.check_fits(ClusterConfig(**asked, workers_per_model=2))
-    with pytest.raises(ClusterError, match=r"workers_per_model=4: one model needs 4 GPU of a node, the nodes have 2, 2"):
+    with pytest.raises(
+        ClusterError, match=r"workers_per_model=4: one model needs 4 GPU of a node, the nodes have 2, 2"
+    ):
         cluster.check_fits(ClusterConfig(**asked, workers_per_model=4))
 
 

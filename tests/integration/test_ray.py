@@ -310,9 +310,9 @@ def test_samples_of_a_zero3_model_are_the_same_whoever_dies_and_on_one_worker(ad
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"workers": 3}, "3 workers with 1 CPU each need 3, the cluster has 2 in all"),
-        ({"workers": 1, "cpus_per_worker": 2.5}, "1 workers with 2.5 CPU each need 2.5, the cluster has 2 in all"),
-        ({"gpus_per_worker": 0.5}, "2 workers with 0.5 GPU each need 1, the cluster has 0 in all"),
+        ({"workers": 3}, "3 workers with 1 CPU each need 3, the cluster has 2 in total"),
+        ({"workers": 1, "cpus_per_worker": 2.5}, "1 workers with 2.5 CPU each need 2.5, the cluster has 2 in total"),
+        ({"gpus_per_worker": 0.5}, "2 workers with 0.5 GPU each need 1, the cluster has 0 in total"),
     ],
 )
 def test_a_request_that_can_never_fit_fails_at_once(

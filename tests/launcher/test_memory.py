@@ -117,8 +117,8 @@ def test_bytes_on_disk() -> None:
     found = parts(memory.disk(MODEL, learner=30, num_tasks=3, trainings=3, keeps_best=False, samples=5))
     assert found["trainable.safetensors of a task"] == 4 * 600
     assert found["step checkpoint"] == 3 * 4 * 600
-    assert found["checkpoints of a stage under way"] == 3 * 3 * 4 * 600
-    assert found["the run when it is finished"] == 3 * 4 * 600 + (10 + 20 + 30) + 5
+    assert found["checkpoints of a running stage"] == 3 * 3 * 4 * 600
+    assert found["the finished run"] == 3 * 4 * 600 + (10 + 20 + 30) + 5
     best = parts(memory.disk(MODEL, learner=0, num_tasks=1, trainings=1, keeps_best=True, samples=0))
     assert best["step checkpoint"] == 4 * 4 * 600
 

@@ -79,7 +79,7 @@ def test_turns_are_followed_through_their_dialogues() -> None:
     assert later["turn_state"] == 2 / 3
     assert later["joint_state"] == 1 / 3  # what was missed in the first turn is still missed in the second
     numbered = [Row(str(number), "text", None, label) for number, (_, label) in enumerate(said)]
-    with pytest.raises(DataError, match=r"joint_state needs ids <dialogue>-<number of the turn>, not '0'"):
+    with pytest.raises(DataError, match=r"joint_state needs ids <dialogue>-<turn number>, not '0'"):
         score_answers(task, (), numbered, ["food: thai;"] * 3)
 
 
@@ -96,7 +96,9 @@ def test_an_encoder_is_not_asked_to_write(tmp_path: Path, method: str, kind: str
         lambda: build_learner(run.job(run.plan(0)[0])),
         lambda: TracedLearner(science.method, science.model, (2,)),  # what a plan does
     ):
-        with pytest.raises(ConfigError, match=rf"model_type='{kind}' is an encoder, which writes no answers; .* gpt2,"):
+        with pytest.raises(
+            ConfigError, match=rf"model_type='{kind}' is an encoder, which cannot generate text; .* gpt2,"
+        ):
             build()
 
 

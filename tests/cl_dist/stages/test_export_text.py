@@ -237,7 +237,7 @@ def test_an_exported_model_answers_as_its_run_and_ends(tmp_path: Path, kind: Any
     assert any(special.eos in line for line in written)
     assert not (folder / "chat_template.jinja").read_text("utf8").startswith(OLD[:10])
     card = (folder / README).read_text("utf8")
-    assert "not always spelled" not in card
+    assert "does not always have the tokens of training" not in card
 
     names: dict[str, Any] = {}
     (block,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
