@@ -24,7 +24,7 @@ class ActiveTask:
     task: int = 0
 
 
-def copied(module: nn.Module) -> nn.Module:
+def full_copy(module: nn.Module) -> nn.Module:
     """Return a copy with full weights; a collective if ZeRO-3 has partitioned the module."""
     copy = deepcopy(module)
     for own, base in zip(copy.parameters(), module.parameters(), strict=True):
@@ -43,17 +43,17 @@ class TaskNorms(nn.Module):
 
     def add_task(self) -> None:
         """Append the norm of the next task."""
-        self.norms.append(copied(self.base))
+        self.norms.append(full_copy(self.base))
 
     def forward(self, x_BLH: Tensor) -> Tensor:
         """Normalise with the active task's scale and shift: (B, L, H)."""
         return self.norms[self._active.task](x_BLH)
 
 
-def insert(
-    backbone: PreTrainedModel, active: ActiveTask, behind: Callable[[nn.Module], nn.Module]
+def insert_modules(
+    backbone: PreTrainedModel, active: ActiveTask, wrap: Callable[[nn.Module], nn.Module]
 ) -> tuple[list[str], list[TaskNorms]]:
-    """Wrap the output module of every sub-block with `behind`, and replace its norm by a norm per task.
+    """Wrap the output module of every sub-block with `wrap`, and replace its norm by a norm per task.
 
     Returns the sub-blocks' names ("<layer>.<sub-block>") and the norms, in order.
     """
@@ -66,7 +66,7 @@ def insert(
             if norm is not None and any(True for _ in norm.parameters()):  # norms without weights are shared
                 all_norms.append(TaskNorms(norm, active))
                 replace(layer, block.norm or "", all_norms[-1])
-            replace(layer, block.output, behind(layer.get_submodule(block.output)))
+            replace(layer, block.output, wrap(layer.get_submodule(block.output)))
             names.append(f"{number}.{block.name}")
     return names, all_norms
 
@@ -109,7 +109,7 @@ class AdapterClassifier(Classifier):
             self.adapters.append(Adapters(inner, backbone.config.hidden_size, size, self.active))
             return self.adapters[-1]
 
-        _, self.norms = insert(backbone, self.active, adapter)
+        _, self.norms = insert_modules(backbone, self.active, adapter)
 
     def add_task(self, num_labels: int) -> None:
         """Append the adapters, norms and head of the next task."""
@@ -141,7 +141,7 @@ class TaskEmbeddings(nn.Module):
 
     def add_task(self) -> None:
         """Append the table of the next task, a copy of the backbone's."""
-        self.tables.append(copied(self.base))
+        self.tables.append(full_copy(self.base))
 
     @torch.no_grad()
     def inherit(self, task: int) -> None:

@@ -121,7 +121,7 @@ def _load(config: ModelConfig, causal: bool, dtype: torch.dtype) -> PreTrainedMo
             pass
         else:
             check_vocabulary(config, tokenizer)
-    with torch.random.fork_rng(), _named(config):
+    with torch.random.fork_rng(), _source_errors(config):
         if config.config is not None:
             torch.manual_seed(0)
             drawn: PreTrainedModel = kind.from_config(  # type: ignore[no-untyped-call]
@@ -150,7 +150,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     Raises:
         ConfigError: If transformers does not know the model, or the model needs custom code.
     """
-    with _named(config):
+    with _source_errors(config):
         if config.config is None:
             where = location(config)
             if is_local(config.source):
@@ -172,7 +172,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
 
 @contextmanager
-def _named(config: ModelConfig, fault: str = "cannot be loaded") -> Iterator[None]:
+def _source_errors(config: ModelConfig, fault: str = "cannot be loaded") -> Iterator[None]:
     """Convert errors of transformers, which can be of any type for invalid sizes or files, to errors with the source.
 
     Raises:
@@ -260,7 +260,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: If transformers cannot load it.
     """
-    with _named(config, "no tokenizer"):
+    with _source_errors(config, "no tokenizer"):
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             location(config), revision=config.revision, trust_remote_code=False
         )

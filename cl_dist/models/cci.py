@@ -196,14 +196,14 @@ def _attention(
         if sliding_window is not None:
             hidden_ST |= behind_ST.abs() >= sliding_window
         attention_HST = score_HST.masked_fill_(hidden_ST, float("-inf")).softmax(-1)
-        _show(module, first if module.is_causal else length, attention_HST)
+        _pass_to_watchers(module, first if module.is_causal else length, attention_HST)
         parts.append(attention_HST.to(value.dtype) @ value_HTd)
     for text in _texts:
         text.layers += 1
     return torch.cat(parts, 1).transpose(0, 1)[None], None
 
 
-def _show(module: nn.Module, seen: int, attention_HST: Tensor) -> None:
+def _pass_to_watchers(module: nn.Module, seen: int, attention_HST: Tensor) -> None:
     if module.training:
         raise RuntimeError("attention can be watched in evaluation mode only: dropout would be part of the maps")
     attention_HST = attention_HST.float()
@@ -215,12 +215,14 @@ def _show(module: nn.Module, seen: int, attention_HST: Tensor) -> None:
 AttentionInterface.register(ATTENTION, _attention)
 
 
-def _ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _request_attention(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args[:2], {**kwargs, "output_attentions": True}
 
 
-def _shown(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
-    _show(module, output[1].shape[-1], output[1][0])
+def _attention_hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+    _pass_to_watchers(module, output[1].shape[-1], output[1][0])
     for text in _texts:
         text.layers += 1
     return output[0], None
@@ -231,8 +233,8 @@ def watched(model: PreTrainedModel) -> Iterator[None]:
     """Replace a model's attention by this module's. DeBERTa's cannot be replaced; hooks read its maps instead."""
     before = model.config._attn_implementation
     own = [module for module in model.modules() if isinstance(module, DisentangledSelfAttention)]
-    hooks = [module.register_forward_pre_hook(_ask, with_kwargs=True) for module in own]
-    hooks += [module.register_forward_hook(_shown) for module in own]
+    hooks = [module.register_forward_pre_hook(_request_attention, with_kwargs=True) for module in own]
+    hooks += [module.register_forward_hook(_attention_hook) for module in own]
     if not own:
         model.set_attn_implementation(ATTENTION)
     try:

@@ -91,7 +91,7 @@ class DecodeBatch:
     """A batch of rows being generated, each with at most `capacity` tokens."""
 
     def __init__(self, model: PreTrainedModel, rows: int, capacity: int) -> None:
-        self._model: Any = model  # the library's methods carry no types
+        self._model: Any = model  # the library's methods are untyped
         self._device = device_of(model)
         self._capacity = -(-capacity // SPAN) * SPAN
         self._positions = CachePositions(torch.zeros(rows, dtype=torch.int64, device=self._device))

@@ -37,7 +37,7 @@ def add_update(backbone: PreTrainedModel, shape: LoraShape, name: str) -> None:
         inject_adapter_in_model(settings, backbone, adapter_name=name)
     except ValueError as error:
         raise ConfigError(f"science.method: target_modules={targets}: {error}") from error
-    updated: Any = dict(layers_with_updates(backbone))  # the library's methods carry no types
+    updated: Any = dict(layers_with_updates(backbone))  # the library's methods are untyped
     for layer in updated.values():  # peft initializes in the dtype and on the device of the base layer
         for factor in (layer.lora_A[name], layer.lora_B[name]):
             factor.float() if factor.weight.is_meta else factor.to("cpu", torch.float32)

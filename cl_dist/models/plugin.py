@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cl_dist.models.adapters import TaskNorms, insert
+from cl_dist.models.adapters import TaskNorms, insert_modules
 from cl_dist.models.capsules import Sharing
 from cl_dist.models.classifier import Batch, Classifier, freeze
 from cl_dist.models.config import MaskShape
@@ -60,7 +60,7 @@ class CtrClassifier(Classifier):
             self.plugins.append(Plugin(inner, backbone.config.hidden_size, shape, self.context, len(self.plugins)))
             return self.plugins[-1]
 
-        self.plugin_names, self.norms = insert(backbone, self.context, plugin)
+        self.plugin_names, self.norms = insert_modules(backbone, self.context, plugin)
 
     @property
     def sharings(self) -> list[Sharing]:

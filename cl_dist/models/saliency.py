@@ -36,7 +36,7 @@ def sensitivity(model: PreTrainedModel, tokens_L: Tensor, first: int) -> Tensor:
 
     Call it outside `watched` and on a frozen model: otherwise autograd saves more tensors for the same result.
     """
-    untyped: Any = model  # the library's methods carry no types
+    untyped: Any = model  # the library's methods are untyped
     with torch.enable_grad():
         input_LH = untyped.get_input_embeddings()(tokens_L[None]).detach().requires_grad_(True)
         hidden_AH = untyped.base_model(inputs_embeds=input_LH, use_cache=False).last_hidden_state[0, first:-1]

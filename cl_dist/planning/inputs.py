@@ -173,8 +173,8 @@ class ModelEstimate:
         longest = max(settings, key=lambda train: train.max_length * train.global_batch)
         item = 2 if model.dtype == "bfloat16" else 4
         smallest = MEGABYTE * run.config.cluster.workers // item
-        whole = num_buffers(traced.learner.model, lambda parameter: parameter.numel() >= smallest)
-        return cls(traced, partitions, whole, item, longest, answer, traced.parts.elements - before, is_text)
+        num_gathered = num_buffers(traced.learner.model, lambda parameter: parameter.numel() >= smallest)
+        return cls(traced, partitions, num_gathered, item, longest, answer, traced.parts.elements - before, is_text)
 
     @property
     def model(self) -> Model:

@@ -156,7 +156,7 @@ class Writer:
 def _write(folder: Path, copies: Iterable[tuple[str, LocalShards]], best: Best | None, rank: int) -> dict[str, str]:
     """Write a rank's files, and return their digests by name."""
     with storage_errors(folder):
-        paths = [path for stem, pieces in copies for path in pieces.write(folder, stem)]
+        paths = [path for stem, copy in copies for path in copy.write(folder, stem)]
         if best is not None:
             paths += best.write(folder / BEST, rank)
         return {str(path.relative_to(folder)): synced(path) for path in paths}

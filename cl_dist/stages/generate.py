@@ -209,20 +209,20 @@ class _SampleGeneration(Generation):
         return super().accept(token)
 
 
-def _agreement(data: TaskData, samples: list[Sample]) -> dict[str, float | None]:
+def _label_agreement(data: TaskData, samples: list[Sample]) -> dict[str, float | None]:
     """Return the accuracy of a word classifier, trained on real rows, on the samples and on real test rows."""
     if not data.labels:
         return {"label_agreement": None, "label_agreement_real": None}
     classifier = NaiveBayes((f"{row.text} {row.text_pair or ''}", row.label) for row in data.train)
     question = words(data.question)
-    written = [(" ".join(_without(words(sample.text), question)), sample.label) for sample in samples]
+    written = [(" ".join(_without_question(words(sample.text), question)), sample.label) for sample in samples]
     return {
         "label_agreement": classifier.agreement(written),
         "label_agreement_real": classifier.agreement([(f"{r.text} {r.text_pair or ''}", r.label) for r in data.test]),
     }
 
 
-def _without(text: list[str], question: list[str]) -> list[str]:
+def _without_question(text: list[str], question: list[str]) -> list[str]:
     """Return the words of a sample before its question, which may contain the labels."""
     return text[: len(text) - len(question)] if question and text[-len(question) :] == question else text
 
@@ -259,7 +259,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None
             "labels": dict(sorted(Counter(s.label for s in left).items())),
             "tokens": sum(written["tokens"] for written in own),
             "firsts": [firsts[number] for number in sorted(firsts)],
-            **_agreement(task_data(job, source), left),
+            **_label_agreement(task_data(job, source), left),
         }
     for name, numbers in statistics.items():
         if numbers["kept"] < job.generate.min_yield * requested:

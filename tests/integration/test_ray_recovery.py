@@ -88,7 +88,7 @@ def test_a_gang_outlives_a_rank_and_a_lost_node_is_told(
 ) -> None:
     nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cl_dist.dispatch_ray.cluster.FITS_S", 1.0)
+    monkeypatch.setattr("cl_dist.dispatch_ray.cluster.CAPACITY_CHECK_S", 1.0)
     asked = {"address": cluster.address, "checkpoint_steps": 20, "lost_node_timeout_s": 5.0, "max_failures": 5}
     asked["checkpoint_async"] = False  # the rank is killed some steps after the first
     run = Run(parse(RunConfig, settings(tmp_path, "nodes", asked, LONG)))
@@ -159,7 +159,7 @@ def test_notice_of_a_drained_node_saves_the_stage(cluster: Cluster, tmp_path: Pa
     """Nothing else would save it: the next node goes on where the notice came."""
     nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cl_dist.dispatch_ray.cluster.FITS_S", 1.0)
+    monkeypatch.setattr("cl_dist.dispatch_ray.cluster.CAPACITY_CHECK_S", 1.0)
     asked = {"address": cluster.address, "checkpoint_minutes": 0, "max_failures": 5}
     train = {**LONG, "epochs": 300, "lr": 5e-5}
     run = Run(parse(RunConfig, settings(tmp_path, "drained", asked, train)))

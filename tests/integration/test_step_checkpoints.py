@@ -43,7 +43,7 @@ class StopAfter:
 def train_until(rank: int, world: int, job: Job, out: str, steps: int | None) -> None:
     """Train a stage, up to some step; run on every rank."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Pace", lambda *args: StopAfter(steps))
+        patch.setattr(train, "SavePolicy", lambda *args: StopAfter(steps))
         try:
             train.run(job, Path(out), lambda event: None)
         except StoppedError:
@@ -216,7 +216,7 @@ def test_saved_after_every_step_a_resumed_stage_ends_as_undisturbed(
     whole = train_here(jobs["ctr"], tmp_path / "whole").weights
     (tmp_path / "out").mkdir()
     train_until(0, 1, jobs["ctr"], str(tmp_path / "out"), 5)
-    monkeypatch.setattr(train, "Pace", lambda *args: SaveAlways())
+    monkeypatch.setattr(train, "SavePolicy", lambda *args: SaveAlways())
     train.run(jobs["ctr"], tmp_path / "out", lambda event: None)
     after = dict(ShardedWeights(tmp_path / "out"))
     assert all(torch.equal(after[name], whole[name]) for name in whole)
