@@ -250,7 +250,7 @@ def test_time_limits_are_looked_at(cli: Cli, run_file: Path, monkeypatch: pytest
         (replace(SOUND, error="does not answer: GetTimeoutError"), "node", "does not answer"),
         (replace(SOUND, versions={**versions(), "torch": "1.0"}), "versions", "torch 1.0 (driver:"),
         (replace(SOUND, versions={**versions(), "peft": None}), "versions", "peft missing"),
-        (replace(SOUND, reads=False, writes=False), "storage", "does not see the driver.s files"),
+        (replace(SOUND, reads=False, writes=False), "storage", "does not see the driver's files"),
         (replace(SOUND, writes=False), "storage", "the driver does not see its files"),
         (replace(SOUND, room=replace(SOUND.room, free_gb=0.5)), "disk", "0.5 GB free, the run writes about 1.0 GB"),
         (replace(SOUND, room=replace(SOUND.room, shm_gb=0.06)), "limits", "/dev/shm has 0.06 GB"),

@@ -50,7 +50,7 @@ def test_a_method_that_picks_classes_refuses_to_write_and_one_that_writes_to_pic
 def test_free_text_needs_a_method_that_writes(tmp_path: Path) -> None:
     tree = tiny.tree(tmp_path)
     tree["science"]["tasks"][0] |= {"output": "text", "metric": "f1"}
-    with pytest.raises(ConfigError, match=r"tasks\.food\.answer='text': method 'ctr' picks one of some labels"):
+    with pytest.raises(ConfigError, match=r"tasks\.food\.output='text': method 'ctr' picks one of some labels"):
         parse(RunConfig, tree)
     tree["science"]["tasks"][0] |= {"metric": "accuracy"}
     with pytest.raises(ConfigError, match="expected exact_match, f1, turn_state, joint_state, rouge_l or bleu"):
