@@ -208,7 +208,7 @@ class StoredRun:
             ConfigError: If a task or its model does not exist, or the split has no rows.
             CheckpointError: If a model is missing or damaged, or its rows have changed.
         """
-        from cl_dist.stages.evaluate import compared
+        from cl_dist.stages.evaluate import score_answers
         from cl_dist.stages.predict import Predictor
 
         run = self.run
@@ -230,7 +230,7 @@ class StoredRun:
                     "task": data.id,
                     "model": run.ledger.key(stage.model),
                     "rows": len(rows),
-                    **compared(run.tasks.tasks[number], data.labels, rows, answers[number]),
+                    **score_answers(run.tasks.tasks[number], data.labels, rows, answers[number]),
                     "majority": majority_accuracy([row.label for row in data.train], [row.label for row in rows]),
                 }
         return [lines[number] for number in numbers]

@@ -361,23 +361,22 @@ def of_votes(small: bool) -> Iterator[Line]:
 
 def of_writing(small: bool) -> Iterator[Line]:
     """Yield tokens a second of samples, ours and those of `generate`."""
-    from cl_dist.models.decode import Line as Written
-    from cl_dist.models.decode import draw, write
+    from cl_dist.models.decode import Generation, generate, sample_token
 
     rows, length = (4, 16) if small else (64, 256)
     model = decoder(small, 512)
 
-    class Planned(Written):
-        def takes(self, token: int) -> bool:
-            super().takes(token)
+    class Planned(Generation):
+        def accept(self, token: int) -> bool:
+            super().accept(token)
             return len(self.tokens) >= length
 
     def pick(logits_BV: Tensor, key_B: Tensor, at_B: Tensor) -> Tensor:
-        return draw(logits_BV, key_B, at_B, top_k=20, top_p=1.0, temperature=1.0)
+        return sample_token(logits_BV, key_B, at_B, top_k=20, top_p=1.0, temperature=1.0)
 
     def ours() -> None:
         waiting = deque(Planned(first=1, key=number) for number in range(rows))
-        assert sum(len(each.tokens) for each in write(model, waiting, rows, length + 1, pick)) == rows * length
+        assert sum(len(each.tokens) for each in generate(model, waiting, rows, length + 1, pick)) == rows * length
 
     @torch.no_grad()
     def theirs() -> None:

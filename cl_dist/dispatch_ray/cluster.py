@@ -1,4 +1,4 @@
-"""The Ray cluster itself: joining or starting it, whether it can hold the run, and what gang and pool share."""
+"""Connection to a Ray cluster: join or start it, check its capacity; helpers shared by gang and pool."""
 
 import logging
 import math
@@ -26,26 +26,26 @@ from cl_dist.stopping import kept_from_children
 
 log = logging.getLogger(__name__)
 ACTOR_TIMEOUT_S = 60.0
-"""How long a call may take that only passes a message."""
-FITS_S = 5.0
+"""Timeout of actor calls that only pass a message."""
+CAPACITY_CHECK_S = 5.0
 PROCESS_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Some virtual CPUs announce AMX and fault on it: "Illegal instruction" in the first bfloat16 matmul.
+    # Some virtual CPUs report AMX but fault on it: "Illegal instruction" in the first bfloat16 matmul.
     "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
 }
-"""Set in every worker process before torch starts, unless the user has set them."""
-OPEN = "the Ray cluster asks for no token: whoever reaches a port of its nodes runs commands as its user"
+"""Set in every worker process before torch is imported, unless the user has set them."""
+OPEN = "the Ray cluster requires no token: anyone who can reach a port of its nodes can run commands as its user"
 CLOSE_IT = "start every node with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN, and set both here"
 PASSED_ON = ("HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "DS_ACCELERATOR", "PYTHONPATH")
 
 SECRETS = ("HF_TOKEN",)
-"""Handed to workers by hand: Ray writes what it passes on to a log file, on every node."""
+"""Sent to workers by actor calls: Ray writes a runtime environment to a log file on every node."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a rank of the gang lives: the node and the GPUs that the pool may borrow."""
+class WorkerSlot:
+    """Node, GPUs and process of a rank of the gang; the pool may borrow its resources."""
 
     rank: int
     node: str
@@ -54,24 +54,26 @@ class Place:
 
 
 class Connection(ExitStack):
-    """A driver's place in a cluster; closing it leaves the cluster, and stops it where it is the run's own."""
+    """A driver's connection to a cluster; closing it also stops a cluster that the run started."""
 
     folder: Path | None = None
-    """The folder of a Ray that is the run's own."""
+    """The folder of a Ray that the run started."""
 
 
 def connect(cluster: ClusterConfig) -> Connection:
-    """Join the cluster that is named, or start one on this machine for this run alone.
+    """Join the cluster at `cluster.address`, or start one on this machine for this run.
 
     Raises:
-        ClusterError: If it cannot be reached.
+        ClusterError: If the cluster cannot be reached.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # the driver's watch is the gang's (gang.py)
+    os.environ.setdefault(
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
+    )  # the gang watches for preemption itself (gang.py)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     env = {name: os.environ.get(name, value) for name, value in PROCESS_ENV.items()}
     env |= {name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith("RAY_TRAIN_")}
-    env["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths of the run file mean the same on every worker
+    env["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # so that relative paths of the run file are valid on workers
     settings: dict[str, Any] = {
         "runtime_env": {"env_vars": env},
         "log_to_driver": False,
@@ -80,8 +82,8 @@ def connect(cluster: ClusterConfig) -> Connection:
     with Connection() as connection:
         if cluster.address is None:
             connection.folder = connection.enter_context(private())
-            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # without the run's environment: of no use
-            # "local", since None would join whatever a crashed driver left noted in Ray's temporary folder.
+            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # it would lack the run's environment
+            # "local", since None would join the cluster recorded in Ray's temporary folder by a crashed driver.
             settings |= {"address": "local", "num_cpus": _cpus(cluster), "_temp_dir": temp_dir(connection.folder)}
         else:
             settings["address"] = _reachable(cluster.address)
@@ -95,7 +97,7 @@ def connect(cluster: ClusterConfig) -> Connection:
 def _cpus(cluster: ClusterConfig) -> int:
     wanted, cores = math.ceil(cluster.workers * cluster.cpus_per_worker), os.cpu_count() or 1
     if wanted > cores:
-        log.warning("cluster.workers=%d need %d CPUs, this machine has %d: they share", cluster.workers, wanted, cores)
+        log.warning("cluster.workers=%d need %d CPUs, but this machine has %d", cluster.workers, wanted, cores)
     return max(wanted, cores)
 
 
@@ -107,7 +109,7 @@ def _init(address: str | None, settings: dict[str, Any]) -> None:
     except (OSError, RuntimeError, ValueError, RayError, TimeoutError) as error:
         where = address or "a local Ray"
         raise ClusterError(f"cluster.address={address!r}: cannot reach {where}: {error}") from error
-    except SystemExit:  # from Ray's own handler of SIGTERM
+    except SystemExit:  # from Ray's SIGTERM handler
         signal.signal(signal.SIGTERM, on_sigterm)
         signal.raise_signal(signal.SIGTERM)
         raise
@@ -117,31 +119,31 @@ def _init(address: str | None, settings: dict[str, Any]) -> None:
 
 
 def _reachable(address: str) -> str:
-    """Return where to join; fail at once where nobody listens: Ray would try for minutes."""
+    """Return the address to join; raise at once if nothing listens there, since Ray would retry for minutes."""
     where = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
     try:
         where = find_cluster() if where == "auto" else where
         host, _, port = where.rpartition(":")
         if "://" in where or not port.isdigit():
-            return where  # an address of another kind
-        # Ray takes a loopback address for the machine's public one.
+            return where  # not HOST:PORT
+        # Ray replaces a loopback address by the machine's public one.
         host = str(canonicalize_bootstrap_address(where)).rpartition(":")[0]
         socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
     except (OSError, ClusterError) as error:
         raise ClusterError(
-            f"cluster.address={address!r}: cannot reach it: {error}; expected HOST:PORT of a Ray head, 'auto', "
-            "or nothing for a Ray of the run's own"
+            f"cluster.address={address!r}: cannot be reached: {error}; set HOST:PORT of a Ray head or 'auto', or leave "
+            "it out to start a local Ray"
         ) from error
     return where
 
 
 def find_cluster() -> str:
-    """Return the cluster that has a node on this machine, as 'auto' means it: one that `ray start` has made.
+    """Return the address for 'auto': the cluster that `ray start` has started on this machine.
 
-    `ray start` notes it in Ray's folder. A Ray that a run has started for itself, or a notebook, is noted nowhere.
+    `ray start` records it in Ray's folder. A Ray started by a run or a notebook is not recorded.
 
     Raises:
-        ClusterError: If there is none, or several.
+        ClusterError: If there is no such cluster, or more than one.
     """
     last, found = read_ray_address(), set[str]()
     for process in psutil.process_iter(["cmdline"]):
@@ -152,35 +154,35 @@ def find_cluster() -> str:
             if address in (last, read_ray_address(options.get("--temp_dir"))):
                 found.add(address)
     if len(found) > 1 and last not in found:
-        raise ClusterError(f"several Ray clusters have nodes on this machine; name one: {', '.join(sorted(found))}")
-    where = next(iter(found)) if len(found) == 1 else last  # whose processes may be hidden from us
+        raise ClusterError(f"several Ray clusters have nodes on this machine; choose one: {', '.join(sorted(found))}")
+    where = next(iter(found)) if len(found) == 1 else last  # its processes may be invisible to this user
     if not where:
         raise ClusterError(
-            "no Ray cluster has a node on this machine (a Ray that a run has started for itself is not joined); start "
-            "one with `ray start --head`, or name another machine's"
+            "no Ray cluster has a node on this machine (a Ray started by a run does not count); start one with "
+            "`ray start --head`, or set the address of another machine's"
         )
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for 'auto'
     return str(where)
 
 
 def is_open() -> bool:
-    """Return whether the cluster that was joined lets in whoever reaches it from another machine."""
+    """Return whether the joined cluster accepts unauthenticated requests from other machines."""
     import grpc
 
     where = ray.get_runtime_context().gcs_address
     nodes = [str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
     if all(is_loopback(host) for host in (where.rpartition(":")[0], *nodes)):
         return False
-    with grpc.insecure_channel(where) as stranger:
+    with grpc.insecure_channel(where) as channel:
         try:
-            stranger.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=5.0)
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=5.0)
         except grpc.RpcError:
             return False
     return True
 
 
 def head_listens() -> bool:
-    """Return whether the head of the cluster that was joined is still there, without a call of Ray's."""
+    """Return whether the head of the joined cluster still listens, without a call to Ray."""
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5.0).close()
@@ -190,43 +192,43 @@ def head_listens() -> bool:
 
 
 def check_fits(cluster: ClusterConfig) -> None:
-    """Fail at once where waiting would never end: where not even the fewest workers fit."""
+    """Raise ClusterError if not even the minimum number of workers fits, so that a run does not wait forever."""
     workers = cluster.min_workers or cluster.workers
     nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
         have = [node.get(resource, 0.0) for node in nodes]
-        places = sum(int(amount / each + 1e-6) for amount in have) if each else workers  # none spans two nodes
-        if places < workers:
+        slots = sum(int(amount / each + 1e-6) for amount in have) if each else workers  # a worker does not span nodes
+        if slots < workers:
             raise ClusterError(
                 f"cluster: {workers} workers with {each:g} {resource} each need {workers * each:g}, "
-                f"the cluster has {sum(have):g} in all, on nodes of {', '.join(f'{amount:g}' for amount in have)}; "
+                f"the cluster has {sum(have):g} in total, on nodes with {', '.join(f'{amount:g}' for amount in have)}; "
                 f"lower cluster.workers or {resource.lower()}s_per_worker, or add nodes"
             )
-        together = cluster.workers_per_model * each
-        if together > max(have, default=0.0):
+        per_model = cluster.workers_per_model * each
+        if per_model > max(have, default=0.0):
             raise ClusterError(
-                f"cluster.workers_per_model={cluster.workers_per_model}: {together:g} {resource} of a node hold one "
-                f"model, the nodes have {', '.join(f'{amount:g}' for amount in have)}; lower it, or take larger nodes"
+                f"cluster.workers_per_model={cluster.workers_per_model}: one model needs {per_model:g} {resource} of a "
+                f"node, the nodes have {', '.join(f'{amount:g}' for amount in have)}; lower it, or use larger nodes"
             )
 
 
 class CapacityWatch:
-    """Watches whether the cluster can still hold the run: Ray would wait for a lost node for ever."""
+    """Checks whether the cluster still has enough nodes for the run: Ray would wait forever for a lost node."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
-        self._cluster, self._looked = cluster, time.monotonic()
+        self._cluster, self._last_check = cluster, time.monotonic()
         self._missing_since: float | None = None
 
-    def look(self) -> bool:
-        """Look every few seconds; return whether it was time to.
+    def check(self) -> bool:
+        """Check the cluster every few seconds; return whether this call did.
 
         Raises:
             ClusterError: If nodes have been missing for longer than lost_node_timeout_s.
         """
         now = time.monotonic()
-        if now - self._looked < FITS_S:
+        if now - self._last_check < CAPACITY_CHECK_S:
             return False
-        self._looked = now
+        self._last_check = now
         try:
             check_fits(self._cluster)
             self._missing_since = None
@@ -234,29 +236,29 @@ class CapacityWatch:
             patience = self._cluster.lost_node_timeout_s
             if self._missing_since is None:
                 self._missing_since = now
-                log.warning("cluster too small for the run, waiting for up to %gs: %s", patience, error)
+                log.warning("cluster too small for the run: waiting for nodes for up to %gs: %s", patience, error)
             if now - self._missing_since > patience:
                 raise ClusterError(
                     "the cluster has lost nodes, and none has come back within cluster.lost_node_timeout_s="
-                    f"{patience:g}: {error}\nFinished stages and the last checkpoint are kept: `cl-dist resume` goes "
-                    "on from here, also with fewer workers (cluster.workers=...)."
+                    f"{patience:g}: {error}\nFinished stages and the last checkpoint are kept: `cl-dist resume` "
+                    "continues from there, also with fewer workers (cluster.workers=...)."
                 ) from error
         return True
 
 
-def free() -> str:
-    """Return what of the cluster nobody has taken."""
+def free_resources() -> str:
+    """Return a description of the cluster's free resources."""
     left = ray.available_resources()
     return "free now: " + ", ".join(f"{left.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
 
 
 def secrets() -> dict[str, str]:
-    """Return what this process holds of them."""
+    """Return the values of SECRETS in this process's environment."""
     return {name: os.environ[name] for name in SECRETS if name in os.environ}
 
 
 def chdir_to_driver(folder: str) -> None:
-    """Go where the driver is, so that relative paths of the run file mean the same on a cluster that was joined."""
+    """Change to the driver's working directory, if it exists here, so that relative paths of the run file are valid."""
     if os.path.isdir(folder):
         os.chdir(folder)
 

@@ -1,9 +1,9 @@
-"""The dispatcher of stages to a Ray cluster: Train to a gang (Ray Train), everything that comes in shards to a pool.
+"""Dispatcher of stages to a Ray cluster: Train stages to a gang (Ray Train), sharded stages to a pool of actors.
 
-The gang's processes outlive a stage, since starting them costs more than many a task: one `TorchTrainer.fit` serves all
-Train stages of a run and of its baselines. Its ranks fetch stages from a mailbox actor; a gang that lost a worker is
-started again by Ray Train and finds the current stage still there. While the pool works the gang waits, so the pool
-borrows the gang's CPUs and GPUs instead of asking for more; before the gang works the pool drops its model.
+The gang's processes outlive a stage, since starting them can cost more than training a task: one `TorchTrainer.fit`
+runs all Train stages of a run and of its baselines. Its ranks fetch stages from a mailbox actor; after the loss of a
+worker, Ray Train restarts the gang, which finds the current stage in the mailbox. While the pool works the gang waits,
+so the pool borrows the gang's CPUs and GPUs; before the gang works, the pool drops its models.
 """
 
 import logging
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 
 
 class RayDispatcher:
-    """Gang and pool on a Ray cluster, for as many stages as are asked for. Close it when done."""
+    """Gang and pool on a Ray cluster, for any number of stages. Close it when done."""
 
     def __init__(self, cluster: ClusterConfig, folder: Path) -> None:
         """Join or start the cluster.
 
         Raises:
-            ClusterError: If it cannot be reached, can never hold the gang, or has nodes that do not see the run folder.
+            ClusterError: If the cluster cannot be reached, is too small, or has nodes that do not see the run folder.
         """
         self._cluster, self._folder = cluster, folder
         self._gang: Gang | None = None
@@ -52,8 +52,8 @@ class RayDispatcher:
             self._run(job, out, tracker)
         except RayError as error:
             raise ClusterError(
-                f"the Ray cluster failed under the run: {type(error).__name__}: {last_lines(error)}\n"
-                "Finished stages are kept: `cl-dist resume` goes on from here."
+                f"the Ray cluster failed during the run: {type(error).__name__}: {last_lines(error)}\n"
+                "Finished stages are kept: `cl-dist resume` continues from there."
             ) from error
 
     def _run(self, job: Job, out: str, tracker: Tracker) -> None:
@@ -61,20 +61,20 @@ class RayDispatcher:
             raise self._gang.stop
         if kind_of(job.stage).worker is None:
             if self._pool is not None:
-                self._pool.free(keep_actors=self._pool.borrowed)
+                self._pool.release(keep_actors=self._pool.borrowed)
                 self._pool = self._pool if self._pool.borrowed else None
             if self._gang is None:
                 self._gang = Gang(self._cluster, self._folder, self._connection.folder)
                 from cl_dist.stages.shards import import_workers
 
-                import_workers()  # imports torch while the gang starts, which takes longer
+                import_workers()  # import torch while the gang starts
             self._gang.train(job, out, tracker)
             return
-        if self._pool is not None and self._gang is not None and self._pool.places != self._gang.places():
-            self._pool.free(keep_actors=False)  # the gang was started again elsewhere, or with another size
+        if self._pool is not None and self._gang is not None and self._pool.slots != self._gang.slots():
+            self._pool.release(keep_actors=False)  # the gang restarted on other nodes, or with another size
             self._pool = None
         if self._pool is None:
-            self._pool = Pool(self._cluster, self._gang.places() if self._gang else None)
+            self._pool = Pool(self._cluster, self._gang.slots() if self._gang else None)
         from cl_dist.stages.shards import ShardStore
 
         finished = ShardStore(job, Path(out))
@@ -82,10 +82,10 @@ class RayDispatcher:
         finished.merge()
 
     def close(self) -> None:
-        """End the gang and the pool and leave the cluster (or stop it, where this run started it)."""
+        """End the gang and the pool, and leave the cluster, or stop it if this run started it."""
         try:
             if self._pool is not None:
-                self._pool.free(keep_actors=False)
+                self._pool.release(keep_actors=False)
         finally:
             try:
                 if self._gang is not None:

@@ -1,4 +1,4 @@
-"""The pool: actors that take shards one by one, beside the waiting gang or on resources of their own."""
+"""Pool of actors that compute shards, on the resources of the waiting gang or on their own."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cl_dist.dispatch_ray.cluster import (
     ACTOR_TIMEOUT_S,
     CapacityWatch,
-    Place,
+    WorkerSlot,
     chdir_to_driver,
-    free,
+    free_resources,
     last_lines,
     secrets,
 )
@@ -40,38 +40,38 @@ ACTOR = "actor"
 
 
 class ShardWorker:
-    """An actor of the pool: holds one model at a time and works on one shard at a time."""
+    """An actor of the pool: loads one model at a time and computes one shard at a time."""
 
     def __init__(self, number: int, cwd: str, gpus: str | None, secrets: Mapping[str, str]) -> None:
         chdir_to_driver(cwd)
         os.environ |= secrets
         if gpus is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # before torch looks
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # before torch is imported
         from cl_dist.stages.shards import import_workers
 
         import_workers()
 
-        gc.freeze()  # else every collection looks through all of it
+        gc.freeze()  # garbage collections skip the imported modules
         self._number = number
         self._stage: str | None = None
         self._worker: Worker | None = None
 
     def run(self, stage: str, job: Job, shard: Shard, logs: str, timeout_s: float) -> Any:
-        """Work on a shard, loading the stage's model with the first one, for so long at most."""
+        """Compute a shard within timeout_s; the first shard of a stage loads its model."""
         from cl_dist.stages.shards import sharded
 
         path = log_of(Path(logs), self._number, ACTOR)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf8") as file, Watchdog(timeout_s, file):
-            print(f"{job.key}: {shard}", file=file, flush=True)  # what hangs, above its stacks
+            print(f"{job.key}: {shard}", file=file, flush=True)  # names the shard above the stacks of a hang
             if stage != self._stage or self._worker is None:
                 self._worker = None
-                gc.collect()  # never two models resident: accelerate's hooks hold theirs in a cycle
+                gc.collect()  # never two models in memory: accelerate's hooks form reference cycles
                 self._stage, self._worker = stage, sharded(job.stage.kind).worker(job)
             return self._worker.run(shard)
 
     def drop(self) -> None:
-        """Free the model, so that the gang has the memory."""
+        """Free the model's memory for the gang."""
         self._stage = self._worker = None
         gc.collect()
         import torch
@@ -80,63 +80,63 @@ class ShardWorker:
             torch.cuda.empty_cache()
 
 
-def together(places: list[Place], each: int) -> list[Place]:
-    """Return places that are each made of so many of a node; those that are left over hold no model.
+def group_slots(slots: list[WorkerSlot], each: int) -> list[WorkerSlot]:
+    """Group the slots of each node by `each`, one group per model; leftover slots are not used.
 
     Raises:
-        ClusterError: If no node has so many.
+        ClusterError: If no node has enough slots for a group.
     """
-    by_node: dict[str, list[Place]] = {}
-    for place in places:
-        by_node.setdefault(place.node, []).append(place)
+    by_node: dict[str, list[WorkerSlot]] = {}
+    for slot in slots:
+        by_node.setdefault(slot.node, []).append(slot)
     found = [
-        replace(mine[first], gpus=",".join(place.gpus for place in mine[first : first + each]))
+        replace(mine[first], gpus=",".join(slot.gpus for slot in mine[first : first + each]))
         for mine in by_node.values()
         for first in range(0, len(mine) - each + 1, each)
     ]
     if not found:
         raise ClusterError(
-            f"cluster.workers_per_model={each}: no node has so many of the {len(places)} workers; lower it, or take "
+            f"cluster.workers_per_model={each}: no node has that many of the {len(slots)} workers; lower it, or use "
             "nodes with more GPUs"
         )
     return found
 
 
 class Pool:
-    """Actors that take shards one by one. A shard of a dead actor goes to a fresh one."""
+    """Actors that compute one shard at a time. The shard of a dead actor goes to a new one."""
 
-    def __init__(self, cluster: ClusterConfig, places: list[Place] | None) -> None:
+    def __init__(self, cluster: ClusterConfig, slots: list[WorkerSlot] | None) -> None:
         self._cluster = cluster
-        self.places = list(places or [])
-        """Where the gang was whose resources are borrowed."""
+        self.slots = list(slots or [])
+        """Slots of the gang whose resources are borrowed."""
         each = cluster.workers_per_model
-        self._places: list[Place | None] = [None] * (cluster.workers // each)
-        if places:
-            self._places = list(together(places, each))
-        self.borrowed = places is not None
-        self._actors: list[Any] = [self._start(number) for number in range(len(self._places))]
+        self._slots: list[WorkerSlot | None] = [None] * (cluster.workers // each)
+        if slots:
+            self._slots = list(group_slots(slots, each))
+        self.borrowed = slots is not None
+        self._actors: list[Any] = [self._start(number) for number in range(len(self._slots))]
 
     def _start(self, number: int) -> Any:
-        place, cluster = self._places[number], self._cluster
-        if place is None:
+        slot, cluster = self._slots[number], self._cluster
+        if slot is None:
             each = cluster.workers_per_model
             kind = ray.remote(ShardWorker).options(
                 num_cpus=cluster.cpus_per_worker * each, num_gpus=cluster.gpus_per_worker * each
             )
             return kind.remote(number, os.getcwd(), None, secrets())
-        here = NodeAffinitySchedulingStrategy(place.node, soft=True)
+        here = NodeAffinitySchedulingStrategy(slot.node, soft=True)
         kind = ray.remote(ShardWorker).options(num_cpus=0, num_gpus=0, scheduling_strategy=here)
-        return kind.remote(number, os.getcwd(), place.gpus if cluster.gpus_per_worker else None, secrets())
+        return kind.remote(number, os.getcwd(), slot.gpus if cluster.gpus_per_worker else None, secrets())
 
     def map(self, tracker: Tracker, job: Job, finished: ShardStore, logs: Path) -> None:
-        """Have all missing shards worked on, each once, and keep each result as it comes.
+        """Compute all missing shards, and store each result as it arrives.
 
-        Every actor has a block of neighbouring shards, which it works on from the last to the first; one that has
-        finished its own takes the first of the longest block. Actors that do not start, on a cluster that is full, are
-        not waited for as long as others work.
+        Every actor has a block of neighbouring shards, which it computes from the last to the first; when its block is
+        finished, it takes the first shard of the longest block. The pool does not wait for actors that cannot start on
+        a full cluster as long as others work.
 
         Raises:
-            TrainingError: If a shard failed more often than allowed.
+            TrainingError: If a shard fails more than max_failures times.
             ClusterError: If no actor starts in time, or nodes are lost for too long.
             ClDistError: As raised by a worker.
         """
@@ -148,20 +148,20 @@ class Pool:
         failures: dict[Shard, int] = {}
         starting = {actor.__ray_ready__.remote(): number for number, actor in enumerate(self._actors)}
         idle: list[int] = []
-        fits, worked = CapacityWatch(self._cluster), time.monotonic()
+        capacity, worked = CapacityWatch(self._cluster), time.monotonic()
         while any(blocks) or running:
-            fits.look()
+            capacity.check()
             if running or idle:
                 worked = time.monotonic()
             elif time.monotonic() - worked > self._cluster.start_timeout_s:
                 raise ClusterError(
                     f"{job.key}: none of {len(self._actors)} actors started within cluster.start_timeout_s="
-                    f"{self._cluster.start_timeout_s:g}; {free()}"
+                    f"{self._cluster.start_timeout_s:g}; {free_resources()}"
                 )
             while any(blocks) and idle:
                 number = idle.pop()
                 shard = blocks[number].pop() if blocks[number] else max(blocks, key=len).popleft()
-                call = self._actors[number].run.options(name=job.key)  # what Ray's dashboard shows
+                call = self._actors[number].run.options(name=job.key)  # the name on Ray's dashboard
                 running[call.remote(stage, shared, shard, str(logs), self._cluster.progress_timeout_s)] = (
                     number,
                     shard,
@@ -169,7 +169,7 @@ class Pool:
             ended, _ = ray.wait([*running, *starting], timeout=5.0)
             for future in ended:
                 if future in starting:
-                    idle.append(starting.pop(future))  # one that has died already says so with its first shard
+                    idle.append(starting.pop(future))  # a dead actor fails on its first shard
                     continue
                 number, shard = running.pop(future)
                 try:
@@ -191,7 +191,7 @@ class Pool:
                     words = f"{last_lines(cause)}\n{log_tails(logs, [number], ACTOR)}\n"
                     raise TrainingError(
                         f"{job.key}: {shard} failed {failures[shard]} times; last cause:\n{words}{remedy(words)}"
-                        "Finished stages and shards are kept: `cl-dist resume` goes on from here."
+                        "Finished stages and shards are kept: `cl-dist resume` continues from there."
                     ) from cause
                 tracker.event({"event": "shard_retry", "shard": str(shard), "attempt": failures[shard] + 1})
                 log.warning(
@@ -199,8 +199,8 @@ class Pool:
                 )
                 blocks[number].append(shard)
 
-    def free(self, keep_actors: bool) -> None:
-        """Make room: drop the models, or end the actors."""
+    def release(self, keep_actors: bool) -> None:
+        """Free resources: drop the models, or also end the actors."""
         if not keep_actors:
             for actor in self._actors:
                 ray.kill(actor)
@@ -208,5 +208,5 @@ class Pool:
         try:
             ray.get([actor.drop.remote() for actor in self._actors], timeout=ACTOR_TIMEOUT_S)
         except (RayActorError, GetTimeoutError) as error:
-            log.warning("pool actor gone while idle: %s", error)
-            self._actors = [self._start(number) for number in range(len(self._places))]
+            log.warning("pool actor lost while idle: %s", error)
+            self._actors = [self._start(number) for number in range(len(self._slots))]

@@ -1,7 +1,7 @@
-"""A Ray of the run's own: on the loopback interface, with a token of its own, in a folder that only its user can enter.
+"""Private Ray for a single run: on the loopback interface, with its own token, in a folder private to its user.
 
-The token lies in a file of that folder, and Ray's processes are told where: it is in no environment, command line, log
-or job.
+The token is in a file of that folder, and Ray's processes get the file's path: the token itself does not appear in any
+environment, command line, log or job.
 """
 
 import ipaddress
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 PREFIX, INNER = "cl-ray-", "r"
 LONGEST_SOCKET = f"{PREFIX}12345678/{INNER}/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_MetricsHead"
 SOCKET_PATH = 107
-"""Longest path that the system takes for a socket."""
+"""Maximum length of a socket's path."""
 TOKEN_SETTINGS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 UNGUARDED = {
-    # Prometheus' pages ask nobody for a token; a run's own Ray lasts as long as the run, and nothing collects from it.
+    # Prometheus endpoints require no token; a private Ray ends with its run, and nothing collects its metrics.
     "RAY_enable_metrics_collection": "0",
     "AUTOSCALER_METRIC_PORT": "-1",
     "DASHBOARD_METRIC_PORT": "-1",
@@ -38,12 +38,12 @@ UNGUARDED = {
 
 @contextmanager
 def private() -> Iterator[Path]:
-    """Prepare this process, and those that it starts, to start a Ray of its own; yield the folder for it.
+    """Prepare this process and its children to start a private Ray; yield its folder.
 
-    Ray lets everybody into its own folder, so that lies one deeper: `temp_dir`.
+    Ray makes its own folder accessible to all users, so it is one level deeper: `temp_dir`.
 
     Raises:
-        ClusterError: If no folder can be made.
+        ClusterError: If no folder can be created.
     """
     interface, folder = loopback(), _make_folder()
     token = folder / "token"
@@ -61,7 +61,7 @@ def private() -> Iterator[Path]:
         with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
             file.write(secrets.token_hex(32))
         _set(settings)
-        ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's way to stay on loopback; it takes 127.0.0.1 for the public one
+        ray_constants.ENABLE_RAY_CLUSTER = False  # makes Ray use loopback; it replaces 127.0.0.1 by the public address
         yield folder
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = has_clusters
@@ -70,24 +70,24 @@ def private() -> Iterator[Path]:
 
 
 def _make_folder() -> Path:
-    """Make a folder where Ray would make its own, or in /tmp where that has no room for the names of sockets."""
+    """Create a folder in Ray's temporary folder, or in /tmp if its path is too long for sockets."""
     base = get_default_system_temp_dir()
     if len(os.path.join(base, LONGEST_SOCKET)) > SOCKET_PATH:
         if "RAY_TMPDIR" in os.environ:
-            log.warning("RAY_TMPDIR=%s: too long for the sockets of a local Ray, whose folder is in /tmp", base)
+            log.warning("RAY_TMPDIR=%s: too long for the sockets of a local Ray; using /tmp instead", base)
         base = os.path.join(os.sep, "tmp")
     try:
         os.makedirs(base, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
     except OSError as error:
         raise ClusterError(
-            f"{base}: no folder for a local Ray can be made there: {error}; set RAY_TMPDIR to one with room in which "
-            "you may write"
+            f"{base}: cannot create a folder for a local Ray: {error}; set RAY_TMPDIR to a writable folder with free "
+            "space"
         ) from error
 
 
 def _set(settings: Mapping[str, str | None]) -> None:
-    """Set variables of the environment, or remove them, and have Ray read them again."""
+    """Set or remove environment variables, and make Ray reload its configuration."""
     for name, value in settings.items():
         if value is None:
             os.environ.pop(name, None)
@@ -101,7 +101,7 @@ def loopback() -> str:
     """Return the name of the loopback interface.
 
     Raises:
-        ClusterError: If there is none.
+        ClusterError: If there is no loopback interface.
     """
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.family in (socket.AF_INET, socket.AF_INET6) and is_loopback(each.address) for each in addresses):
@@ -110,12 +110,12 @@ def loopback() -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address."""
+    """Return whether an address is reachable from this machine only."""
     with suppress(ValueError):
         return ipaddress.ip_address(host.partition("%")[0].strip("[]")).is_loopback
     return host == "localhost"
 
 
 def temp_dir(folder: Path) -> str:
-    """Return where Ray puts its sockets and logs."""
+    """Return Ray's folder for sockets and logs."""
     return str(folder / INNER)

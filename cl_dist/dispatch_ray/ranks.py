@@ -1,4 +1,4 @@
-"""What every rank of the gang does: fetch a stage from the mailbox, train it, fetch the next."""
+"""Worker loop of the gang's ranks: fetch a stage from the mailbox, train it, fetch the next."""
 
 import gc
 import logging
@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, Place, chdir_to_driver
+from cl_dist.dispatch_ray.cluster import ACTOR_TIMEOUT_S, WorkerSlot, chdir_to_driver
 from cl_dist.dispatch_ray.watchdog import Watchdog, log_of
 from cl_dist.errors import ClDistError, StoppedError
 from cl_dist.stages.stage_job import SaveRequest
@@ -18,47 +18,49 @@ from cl_dist.storage import storage_errors
 
 
 def gang_worker(config: Mapping[str, Any]) -> None:
-    """Run on every rank of the gang: fetch a stage, train it, fetch the next; start over at the current one."""
-    from cl_dist.parallel.world import World  # here, since Ray Train's controller imports this module too
+    """Run on every rank of the gang: train the mailbox's stages; a restarted gang begins with the current stage."""
+    from cl_dist.parallel.world import World  # imported here: Ray Train's controller imports this module too
     from cl_dist.stages import train
 
-    gc.freeze()  # what has been imported: else every collection looks through all of it
+    gc.freeze()  # garbage collections skip the imported modules
     mailbox, after = config["mailbox"], -1
     chdir_to_driver(config["cwd"])
     world = World.current()
     context = ray.get_runtime_context()
-    # Its own GPUs: CUDA_VISIBLE_DEVICES names those of all ranks of its node.
+    # Its own GPUs: CUDA_VISIBLE_DEVICES lists those of all ranks of its node.
     gpus = ",".join(map(str, context.get_accelerator_ids().get("GPU", [])))
-    place = Place(world.rank, context.get_node_id(), gpus, os.getpid())
-    os.environ |= ray.get(mailbox.hello.remote(place, world.size), timeout=ACTOR_TIMEOUT_S)
+    slot = WorkerSlot(world.rank, context.get_node_id(), gpus, os.getpid())
+    os.environ |= ray.get(mailbox.hello.remote(slot, world.size), timeout=ACTOR_TIMEOUT_S)
     while True:
-        parcel = ray.get(mailbox.fetch.remote(after), timeout=ACTOR_TIMEOUT_S)
-        if parcel == "closed":
+        ticket = ray.get(mailbox.fetch.remote(after), timeout=ACTOR_TIMEOUT_S)
+        if ticket == "closed":
             return
-        if parcel == "wait":
+        if ticket == "wait":
             continue
-        alive = Watchdog(parcel.progress_timeout_s, _log_to(log_of(Path(parcel.logs), world.rank)))
+        watchdog = Watchdog(ticket.progress_timeout_s, _log_to(log_of(Path(ticket.logs), world.rank)))
         try:
-            with storage_errors(parcel.out), alive:
-                train.run(parcel.job, Path(parcel.out), _Throttled(mailbox), lambda: _asks(mailbox), alive)
+            with storage_errors(ticket.out), watchdog:
+                train.run(
+                    ticket.job, Path(ticket.out), _ThrottledTracker(mailbox), lambda: _take_request(mailbox), watchdog
+                )
         except StoppedError:
             if world.rank == 0:
-                ray.get(mailbox.saved.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
-            after = parcel.number
-            _free()
+                ray.get(mailbox.saved.remote(ticket.number), timeout=ACTOR_TIMEOUT_S)
+            after = ticket.number
+            _free_memory()
             continue
         except ClDistError as error:
             ray.get(mailbox.fail.remote(error), timeout=ACTOR_TIMEOUT_S)
             raise
-        _free()  # before the pool borrows these GPUs
-        world.gather(None)  # rank 0 has written its files, and nobody is still reading an input
+        _free_memory()  # before the pool borrows these GPUs
+        world.gather(None)  # rank 0 has written its files, and no rank still reads an input
         if world.rank == 0:
-            ray.get(mailbox.done.remote(parcel.number), timeout=ACTOR_TIMEOUT_S)
-        after = parcel.number
+            ray.get(mailbox.done.remote(ticket.number), timeout=ACTOR_TIMEOUT_S)
+        after = ticket.number
 
 
-def _free() -> None:
-    """Let go of the stage's engine, which holds itself in cycles, and of what torch keeps of a GPU for later."""
+def _free_memory() -> None:
+    """Free the stage's engine, which has reference cycles, and torch's cached GPU memory."""
     import torch
 
     gc.collect()
@@ -66,13 +68,13 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _asks(mailbox: Any) -> SaveRequest:
-    asked: SaveRequest = ray.get(mailbox.take_request.remote(), timeout=ACTOR_TIMEOUT_S)
-    return asked
+def _take_request(mailbox: Any) -> SaveRequest:
+    request: SaveRequest = ray.get(mailbox.take_request.remote(), timeout=ACTOR_TIMEOUT_S)
+    return request
 
 
-class _Throttled:
-    """Sends a few step events a second and all others."""
+class _ThrottledTracker:
+    """Forwards all events, but at most one step event per 0.3 seconds."""
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox, self._last = mailbox, 0.0
@@ -85,7 +87,7 @@ class _Throttled:
 
 
 def _log_to(path: Path) -> Any:
-    """Log to a file from now on, and return it."""
+    """Redirect the log to a file, and return it."""
     root = logging.getLogger("cl_dist")
     if not any(getattr(handler, "baseFilename", "") == str(path.absolute()) for handler in root.handlers):
         path.parent.mkdir(parents=True, exist_ok=True)

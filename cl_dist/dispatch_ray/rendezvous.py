@@ -1,6 +1,6 @@
-"""Where the ranks of a gang find each other on one machine: in a file, which nobody else can enter.
+"""File rendezvous of the ranks of a gang on one machine, in a folder that other users cannot enter.
 
-Ray Train has them meet at a port of rank 0, which listens on every interface and asks nobody who he is.
+Ray Train's default rendezvous is a port of rank 0 that listens on every interface without authentication.
 """
 
 import uuid
@@ -18,19 +18,19 @@ from ray.train.torch.config import (
 
 @dataclass
 class FileConfig(TorchConfig):
-    """Torch's process group over a file of a folder."""
+    """Process group of torch with a file rendezvous in a folder."""
 
     folder: str = ""
 
     @property
     def backend_cls(self) -> type["_FileBackend"]:
-        """What sets it up."""
+        """The backend that sets up the process group."""
         return _FileBackend
 
 
 class _FileBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Set the group up, each time with a file of its own: the last one may hold what a dead gang left."""
+        """Set up the process group with a new file, since the previous one may have entries of a dead gang."""
         worker_group.execute(_set_torch_distributed_env_vars)
         settings = {
             "backend": backend_config.backend,

@@ -12,8 +12,8 @@ from cl_dist.learners.base import no_effect_transforms
 from cl_dist.learners.text import UPDATE
 from cl_dist.methods.rational_lamol import RationalLamolConfig
 from cl_dist.models.architectures import architecture, layers_of
-from cl_dist.models.attention_slices import block_parameters, kept, shape_of, units_of
-from cl_dist.models.lowrank import kept_updates
+from cl_dist.models.attention_slices import block_parameters, shape_of, trainable_masks, units_of
+from cl_dist.models.lowrank import trainable_update_masks
 from cl_dist.parallel.gradients import GradScale
 from cl_dist.parallel.seeds import seed_of
 
@@ -32,7 +32,9 @@ def check_updates(backbone: PreTrainedModel, config: RationalLamolConfig) -> Non
     layers = layers_of(backbone)
     first = [(layer, 0) for layer in range(len(layers))]
     with torch.device("cpu"):  # a plan builds the model without data, but reads these masks
-        frozen = kept_updates(backbone, UPDATE, kept(backbone, first, config.level, config.freeze_output))
+        frozen = trainable_update_masks(
+            backbone, UPDATE, trainable_masks(backbone, first, config.level, config.freeze_output)
+        )
     if not all(any(name.startswith(f"{path}.") for name in frozen) for path, _ in layers):
         raise ConfigError(
             f"method.lora.target_modules={config.lora.target_modules}: level: {config.level} freezes parts of "
@@ -88,9 +90,9 @@ class FrozenUnits:
         """Return the masks of frozen heads and groups, and those of biases without effect, by name in `backbone`."""
         scales = no_effect_transforms(self._backbone)
         if self._config.level != "block":
-            parts = kept(self._backbone, self.units, self._config.level, self._config.freeze_output)
+            parts = trainable_masks(self._backbone, self.units, self._config.level, self._config.freeze_output)
             if self._config.lora is not None:
-                parts = kept_updates(self._backbone, UPDATE, parts)
+                parts = trainable_update_masks(self._backbone, UPDATE, parts)
             for inner, scale in masks(parts).items():
                 name = f"backbone.{inner}"
                 before = scales.get(name)
@@ -106,7 +108,7 @@ class FrozenUnits:
 
 
 def masks(parts: Mapping[str, tuple[str, Tensor]]) -> dict[str, GradScale]:
-    """Return gradient masks from `attention_slices.kept`; entries outside them move and decay as they would."""
+    """Return gradient masks from `attention_slices.trainable_masks`; other entries train as usual."""
     return {
         name: GradScale(row=keep, decay=True)
         if axis == "row"

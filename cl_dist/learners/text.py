@@ -18,7 +18,7 @@ from cl_dist.models.causal import LOSS, RIGHT, CausalModel, per_row
 from cl_dist.models.classifier import Batch
 from cl_dist.models.config import LoraShape, check_length
 from cl_dist.models.lowrank import add_update, own_parameters
-from cl_dist.models.vocabulary import add_trainable_rows, extend
+from cl_dist.models.vocabulary import add_trainable_rows, extend_vocabulary
 from cl_dist.parallel.gradients import GradientTransform
 from cl_dist.parallel.seeds import seeded
 
@@ -43,7 +43,7 @@ class TextLearner(Learner):
         """Build the model for a vocabulary of some size, whose rows from `known` on are new."""
         dtype = getattr(torch, self.model_config.dtype)
         if self.lora is None:
-            extend(backbone, size, known, self.seed, dtype)
+            extend_vocabulary(backbone, size, known, self.seed, dtype)
         else:
             add_trainable_rows(backbone, size, known, self.seed, dtype)
             with seeded(self.seed, "lora"):

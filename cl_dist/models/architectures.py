@@ -1,8 +1,8 @@
-"""Where the parts of a transformer are: one table, one row per `model_type` of transformers.
+"""Table of supported architectures: the module paths of a transformer, one row per `model_type` of transformers.
 
-Paths of modules are relative to the base model (`layers`, `embeddings`) or to a layer (all others), so that a row holds
-for the base model alone and for the same model with a language modelling head.
-Read in the modelling code of transformers 5.23; tests/cl_dist/models/test_architectures.py tries every row.
+Paths are relative to the base model (`layers`, `embeddings`) or to a layer (all others), so a row applies to the base
+model and to the same model with a language modelling head.
+Taken from the modelling code of transformers 5.23; tests/cl_dist/models/test_architectures.py tests every row.
 """
 
 from dataclasses import dataclass
@@ -20,28 +20,28 @@ class SubBlock:
 
     name: str
     output: str
-    """Module whose output is about to be added to the residual stream; a plugin goes behind it. In decoders that
-    normalise there (Gemma 2 and 3, OLMo 2) it is that norm."""
+    """Module whose output is added to the residual stream; a plugin wraps it. In decoders that normalise this output
+    (Gemma 2 and 3, OLMo 2) it is that norm."""
     norm: str | None
-    """The norm that belongs to it: behind the residual sum (BERT), in front of the sub-block (GPT-2), or of its output.
-    A norm without weights is left alone; None where another sub-block reads the same norm."""
+    """Its norm: after the residual sum (BERT), before the sub-block (GPT-2), or on its output. Norms without weights
+    are not replaced; None if another sub-block uses the same norm."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """The attention of a layer, with H heads of d, and G groups of heads that share keys and values."""
+    """The attention of a layer, with H heads of size d, and G groups of heads that share keys and values."""
 
     projections: tuple[str, ...]
-    """Of queries, keys and values: three layers, or one for all."""
+    """Query, key and value projections: three layers, or one joint layer."""
     output: str
-    """The projection behind the heads, which reads them one behind the other: H d inputs."""
+    """The output projection of the concatenated heads: H d inputs."""
     layout: Literal["separate", "joined", "per_head"] = "separate"
-    """Outputs of the one layer: joined is all queries, then all keys, then all values; per_head is the query, key and
-    value of the first head, then those of the next."""
+    """Output order of a joint layer: joined is all queries, then all keys, then all values; per_head is the query, key
+    and value of each head in turn."""
     norms: tuple[str, ...] = ()
-    """Norms of queries and of keys, where the configuration has them. Those of d weights are shared by all heads."""
+    """Norms of queries and of keys, if the configuration has them. Norms with d weights are shared by all heads."""
     positions: Literal["absolute", "rotary", "relative"] = "rotary"
-    """rotary turns queries and keys by their place, relative adds terms that read them beside the place."""
+    """rotary rotates queries and keys by their position; relative adds position terms that also depend on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,11 @@ class Architecture:
     embeddings: tuple[str, ...]
     """Modules between token ids and the first layer."""
     is_causal: bool = True
-    """Whether a token sees the tokens before it alone."""
+    """Whether a token attends to earlier tokens only."""
 
     @property
     def lora(self) -> tuple[str, ...]:
-        """Names of the layers that LoRA changes unless it is told otherwise: queries and values of every attention."""
+        """Default target modules of LoRA: the query and value projections of every attention."""
         ends = (self.attention.projections[0], self.attention.projections[-1])
         return tuple(dict.fromkeys(path.rpartition(".")[2] for path in ends))
 
@@ -80,7 +80,7 @@ def _post_norm(attention: Attention) -> Architecture:
 def _pre_norm(
     attention: str = "self_attn.o_proj", ffn: str = "mlp.down_proj", joined: str | None = None, norms: bool = False
 ) -> Architecture:
-    """Return the row of a decoder laid out as Llama; attention and ffn are the sub-blocks' last modules."""
+    """Return the row of a decoder laid out as Llama; attention and ffn are the sub-blocks' output modules."""
     separate = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     return Architecture(
         layers="layers",
@@ -99,14 +99,14 @@ def _pre_norm(
 
 
 def _normed_output(norms: bool) -> Architecture:
-    """Return the row of a decoder that normalises what a sub-block adds to the residual stream: Gemma 2 and 3, OLMo 2.
+    """Return the row of a decoder that normalises the output of its sub-blocks: Gemma 2 and 3, OLMo 2.
 
-    The norm of the output is the one that a task owns.
+    The output norm is the task-specific one.
     """
-    places = (("attention", "post_attention_layernorm"), ("ffn", "post_feedforward_layernorm"))
+    sub_blocks = (("attention", "post_attention_layernorm"), ("ffn", "post_feedforward_layernorm"))
     return Architecture(
         layers="layers",
-        sub_blocks=tuple(SubBlock(name, norm, norm) for name, norm in places),
+        sub_blocks=tuple(SubBlock(name, norm, norm) for name, norm in sub_blocks),
         attention=_pre_norm(norms=norms).attention,
         embeddings=("embed_tokens",),
     )
@@ -132,7 +132,7 @@ _GPT_NEOX = Architecture(
     attention=Attention(("attention.query_key_value",), "attention.dense", layout="per_head"),
     embeddings=("embed_in",),
 )
-_PHI = Architecture(  # both sub-blocks read one norm, and pass one dropout: plugins sit in front of it
+_PHI = Architecture(  # both sub-blocks share a norm and a dropout; plugins come before the dropout
     layers="layers",
     sub_blocks=(
         SubBlock("attention", "self_attn.dense", "input_layernorm"),
@@ -188,10 +188,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture(model: PreTrainedModel) -> Architecture:
-    """Return the row of a model.
+    """Return the table row of a model.
 
     Raises:
-        ConfigError: If it has none.
+        ConfigError: If its architecture is not supported.
     """
     kind = model.config.model_type
     if kind not in ARCHITECTURES:
@@ -203,7 +203,7 @@ def architecture(model: PreTrainedModel) -> Architecture:
 
 
 def path_in(model: PreTrainedModel, path: str) -> str:
-    """Return the path in a model of what has this path in its base model."""
+    """Convert a path in the base model to a path in the model."""
     return path if model.base_model is model else f"{model.base_model_prefix}.{path}"
 
 

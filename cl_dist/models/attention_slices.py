@@ -1,4 +1,4 @@
-"""What a head owns: which columns or rows of which projections, by the table in architectures.py.
+"""Slices of attention weights that belong to a head, a group of heads or a block, from the table in architectures.py.
 
 Axes: H query heads, G groups of heads that share keys and values, d size of a head.
 """
@@ -25,10 +25,10 @@ def shape_of(model: PreTrainedModel) -> tuple[int, int, int, int]:
 
 
 def units_of(model: PreTrainedModel, level: Level) -> int:
-    """Return how many units a layer has.
+    """Return the number of units in a layer.
 
     Raises:
-        ConfigError: If the architecture has no row in the table.
+        ConfigError: If the architecture is not supported.
     """
     architecture(model)
     _, heads, groups, _ = shape_of(model)
@@ -36,22 +36,22 @@ def units_of(model: PreTrainedModel, level: Level) -> int:
 
 
 def block_parameters(model: PreTrainedModel, layer: int) -> list[str]:
-    """Return the names of a layer's parameters. By whole names: layer 1 is no part of layer 10."""
+    """Return the names of a layer's parameters. The prefix ends in a dot, so layer 1 does not match layer 10."""
     prefix = f"{layers_of(model)[layer][0]}."
     return [name for name, _ in model.named_parameters() if name.startswith(prefix)]
 
 
-def kept(
+def trainable_masks(
     model: PreTrainedModel, units: list[tuple[int, int]], level: Level, output: bool
 ) -> dict[str, tuple[str, Tensor]]:
-    """Return what remains trainable when units are frozen: name -> (axis, 1 where an entry may move).
+    """Return the masks of trainable entries when units are frozen: name -> (axis, 1 where an entry may change).
 
-    axis is "row" or "column" of a weight, "row" of a bias. A frozen head keeps its queries; keys and values are frozen
-    with a whole group only, since a head alone does not own them. With output, the part of the projection behind the
-    heads that reads a frozen head is frozen too.
+    axis is "row" or "column" of a weight, "row" of a bias. Freezing a head freezes its queries; keys and values are
+    frozen only with a whole group, since a single head does not own them. With output, the slice of the output
+    projection that reads a frozen head is frozen too.
 
-    Where queries or keys are normalised by weights that all heads share, these stay as they are with the first frozen
-    head. OLMo 2 divides by the size of all heads together: its frozen queries keep their direction, not their length.
+    Query and key norms with weights shared by all heads are frozen as soon as one head is. OLMo 2 normalises over all
+    heads together: its frozen queries keep their direction, but not their length.
     """
     attention = architecture(model).attention
     _, heads, groups, size = shape_of(model)
@@ -59,9 +59,9 @@ def kept(
     layers = layers_of(model)
     for number in sorted({layer for layer, _ in units}):
         path, layer = layers[number]
-        query_H, shared_G = _whole_units([unit for at, unit in units if at == number], level, heads, groups)
+        query_H, shared_G = _owned_heads([unit for at, unit in units if at == number], level, heads, groups)
         query, shared = query_H.repeat_interleave(size), shared_G.repeat_interleave(size)
-        for name, keep in _projected(attention, query, shared, shared, size):
+        for name, keep in _projection_masks(attention, query, shared, shared, size):
             module = _below_updates(layer.get_submodule(name))
             found[f"{path}.{name}.weight"] = ("column" if isinstance(module, Conv1D) else "row", keep)
             if getattr(module, "bias", None) is not None:
@@ -79,13 +79,13 @@ def kept(
 
 
 def _below_updates(module: nn.Module) -> nn.Module:
-    """Return the layer below a low-rank update, or the layer itself. peft takes seconds to import: it is not asked."""
+    """Return the base layer of a low-rank update, or the layer itself. Avoids importing peft, which takes seconds."""
     below = getattr(module, "get_base_layer", None)
     return module if below is None else below()
 
 
-def _whole_units(mine: list[int], level: Level, heads: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Return 0 for each head (H,) whose queries, and each group (G,) whose keys and values, the units own."""
+def _owned_heads(mine: list[int], level: Level, heads: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Return masks of the heads (H,) and of the groups (G,) that are 0 for the frozen units."""
     query_H, shared_G = torch.ones(heads), torch.ones(groups)
     if level == "group":
         shared_G[mine] = 0
@@ -97,8 +97,10 @@ def _whole_units(mine: list[int], level: Level, heads: int, groups: int) -> tupl
     return query_H, shared_G
 
 
-def _projected(attention: Attention, query: Tensor, key: Tensor, value: Tensor, size: int) -> list[tuple[str, Tensor]]:
-    """Return each projection with what is said of queries (H d), keys and values (G d), in the order of its outputs."""
+def _projection_masks(
+    attention: Attention, query: Tensor, key: Tensor, value: Tensor, size: int
+) -> list[tuple[str, Tensor]]:
+    """Return each projection with its mask: those of queries (H d), keys and values (G d), in the order of outputs."""
     parts = (query, key, value)
     if attention.layout == "separate":
         return list(zip(attention.projections, parts, strict=True))
@@ -109,40 +111,39 @@ def _projected(attention: Attention, query: Tensor, key: Tensor, value: Tensor, 
 
 
 def _parameters_at(layer: nn.Module, path: str) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters of a module that the configuration may have left out."""
+    """Return the parameters of a module, or nothing if the configuration has no such module."""
     parent, _, name = path.rpartition(".")
     module = getattr(layer.get_submodule(parent), name, None)
     return [] if module is None else list(module.named_parameters())
 
 
 def no_effect_biases(model: PreTrainedModel) -> dict[str, Tensor | None]:
-    """Return the biases of keys that change nothing: name -> 1 where an entry counts, else 0; None where none counts.
+    """Return the key biases without effect: name -> 1 where an entry has an effect, else 0; None if no entry has one.
 
-    What shifts all scores of a query alike, the softmax takes out: a bias on keys that are not turned by their place.
-    The gradient that is left is rounding noise, of which AdamW would make whole steps, other ones on every number of
-    workers.
+    A bias on keys that are not rotated by their position shifts all scores of a query alike, and the softmax cancels
+    it. Its gradient is rounding noise, which AdamW would turn into full steps that differ with the number of workers.
     """
     row = architecture(model)
     if row.attention.positions == "relative":
         return {}
     _, heads, groups, size = shape_of(model)
-    turned = _turned(model, size) if row.attention.positions == "rotary" else 0
-    if turned >= size:
+    rotary = _rotary_dims(model, size) if row.attention.positions == "rotary" else 0
+    if rotary >= size:
         return {}
-    counts = torch.cat([torch.ones(turned), torch.zeros(size - turned)]).repeat(groups)
+    counts = torch.cat([torch.ones(rotary), torch.zeros(size - rotary)]).repeat(groups)
     query, value = torch.ones(heads * size), torch.ones(groups * size)
     is_separate = row.attention.layout == "separate"
-    name, keep = _projected(row.attention, query, counts, value, size)[1 if is_separate else 0]
+    name, keep = _projection_masks(row.attention, query, counts, value, size)[1 if is_separate else 0]
     found: dict[str, Tensor | None] = {}
     for path, layer in layers_of(model):
         if any(_parameters_at(layer, norm) for norm in row.attention.norms):
             continue
         if getattr(layer.get_submodule(name), "bias", None) is not None:
-            found[f"{path}.{name}.bias"] = None if is_separate and turned == 0 else keep
+            found[f"{path}.{name}.bias"] = None if is_separate and rotary == 0 else keep
     return found
 
 
-def _turned(model: PreTrainedModel, size: int) -> int:
-    """Return how many of a head's dimensions, the first ones, rotary positions turn."""
+def _rotary_dims(model: PreTrainedModel, size: int) -> int:
+    """Return the number of leading dimensions of a head that rotary positions rotate."""
     known: Any = getattr(model.config, "rope_parameters", None) or {}
     return int(size * known.get("partial_rotary_factor", 1.0))

@@ -4,7 +4,7 @@ Axes: B rows, L tokens, H hidden units, U seen tasks (the last is the current on
 width, J transfer capsules, D = d * J, C filters of one kernel size.
 Source: Ke et al. 2021 (CTR), section 3. Dynamic routing: Sabour et al. 2017, used by B-CL (Ke et al. 2021, NAACL).
 Departs from the CTR release, whose reshapes mix tasks, tokens and rows: every result here is a function of its own row,
-and all tasks are computed by the same handful of operations, whatever their number.
+and the number of operations does not depend on the number of tasks.
 """
 
 import re
@@ -62,14 +62,14 @@ class Router(nn.Module):
 
     Given the pre-routing vectors u_i of all seen tasks, a text CNN compares each with the current task's:
         q = W_c concat_k max ReLU(conv_cur_k(u_t));   z_i = concat_k max ReLU(conv_sim_k(u_i) + q)
-        a_i = W_a z_i + b_a (how much is passed on);  g_i = W_g (z_i - mean_u z_u) + b_g (whether anything is)
+        a_i = W_a z_i + b_a (the amount passed on);  g_i = W_g (z_i - mean_u z_u) + b_g (the gate's logits)
     An open gate passes a_i * u_i; the current task's own gate is always open.
 
-    At the start a_i is near 1 and a gate is open as often as not: with the release's initial values the whole module is
-    below 1 % of the hidden states, so that neither the capsules nor the gates get a signal that means anything.
+    Initially a_i is near 1 and a gate is open with probability 1/2: with the release's initial values the output of the
+    module is below 1 % of the hidden states, so neither the capsules nor the gates get a useful gradient.
 
     Departs from the paper, whose gate reads z_i itself. z is not negative and its larger part is common to all tasks:
-    a step on W_g moves all gates together, far faster than apart, and they end up open for every capsule or for none.
+    a step on W_g moves all gates together, much faster than apart, and they end up open for every capsule or for none.
     """
 
     def __init__(self, shape: SharingShape, hidden: int) -> None:
@@ -89,7 +89,7 @@ class Router(nn.Module):
         nn.init.zeros_(self.gate.bias)
 
     def forward(self, u_BULD: Tensor, token_mask_BL: Tensor, noise_BU2: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return v (B, L, D), the sum of what the open gates pass, and the gates delta (B, U) in {0, 1}.
+        """Return v (B, L, D), the sum of the outputs of the open gates, and the gates delta (B, U) in {0, 1}.
 
         noise_BU2 is the Gumbel noise of the U - 1 earlier tasks' gates; None decides by argmax.
         """
@@ -126,8 +126,8 @@ def hard_gate(logits_BU2: Tensor, noise_BU2: Tensor | None) -> Tensor:
 class Sharing(nn.Module):
     """The knowledge-sharing module of one plugin, with a capsule and a router per task.
 
-    Capsule parameters of all tasks lie directly on this module, since its forward reads all of them at once: under
-    ZeRO-3 a module gathers just its own parameters. What only one task needs is a child, gathered when it is used.
+    The capsule parameters of all tasks belong directly to this module, since its forward reads all of them: ZeRO-3
+    gathers a module's own parameters only. Modules of a single task are children, gathered when they are used.
     """
 
     def __init__(self, shape: SharingShape, hidden: int) -> None:
@@ -151,16 +151,16 @@ class Sharing(nn.Module):
         if shape.routing == "transfer":
             self.routers[str(task)] = Router(shape, self.hidden)
         up = nn.Linear(size * num, self.hidden)
-        nn.init.normal_(up.weight, std=0.02)  # small, so that what has not been learned yet disturbs little
+        nn.init.normal_(up.weight, std=0.02)  # small, so that an untrained module changes little
         nn.init.zeros_(up.bias)
         self.ups[str(task)] = up
         self.num_tasks += 1
 
     def inherit(self, task: int) -> None:
-        """Start the router, up-projection and routing row of a task from the previous task's.
+        """Initialize the router, up-projection and routing row of a task with the previous task's.
 
-        Its gate starts undecided: what helped the previous task need not help this one, and a gate that has made up its
-        mind gets next to no gradient.
+        The gate is not copied: capsules that helped the previous task need not help this one, and a saturated gate gets
+        almost no gradient.
         """
         previous = task - 1
         with torch.no_grad():
@@ -168,8 +168,8 @@ class Sharing(nn.Module):
         self.ups[str(task)].load_state_dict(self.ups[str(previous)].state_dict())
         if self.shape.routing == "transfer":
             state = self.routers[str(previous)].state_dict()
-            kept = {name: value for name, value in state.items() if not name.startswith("gate.")}
-            self.routers[str(task)].load_state_dict(kept, strict=False)
+            inherited = {name: value for name, value in state.items() if not name.startswith("gate.")}
+            self.routers[str(task)].load_state_dict(inherited, strict=False)
 
     def task_parameters(self, task: int) -> list[nn.Parameter]:
         """Return the parameters that belong to one task."""
@@ -177,16 +177,16 @@ class Sharing(nn.Module):
         return self.capsule_parameters(task) + [p for module in modules for p in module.parameters()]
 
     def capsule_parameters(self, task: int) -> list[nn.Parameter]:
-        """Return one task's capsule and routing row: what `backward_transfer` lets later tasks improve."""
+        """Return one task's capsule and routing row, which `backward_transfer` lets later tasks train."""
         own = re.compile(rf"(capsule{task}_|route{task}$)")
         return [p for name, p in self.named_parameters(recurse=False) if own.match(name)]
 
     def _stacked(self, kind: str, num_tasks: int) -> Tensor:
-        """Return the parameters of a kind of all seen tasks as one tensor (U, ...), by as many operations for any U."""
+        """Return the parameters of a kind of all seen tasks as one tensor (U, ...); the operation count is constant."""
         own = [getattr(self, kind.format(task)) for task in range(num_tasks)]
         if any(parameter.requires_grad for parameter in own[:-1]):
             return torch.stack(own)
-        with torch.no_grad():  # frozen tasks cost no backward operation each
+        with torch.no_grad():  # no backward operations for frozen tasks
             frozen = torch.stack(own[:-1]) if num_tasks > 1 else own[0].new_empty(0, *own[0].shape)
         return torch.cat([frozen, own[-1][None]])
 
@@ -201,7 +201,7 @@ class Sharing(nn.Module):
     def forward(
         self, x_BLH: Tensor, task: int, token_mask_BL: Tensor, noise_BU2: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what the seen tasks know of x (B, L, H), and the gates (B, U), None where routing has no gates."""
+        """Return the shared knowledge of the seen tasks (B, L, H), and the gates (B, U) or None without gates."""
         weight_UdH, bias_Ud = self._composed(task + 1)
         route_UJde = self._stacked("route{}", task + 1)
         p_BULd = task_capsules(x_BLH, weight_UdH, bias_Ud)

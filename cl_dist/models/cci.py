@@ -1,11 +1,11 @@
-"""Critical component identification (CCI): whose attention a new task has changed most, as far as rationales can tell.
+"""Critical component identification (CCI): the units whose attention to rationales a new task has changed most.
 
-With A (heads, T, T) a layer's attention, row s saying where token s looks, b a percentile, lo = floor(b (T - 1) / 100):
+With A (heads, T, T) a layer's attention, row s of query s, b a percentile, lo = floor(b (T - 1) / 100):
     P(v)[t] = v[t] > sorted(v)[lo],   IoU(u, v) = |u and v| / |u or v|, 1 where both are empty
 A unit is a set of heads of one layer: all of them (level block), those that share keys (group), or one (head).
     old model:  a*, s* = argmax over the unit's heads a and all tokens s of IoU(P(A[a, s]), rationale); g = P(A[a*, s*])
     new model:  c = max over the unit's heads a and all tokens s of IoU(P(A'[a, s]), g)
-The lower c, the more has changed. Ties: the lowest head, then the lowest token.
+The lower c, the larger the change. Ties: the lowest head, then the lowest token.
 Source: Kanwatchara et al. 2021 (Rational LAMOL), section 3, with each block judged by its own map.
 Axes: L layers, U units of a layer, H heads, S queries of a chunk, T tokens, W words of 64 tokens, d size of a head.
 """
@@ -28,20 +28,20 @@ from cl_dist.models.backbone import device_of
 Bits = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Attention = NDArray[np.float32] | Tensor
-"""Attention of some queries (H, S, T): an array on a CPU, where numpy searches faster; on a GPU a tensor that stays
-there. Both give equal bits: the search compares values and counts."""
+"""Attention of some queries (H, S, T): an array on a CPU, where numpy searches faster; on a GPU a tensor that is not
+moved. Both give equal bits: the search compares values and counts."""
 ATTENTION = "cl_dist_cci"
 CHUNK = 256
-"""Queries whose attention exists at a time: never a whole map of a long text, never that of two layers."""
+"""Queries whose attention is in memory at a time: never a full map of a long text, never those of two layers."""
 BLOCK = 64
 """Queries whose order statistic is searched together."""
 
 
 def highest(v_HST: Attention, seen: int, beta: int) -> Any:
-    """Return P of some queries' rows; row k is 0 behind its first `seen` + k + 1 tokens.
+    """Return P of some queries' rows; row k is 0 after its first `seen` + k + 1 tokens.
 
-    At most T - 1 - lo entries of a row are chosen. The zeros behind the last row of a block are the smallest entries of
-    all its rows: they are left out, and the order statistic moves down by as many.
+    At most T - 1 - lo entries of a row are chosen. The zeros after the last row of a block are the smallest entries of
+    all its rows: they are left out, and the order statistic moves down by their number.
 
     Returns:
         Booleans of the shape and kind of v_HST: an array, or a tensor on the same device.
@@ -55,14 +55,14 @@ def highest(v_HST: Attention, seen: int, beta: int) -> Any:
         stop = min(start + BLOCK, queries)
         width = min(seen + stop, length)
         part = v_HST[:, start:stop, :width]
-        place = lo - (length - width)
-        bound = np.partition(part, place, axis=-1)[..., place : place + 1] if place >= 0 else 0
+        rank = lo - (length - width)
+        bound = np.partition(part, rank, axis=-1)[..., rank : rank + 1] if rank >= 0 else 0
         chosen[:, start:stop, :width] = part > bound
     return chosen
 
 
 def _highest_on_device(v_HST: Tensor, width: int, lo: int) -> Tensor:
-    """Return P of rows that are 0 behind `width` tokens: the order statistic is the smallest of the largest entries."""
+    """Return P of rows that are 0 after `width` tokens: the order statistic is the smallest of the largest entries."""
     length = v_HST.shape[-1]
     part, most = v_HST[..., :width], length - lo
     bound = part.topk(most, sorted=False).values.amin(-1, keepdim=True) if most <= width else part.new_zeros(())
@@ -89,25 +89,25 @@ def _rows(chosen_HST: Bits | Tensor, at_H: NDArray[np.int64]) -> Bits:
 
 
 def _words(bits: Bits) -> NDArray[np.uint64]:
-    """Return bits as words of 64, the last one filled up with zeros: (..., T) -> (..., W)."""
+    """Return bits as words of 64, the last one padded with zeros: (..., T) -> (..., W)."""
     packed = np.packbits(bits, -1)
-    whole = np.zeros((*packed.shape[:-1], -(-packed.shape[-1] // 8) * 8), dtype=np.uint8)
-    whole[..., : packed.shape[-1]] = packed
-    return whole.view(np.uint64)
+    padded = np.zeros((*packed.shape[:-1], -(-packed.shape[-1] // 8) * 8), dtype=np.uint8)
+    padded[..., : packed.shape[-1]] = packed
+    return padded.view(np.uint64)
 
 
 class Watcher(Protocol):
-    """Sees the attention of one text, layer by layer, in chunks of queries."""
+    """Receives the attention of one text, layer by layer, in chunks of queries."""
 
     def see(self, layer: int, seen: int, attention_HST: Attention) -> None:
-        """Look at the rows of some queries, the first of which sees `seen` tokens before its own, the next one more."""
+        """Receive the rows of some queries; the first attends to `seen` tokens before its own, the next to one more."""
 
 
 class Recorder:
-    """The old model's part: for each unit the map that fits the rationale best."""
+    """For the old model: records for each unit the map that matches the rationale best."""
 
     def __init__(self, rationale_T: Bits, units: int, beta: int) -> None:
-        """Take a text's rationale, and the units of a layer: 1, the groups of heads that share keys, or the heads."""
+        """Take a text's rationale, and the number of units of a layer: 1, its groups of heads, or its heads."""
         self._rationale_T, self._units, self._beta = rationale_T, units, beta
         self._best: dict[int, tuple[Floats, Bits]] = {}
 
@@ -120,7 +120,7 @@ class Recorder:
         found_H, bits_HT = iou_HS[np.arange(heads), at_H], _rows(chosen_HST, at_H)
         if layer in self._best:
             before_H, known_HT = self._best[layer]
-            better_H = found_H > before_H  # not where equal: an earlier token had it
+            better_H = found_H > before_H  # not if equal: the earlier token wins
             found_H = np.where(better_H, found_H, before_H)
             bits_HT = np.where(better_H[:, None], bits_HT, known_HT)
         self._best[layer] = found_H, bits_HT
@@ -138,7 +138,7 @@ class Recorder:
 
 
 class Comparer:
-    """The new model's part: how near each unit still comes to the map that was recorded."""
+    """For the new model: computes how closely each unit can still reproduce the recorded map."""
 
     def __init__(self, maps_LUT: Bits, beta: int) -> None:
         self._maps_LUT, self._beta = maps_LUT, beta
@@ -158,7 +158,7 @@ class Comparer:
 
 
 class _Text:
-    """The text under way: who watches it, and how many layers have been seen."""
+    """The text being read: its watcher, and the number of layers seen."""
 
     def __init__(self, watcher: Watcher) -> None:
         self.watcher, self.layers = watcher, 0
@@ -178,10 +178,10 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as the model would, one text alone, and let the watcher see each row of it in float32."""
+    """Compute the model's attention for a single text, and pass every row to the watcher in float32."""
     groups = query.shape[1] // key.shape[1]
     key_HTd, value_HTd = (x[0] if groups == 1 else x[0].repeat_interleave(groups, 0) for x in (key, value))
-    key_HTd = key_HTd.float()  # rounded scores would make ties and order of what is compared
+    key_HTd = key_HTd.float()  # rounded scores would create ties and change the order of the compared values
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     length = query.shape[2]
     place_T = torch.arange(length, device=query.device)
@@ -196,16 +196,16 @@ def _attention(
         if sliding_window is not None:
             hidden_ST |= behind_ST.abs() >= sliding_window
         attention_HST = score_HST.masked_fill_(hidden_ST, float("-inf")).softmax(-1)
-        _show(module, first if module.is_causal else length, attention_HST)
+        _pass_to_watchers(module, first if module.is_causal else length, attention_HST)
         parts.append(attention_HST.to(value.dtype) @ value_HTd)
     for text in _texts:
         text.layers += 1
     return torch.cat(parts, 1).transpose(0, 1)[None], None
 
 
-def _show(module: nn.Module, seen: int, attention_HST: Tensor) -> None:
+def _pass_to_watchers(module: nn.Module, seen: int, attention_HST: Tensor) -> None:
     if module.training:
-        raise RuntimeError("attention is watched in evaluation mode only: dropout would be part of the maps")
+        raise RuntimeError("attention can be watched in evaluation mode only: dropout would be part of the maps")
     attention_HST = attention_HST.float()
     for text in _texts:
         is_host = attention_HST.device.type == "cpu"
@@ -215,12 +215,14 @@ def _show(module: nn.Module, seen: int, attention_HST: Tensor) -> None:
 AttentionInterface.register(ATTENTION, _attention)
 
 
-def _ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _request_attention(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args[:2], {**kwargs, "output_attentions": True}
 
 
-def _shown(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
-    _show(module, output[1].shape[-1], output[1][0])
+def _attention_hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+    _pass_to_watchers(module, output[1].shape[-1], output[1][0])
     for text in _texts:
         text.layers += 1
     return output[0], None
@@ -228,11 +230,11 @@ def _shown(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 @contextmanager
 def watched(model: PreTrainedModel) -> Iterator[None]:
-    """Have a model attend through this module. DeBERTa's attention cannot be replaced, and is asked for its maps."""
+    """Replace a model's attention by this module's. DeBERTa's cannot be replaced; hooks read its maps instead."""
     before = model.config._attn_implementation
     own = [module for module in model.modules() if isinstance(module, DisentangledSelfAttention)]
-    hooks = [module.register_forward_pre_hook(_ask, with_kwargs=True) for module in own]
-    hooks += [module.register_forward_hook(_shown) for module in own]
+    hooks = [module.register_forward_pre_hook(_request_attention, with_kwargs=True) for module in own]
+    hooks += [module.register_forward_hook(_attention_hook) for module in own]
     if not own:
         model.set_attn_implementation(ATTENTION)
     try:
@@ -246,7 +248,7 @@ def watched(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def watch(model: PreTrainedModel, tokens: list[int], watcher: Watcher) -> None:
-    """Let a watcher see all the attention of a text; inside `watched`. The language modelling head is not computed."""
+    """Pass all the attention of a text to a watcher, inside `watched`. The language modelling head is not computed."""
     device = device_of(model)
     cache = {"use_cache": False} if architecture(model).is_causal else {}
     text = _Text(watcher)

@@ -1,4 +1,4 @@
-"""Which backbone, in which precision; torch-free."""
+"""Settings of backbones and of the modules that methods add to them; torch-free."""
 
 import json
 from collections.abc import Mapping
@@ -14,79 +14,79 @@ from cl_dist.paths import ConfigPath, resolve
 
 
 class ModelConfig(Section):
-    """The backbone that every task starts from."""
+    """The pretrained backbone."""
 
     source: ConfigPath
-    """Folder or .gguf file, `package:NAME/inner/path` (one inside an installed package), or a name on the model hub."""
+    """Folder or .gguf file, `package:NAME/inner/path` (inside an installed package), or a name on the model hub."""
     revision: str | None = None
-    """Commit on the hub: name one, so that the weights cannot change under a run."""
+    """Commit on the hub. Set it, so that the weights cannot change between runs."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass; bfloat16 keeps float32 masters in the optimizer (ZeRO stages 1-3)."""
     weight_bits: Literal[4, 8] | None = None
-    """Keep the weights of a frozen backbone's linear layers in 4 (NF4) or 8 bits, by bitsandbytes: for methods that put
-    modules of their own into it. Activations, embeddings and norms are not rounded."""
+    """Quantize the weights of a frozen backbone's linear layers to 4 (NF4) or 8 bits with bitsandbytes, for methods
+    that insert modules of their own. Activations, embeddings and norms are not quantized."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Replaces every dropout rate of the backbone. Above 0, results depend on how rows meet ranks."""
+    """Replaces every dropout rate of the backbone. Above 0, results depend on the assignment of rows to ranks."""
     pooling: Literal["mean", "cls", "pooler", "last"] | None = None
-    """Sentence vector: mean over tokens, an encoder's first token, the pretrained tanh pooler of that, or the last
-    token. None takes the mean in an encoder and the last token in a decoder, which alone has read the whole row."""
+    """Sentence vector: mean over tokens, an encoder's first token, its pretrained tanh pooler, or the last token. None
+    uses the mean in an encoder and the last token in a decoder, the only one that attends to the whole row."""
     output: Literal["classifier", "lm"] | None = None
-    """classifier: a head per task picks a label; lm: a causal language model writes the answer. None takes the
+    """classifier: a head per task predicts a label; lm: a causal language model generates the answer. None uses the
     default of the method."""
     spare_task_tokens: int = Field(64, gt=0)
-    """Rows of the vocabulary that are reserved for tasks (output: lm), so that tensors keep their shapes when tasks
-    are appended; as many more are added when they are used up."""
+    """Rows of the vocabulary reserved for task tokens (output: lm), so that tensors keep their shapes when tasks are
+    appended; when they are used up, the same number is added."""
     config: dict[str, Any] | None = None
     """Builds a model with random weights instead of loading one: a `model_type` of transformers and its sizes; `source`
-    then gives the tokenizer alone."""
+    is then used for the tokenizer only."""
 
 
 def is_local(source: str) -> bool:
-    """Return whether a source names a folder or file, and no model on the hub: it is written so, or is there."""
+    """Return whether a source is a folder or file, not a model on the hub: by its prefix, or because it exists."""
     return source.startswith(("package:", ".", "/", "~")) or Path(source).exists()
 
 
 def absent(source: str) -> DataError:
-    """Return the error of a source that is not where it is looked for."""
-    place = resolve(source)
+    """Return the error for a source that does not exist."""
+    path = resolve(source)
     where = f"science.model.source={source!r}"
-    if place.is_file():
-        return DataError(f"{where}: this is a file; expected the folder that it lies in, or a .gguf file")
-    relative = "" if place.is_absolute() else "; a relative path starts at the working directory"
-    return DataError(f"{where}: no such folder here (there is no folder {place}){relative}")
+    if path.is_file():
+        return DataError(f"{where}: this is a file; expected its folder, or a .gguf file")
+    relative = "" if path.is_absolute() else "; a relative path starts at the working directory"
+    return DataError(f"{where}: no such folder here (there is no folder {path}){relative}")
 
 
 def known_sizes(model: ModelConfig) -> Mapping[str, Any]:
-    """Return what the run file, or config.json in a folder, says of a backbone; nothing where none is at hand."""
+    """Return a backbone's configuration from the run file or a local config.json; empty if neither is available."""
     if model.config is not None:
         return model.config
     try:
         found = json.loads((resolve(model.source) / "config.json").read_text(encoding="utf8"))
-    except (OSError, ValueError, RecursionError, DataError):  # a name on the hub; a damaged file is told on loading
+    except (OSError, ValueError, RecursionError, DataError):  # a name on the hub; a damaged file fails on loading
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def max_positions(sizes: Mapping[str, Any]) -> int | None:
-    """Return how many tokens a model with a table of positions can read, from what its config.json says.
+    """Return the maximum number of tokens of a model with absolute positions, from its config.json.
 
-    None where that does not say it, and for rotary and relative positions, which know no last one.
+    None if config.json does not state it, and for rotary and relative positions, which have no limit.
     """
     kind = sizes.get("model_type")
     known = sizes.get("n_positions" if kind == "gpt2" else "max_position_embeddings")
     if not isinstance(known, int) or kind not in ("bert", "roberta", "distilbert", "deberta-v2", "gpt2"):
         return None
-    if kind == "roberta":  # its first token's place comes behind that of padding
+    if kind == "roberta":  # positions start after the padding index
         padding = sizes.get("pad_token_id")
         return known - (padding if isinstance(padding, int) else 1) - 1
     return None if kind == "deberta-v2" and not sizes.get("position_biased_input", True) else known
 
 
 def check_length(max_length: int, positions: int | None) -> None:
-    """Check that a model can read rows of some length.
+    """Check that rows fit a model's maximum number of positions.
 
     Raises:
-        ConfigError: If it cannot.
+        ConfigError: If they do not.
     """
     if positions is not None and max_length > positions:
         raise ConfigError(f"train.max_length={max_length}: this model reads at most {positions} tokens; lower it")
@@ -100,7 +100,7 @@ class LoraShape(Section):
     alpha: int = Field(16, gt=0)
     """The update is scaled by alpha / r."""
     target_modules: tuple[str, ...] | None = None
-    """Endings of the names of the layers that get an update; None takes query and value of every attention."""
+    """Name suffixes of the layers that get an update; None uses query and value of every attention."""
 
 
 class SharingShape(Section):
@@ -135,19 +135,19 @@ class MaskShape(Section):
     mask_std: float = Field(1.0, ge=0)
     """A new task's gate embeddings are drawn from N(mask_mean, mask_std); units with e > 0 are open."""
     inherit: bool = False
-    """Whether a task's norms, router, up-projection and routing row start from its predecessor's, instead of from the
-    backbone's and from initial values."""
+    """Whether a task's norms, router, up-projection and routing row are initialized from the previous task's, instead
+    of from the backbone's norms and random values."""
 
 
 class PluginShape(MaskShape, SharingShape):
-    """Sizes of a whole CTR plugin."""
+    """Sizes of a CTR plugin."""
 
     share: bool = True
     """Knowledge sharing (KSM); False is the ablation that leaves masks only, which is HAT on adapters."""
 
 
 def plugin_sizes(shape: MaskShape, hidden: int, num_tasks: int) -> tuple[list[int], list[int]]:
-    """Return the elements of every tensor of one plugin: those that its tasks own, and those that they share.
+    """Return the elements of every tensor of one plugin: task-specific ones, and shared ones.
 
     Layer norms and heads are not counted.
     """

@@ -1,4 +1,4 @@
-"""The identity of a backbone: its bytes, wherever they lie, and how it is used. Torch-free."""
+"""Fingerprint inputs of a backbone: the digest of its files, and its settings. Torch-free."""
 
 from functools import lru_cache
 from typing import Any
@@ -10,15 +10,15 @@ from cl_dist.paths import resolve
 from cl_dist.stage import digest_of
 
 ON_HUB = "@"
-"""Separates name and commit of a hub model, in the place of a digest."""
+"""Separates name and commit of a hub model, which replace the digest."""
 
 
 def model_facts(model: ModelConfig) -> dict[str, Any]:
-    """Return what identifies a backbone in a fingerprint.
+    """Return the fingerprint inputs of a backbone.
 
     Raises:
-        ConfigError: If a folder holds no weights.
-        DataError: If there is no such folder.
+        ConfigError: If a folder has no weights.
+        DataError: If the folder does not exist.
     """
     used = {name: value for name, value in model.changed().items() if name not in ("source", "revision")}
     return used | {"digest": model_digest(model.source, model.revision, model.config is not None)}
@@ -31,11 +31,11 @@ def model_digest(source: str, revision: str | None, drawn: bool = False) -> str:
     Args:
         source: A folder, a gguf file, or a name on the hub.
         revision: The commit of a hub model.
-        drawn: Whether the weights are drawn at random, so that only the tokenizer's files count.
+        drawn: Whether the weights are random, so that only the tokenizer's files count.
 
     Raises:
-        ConfigError: If a folder holds no weights.
-        DataError: If there is no such folder.
+        ConfigError: If a folder has no weights.
+        DataError: If the folder does not exist.
     """
     if not is_local(source):
         return f"{source}{ON_HUB}{revision}"
@@ -51,4 +51,4 @@ def model_digest(source: str, revision: str | None, drawn: bool = False) -> str:
             raise ConfigError(f"science.model.source={source!r}: expected a folder with config.json and *.safetensors")
         return digest_of({p.name: sha256(p) for p in sorted(files)})
     except PermissionError as error:
-        raise ConfigError(f"science.model.source={source!r}: {error}; let this user read it") from error
+        raise ConfigError(f"science.model.source={source!r}: {error}; make it readable for this user") from error

@@ -33,7 +33,7 @@ class Gate(torch.autograd.Function):
 
     dL/de = dL/dm * s_max * sigmoid(e) * (1 - sigmoid(e)): HAT's compensated gradient in closed form, independent of s.
     Outside [-LIMIT, LIMIT] a gradient that pushes further out is dropped. HAT clamps e after each step instead, which
-    under ZeRO would need a collective per gate; both keep e where it can still turn back.
+    under ZeRO would need a collective per gate; both keep e in the range where it can still change sign.
     Shapes: (U,) -> (U,), float32 whatever the model's dtype, since 1 - sigmoid rounds to 0 in bfloat16.
     """
 
@@ -56,7 +56,7 @@ class Gate(torch.autograd.Function):
 
 
 def binary(e_U: Tensor) -> Tensor:
-    """Return the mask that a gate is evaluated and protected with: 1 where e > 0, in float32."""
+    """Return the mask for evaluation and protection: 1 where e > 0, in float32."""
     return (e_U > 0).float()
 
 
@@ -65,8 +65,8 @@ def sparsity(masks: list[tuple[Tensor, Tensor]]) -> Tensor:
 
         R = sum(m * (1 - M)) / sum(1 - M)
 
-    m is the current task's mask, M the union of the earlier tasks' masks (used). Units that are already used cost
-    nothing, which is what makes a task share them. Where nothing is free R is 0.
+    m is the current task's mask, M the union of the earlier tasks' masks (used). Used units cost nothing, which makes
+    a task share them. R is 0 if no unit is free.
     """
     new = torch.stack([(mask_U * (1.0 - used_U)).sum() for mask_U, used_U in masks]).sum()
     free = torch.stack([(1.0 - used_U).sum() for _, used_U in masks]).sum()

@@ -1,6 +1,6 @@
-"""Weights in a gguf file as a folder that every other part can load: unpacked once, then found by its digest.
+"""Conversion of a gguf file to a folder for `from_pretrained`, cached by the digest of the file.
 
-Reading a quantised file takes from seconds to a minute, in every process and stage; its unpacked float32 copy a second.
+Reading a quantised file takes seconds to a minute in every process and stage; its float32 copy takes one second.
 """
 
 import os
@@ -17,7 +17,7 @@ from cl_dist.errors import ConfigError
 from cl_dist.ledger import sha256
 
 CACHE = "CL_DIST_CACHE"
-"""Environment variable that names the folder for unpacked models; ~/.cache/cl-dist without it."""
+"""Environment variable with the folder for unpacked models; default: ~/.cache/cl-dist."""
 
 
 def unpacked(path: Path) -> Path:
@@ -38,7 +38,7 @@ def unpacked(path: Path) -> Path:
     except ImportError as error:
         raise ConfigError(f"{path.name}: {error}; pip install 'cl-dist[text]'") from error
     except OSError:
-        if not folder.exists():  # another process was faster
+        if not folder.exists():  # another process finished first
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -46,7 +46,7 @@ def unpacked(path: Path) -> Path:
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    """Write what `from_pretrained` loads. A model read from gguf refuses to save itself: its weights change hosts."""
+    """Write the files for `from_pretrained`. Models read from gguf cannot be saved, so the weights are copied."""
     kind: Any = AutoModelForCausalLM
     try:
         packed = kind.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False)
@@ -60,7 +60,7 @@ def _unpack(path: Path, folder: Path) -> None:
     model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.load_state_dict(packed.state_dict())
     model.tie_weights()
-    # Written by hand: in a gang `save_pretrained` writes on one rank only, and the ranks' disks may differ.
+    # Without save_pretrained, which writes on rank 0 only: the ranks' disks may differ.
     shared = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in shared}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,11 +1,11 @@
-"""InvRat's three players: one selects words, two guess the label from them, one of these told the environment.
+"""InvRat's three players: a selector of words, and two predictors of the label, one of which knows the environment.
 
-Source: Chang et al. 2020, "Invariant Rationalization", ICML. With z the selection, L_i the loss of the guess and L_e
-that of the guess by the one who is told the environment:
-    selector: L_i + gap_weight * max(0, L_i - L_e) + its share and its breaks;  the others: their own loss.
-The paper moves the players in turn. Here all move in one step, by one backward pass over L_i + L_e: the gradient that
-reaches z through L_i is multiplied by 1 + gap_weight * [L_i > L_e], and through L_e by -gap_weight * [L_i > L_e]. Gap
-and share count row by row rather than by batch, so that the rows' cut over workers changes nothing (DECISIONS).
+Source: Chang et al. 2020, "Invariant Rationalization", ICML. With z the selection, L_i the loss of the agnostic
+predictor and L_e that of the environment-aware one:
+    selector: L_i + gap_weight * max(0, L_i - L_e) + its share and its breaks;  predictors: their own loss.
+The paper updates the players in turn. Here all are updated in one step, by one backward pass over L_i + L_e: the
+gradient of z through L_i is multiplied by 1 + gap_weight * [L_i > L_e], through L_e by -gap_weight * [L_i > L_e]. Gap
+and share are per row rather than per batch, so results do not depend on the assignment to workers (DECISIONS).
 Axes: B rows, L tokens, H width of the embeddings, S units of a player, E environments, K classes.
 """
 
@@ -19,11 +19,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from cl_dist.models.classifier import Batch
 
 AGNOSTIC, AWARE, RIGHT, SHARE, BREAKS = range(5)
-"""Columns of what Players returns."""
+"""Columns of the output of Players."""
 
 
 class Reader(nn.Module):
-    """A bidirectional GRU over projected embeddings: (B, L, W) -> (B, L, 2 S), -inf behind a row's end."""
+    """A bidirectional GRU over projected embeddings: (B, L, W) -> (B, L, 2 S), -inf after a row's end."""
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Reader(nn.Module):
         self.gru = nn.GRU(size, size, batch_first=True, bidirectional=True)
 
     def forward(self, x_BLW: Tensor, length_B: Tensor) -> Tensor:
-        """Read rows; a row's result does not depend on how far it is padded."""
+        """Encode rows; a row's result does not depend on its padding."""
         packed = pack_padded_sequence(self.narrow(x_BLW), length_B.cpu(), batch_first=True, enforce_sorted=False)
         out, _ = self.gru(packed)
         read_BLS: Tensor = pad_packed_sequence(
@@ -41,7 +41,7 @@ class Reader(nn.Module):
 
 
 class Guesser(nn.Module):
-    """Guesses the label from what was selected: a reader, the maximum over time, a linear layer."""
+    """Predicts the label from the selected words: a reader, the maximum over time, a linear layer."""
 
     def __init__(self, width: int, size: int, classes: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Players(nn.Module):
     def __init__(
         self, embedding: Tensor, *, size: int, classes: int, environments: int, share: float, gap_weight: float
     ) -> None:
-        """Make the players around an embedding (V, H) that stays as it is."""
+        """Create the players with a frozen embedding (V, H)."""
         super().__init__()
         width = embedding.shape[1]
         self.embedding = nn.Embedding.from_pretrained(embedding, freeze=True)
@@ -73,7 +73,7 @@ class Players(nn.Module):
         self._environments, self._share, self._gap_weight = environments, share, gap_weight
 
     def _selected(self, x_BLH: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return z (B, L), 1 where a token is selected, else 0, and which tokens are the text's; text_pair is given."""
+        """Return z (B, L), 1 for selected tokens, and the mask of the text's tokens; text_pair is always visible."""
         read_BLS = self.selector(x_BLH, batch["length"])
         is_text_BL = torch.arange(x_BLH.shape[1], device=x_BLH.device) < batch["context"][:, None]
         soft_BL = self.choice(read_BLS.where(read_BLS.isfinite(), 0)).float().softmax(-1)[..., 1]
@@ -91,7 +91,7 @@ class Players(nn.Module):
         return (z_BL > 0.5) & is_text_BL
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the numbers of every row: (B, 5)."""
+        """Return the five columns of every row: (B, 5)."""
         x_BLH = self._embedded(batch)
         z_BL, is_text_BL = self._selected(x_BLH, batch)
         text_BL = is_text_BL.to(z_BL.dtype)
@@ -101,18 +101,18 @@ class Players(nn.Module):
         breaks_B = ((z_BL[:, 1:] - z_BL[:, :-1]).abs() * text_BL[:, 1:]).sum(1) / context_B
 
         factor: dict[str, Tensor] = {}
-        blind_BL, told_BL = seen_BL.clone(), seen_BL.clone()
+        agnostic_BL, aware_BL = seen_BL.clone(), seen_BL.clone()
         if seen_BL.requires_grad:
-            blind_BL.register_hook(lambda gradient: gradient * factor["blind"])
-            told_BL.register_hook(lambda gradient: gradient * factor["told"])
+            agnostic_BL.register_hook(lambda gradient: gradient * factor["agnostic"])
+            aware_BL.register_hook(lambda gradient: gradient * factor["aware"])
         where_BLE = F.one_hot(batch["environment"], self._environments)[:, None].expand(-1, x_BLH.shape[1], -1)
-        told_BLW = torch.cat([told_BL.to(x_BLH)[..., None] * x_BLH, where_BLE.to(x_BLH)], -1)
-        logits_BK = self.agnostic(blind_BL.to(x_BLH)[..., None] * x_BLH, batch["length"]).float()
+        aware_BLW = torch.cat([aware_BL.to(x_BLH)[..., None] * x_BLH, where_BLE.to(x_BLH)], -1)
+        logits_BK = self.agnostic(agnostic_BL.to(x_BLH)[..., None] * x_BLH, batch["length"]).float()
         agnostic_B = F.cross_entropy(logits_BK, batch["label"], reduction="none")
-        aware_BK = self.aware(told_BLW, batch["length"]).float()
+        aware_BK = self.aware(aware_BLW, batch["length"]).float()
         aware_B = F.cross_entropy(aware_BK, batch["label"], reduction="none")
         gap_B1 = self._gap_weight * (agnostic_B > aware_B).detach().to(seen_BL)[:, None]
-        factor |= {"blind": 1 + gap_B1, "told": -gap_B1}
+        factor |= {"agnostic": 1 + gap_B1, "aware": -gap_B1}
         right_B = (logits_BK.argmax(-1) == batch["label"]).float()
         columns: Any = [agnostic_B, aware_B, right_B, share_B, breaks_B]
         return torch.stack(columns, -1)

@@ -17,11 +17,11 @@ from cl_dist.errors import ConfigError
 from cl_dist.models.architectures import architecture
 from cl_dist.models.backbone import replace
 from cl_dist.models.config import LoraShape
-from cl_dist.models.vocabulary import TrainableRows, merge_own_rows
+from cl_dist.models.vocabulary import TrainableRows, merge_trainable_rows
 
 
 def add_update(backbone: PreTrainedModel, shape: LoraShape, name: str) -> None:
-    """Give the chosen layers an update, which changes nothing at first, and make it the one in use.
+    """Add an update, initialized to zero, to the target layers, and activate it.
 
     Raises:
         ConfigError: If no layer of the backbone has a name in target_modules.
@@ -37,39 +37,39 @@ def add_update(backbone: PreTrainedModel, shape: LoraShape, name: str) -> None:
         inject_adapter_in_model(settings, backbone, adapter_name=name)
     except ValueError as error:
         raise ConfigError(f"science.method: target_modules={targets}: {error}") from error
-    updated: Any = dict(layers_with_updates(backbone))  # the library's methods carry no types
-    for layer in updated.values():  # peft draws in the precision of the layer below, and on its device
+    updated: Any = dict(layers_with_updates(backbone))  # the library's methods are untyped
+    for layer in updated.values():  # peft initializes in the dtype and on the device of the base layer
         for factor in (layer.lora_A[name], layer.lora_B[name]):
             factor.float() if factor.weight.is_meta else factor.to("cpu", torch.float32)
         layer.reset_lora_parameters(name, init_lora_weights=True)
 
 
 def layers_with_updates(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield the layers that have an update, with their paths."""
+    """Yield the layers with updates, with their paths."""
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield path, module
 
 
 def own_parameters(model: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters of updates, and of rows of the vocabulary that are trained beside them."""
+    """Return the names of the parameters of updates and of trainable vocabulary rows."""
     inside = tuple(f"{path}.lora_" for path, _ in layers_with_updates(model))
     rows = {f"{path}.rows" for path, module in model.named_modules() if isinstance(module, TrainableRows)}
     return frozenset(name for name, _ in model.named_parameters() if name.startswith(inside) or name in rows)
 
 
-def kept_updates(
-    model: PreTrainedModel, name: str, kept: Mapping[str, tuple[str, Tensor]]
+def trainable_update_masks(
+    model: PreTrainedModel, name: str, masks: Mapping[str, tuple[str, Tensor]]
 ) -> dict[str, tuple[str, Tensor]]:
-    """Return what remains trainable of an update so that slices of the layers below keep every bit.
+    """Return the masks of trainable entries of an update that leave the frozen slices of its base layers unchanged.
 
-    kept says it of the layers' weights, as `models.heads.kept` does: name -> (axis, 1 where an entry may move). Outputs
-    are rows of B, inputs are columns of A. What they are multiplied with is held altogether: an entry of B A moves with
-    either factor. So the heads of a layer that go on learning do so by B alone (LoRA-FA, Zhang et al. 2023).
+    masks are those of the base weights, from `attention_slices.trainable_masks`: name -> (axis, 1 where an entry may
+    change). Outputs are rows of B, inputs are columns of A. The other factor is frozen entirely, since an entry of B A
+    changes with either factor: the trainable heads of such a layer learn through B only (LoRA-FA, Zhang et al. 2023).
     """
     found: dict[str, tuple[str, Tensor]] = {}
     for path, layer in layers_with_updates(model):
-        axis, keep = kept.get(f"{path}.weight", ("row", torch.ones(1)))
+        axis, keep = masks.get(f"{path}.weight", ("row", torch.ones(1)))
         if bool(keep.all()):
             continue
         down, up = f"{path}.lora_A.{name}.weight", f"{path}.lora_B.{name}.weight"
@@ -82,8 +82,8 @@ def kept_updates(
 
 
 def merge_updates(model: PreTrainedModel) -> None:
-    """Add the updates in use to the layers below, and rows of their own to the vocabulary: a plain model again."""
+    """Merge the updates into their base layers, and trainable rows into the vocabulary, to get a plain model."""
     for path, layer in list(layers_with_updates(model)):
         layer.merge()
         replace(model, path, layer.get_base_layer())
-    merge_own_rows(model)
+    merge_trainable_rows(model)

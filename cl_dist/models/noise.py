@@ -1,4 +1,4 @@
-"""Counter-based noise: a function of what is sampled, never of rank, process or batch.
+"""Counter-based noise: a function of the sampled item, never of rank, process or batch.
 
 Axes: B rows, P plugins, U earlier tasks; the last axis holds the two logits of a gate (open, closed).
 """

@@ -1,8 +1,8 @@
-"""Linear layers whose frozen weights lie in 4 or 8 bits and are brought back for one product at a time.
+"""Linear layers with frozen 4- or 8-bit weights, dequantized for one matrix product at a time.
 
-The weights are buffers, so no ZeRO stage cuts them up, and activations are not rounded: a layer is the same function of
-its input on any number of workers. Source: Dettmers et al. 2022, "8-bit optimizers via block-wise quantization", and
-2023, "QLoRA: efficient finetuning of quantized LLMs" (NF4), by the routines of bitsandbytes.
+The weights are buffers, so no ZeRO stage partitions them, and activations are not quantized: a layer is the same
+function of its input on any number of workers. Source: Dettmers et al. 2022, "8-bit optimizers via block-wise
+quantization", and 2023, "QLoRA: efficient finetuning of quantized LLMs" (NF4), with the kernels of bitsandbytes.
 
 Axes: X any, I inputs, O outputs.
 """
@@ -25,16 +25,16 @@ Bits = Literal[4, 8]
 
 
 def quantize_layers(backbone: PreTrainedModel, bits: Bits) -> None:
-    """Replace the linear layers inside a backbone's transformer layers; embeddings, heads and norms stay.
+    """Replace the linear layers inside a backbone's transformer layers; embeddings, heads and norms are not replaced.
 
-    So do layers whose weights do not fill whole blocks.
+    Layers whose weights are not a multiple of the block size are not replaced either.
 
     Raises:
         ConfigError: If bitsandbytes is not installed.
     """
     if find_spec("bitsandbytes") is None:
         raise ConfigError(f"science.model.weight_bits={bits}: needs bitsandbytes: pip install 'cl-dist[quantize]'")
-    with torch.device("cpu"):  # imported while a model is shaped without data, the library's tables would have none
+    with torch.device("cpu"):  # under the meta device, the library would create its tables without data
         _routines()
     for _, layer in layers_of(backbone):
         for path, module in list(layer.named_modules()):
@@ -43,7 +43,7 @@ def quantize_layers(backbone: PreTrainedModel, bits: Bits) -> None:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer, or GPT-2's Conv1D, that is not trained."""
+    """A frozen linear layer, or GPT-2's Conv1D."""
 
     codes: Tensor
     scales: Tensor
@@ -55,21 +55,21 @@ class QuantizedLinear(nn.Module):
         self.bits, self._shape, self._is_transposed = bits, weight.shape, isinstance(layer, Conv1D)
         parts = _empty(weight, bits) if weight.is_meta else _quantized(weight, bits)
         for name, part in zip(("codes", "scales", "table"), parts, strict=True):
-            # As bytes: whoever lowers a model to bfloat16 would round them.
+            # As bytes: conversion of the model to bfloat16 would round floating-point buffers.
             self.register_buffer(name, part.view(torch.uint8), persistent=False)
         self.bias = layer.bias
 
     @property
     def elements(self) -> int:
-        """How many weights there are."""
+        """Number of weights."""
         return self._shape.numel()
 
     def extra_repr(self) -> str:
-        """Return what `print` shows."""
+        """Return the text for `print`."""
         return f"shape={tuple(self._shape)}, bits={self.bits}"
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the weights, rounded: (O, I)."""
+        """Return the dequantized weights: (O, I)."""
         routines = _routines()
         scales = self.scales.view(torch.float32)
         known: dict[str, Any] = {"absmax": scales, "blocksize": BLOCK, "dtype": dtype}
@@ -83,12 +83,12 @@ class QuantizedLinear(nn.Module):
         return found.T if self._is_transposed else found
 
     def forward(self, x_XI: Tensor) -> Tensor:
-        """Return the products: (X, O)."""
+        """Return the outputs: (X, O)."""
         return _Product.apply(x_XI, self.bias, self)  # type: ignore[no-untyped-call]
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b, whose backward pass brings W back again: kept from the forward pass it would take all the memory."""
+    """x W^T + b; the backward pass dequantizes W again instead of saving it, which would use all the memory."""
 
     @staticmethod
     def forward(context: Any, x_XI: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
@@ -102,7 +102,7 @@ class _Product(torch.autograd.Function):
 
 
 def _quantized(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes, scales, and what the codes of 8 bits stand for; those of NF4 are known."""
+    """Return codes, scales, and the values of 8-bit codes (empty for NF4, whose values are fixed)."""
     blocks = weight.float().reshape(-1, BLOCK)  # on CPUs version 0.50 is wrong where a row ends inside a block
     if bits == 4:
         codes, state = _routines().quantize_4bit(blocks, blocksize=BLOCK, quant_type="nf4")
@@ -112,7 +112,7 @@ def _quantized(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _empty(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same of a weight without data."""
+    """Return empty tensors of the same shapes for a weight on the meta device."""
     blocks, device = weight.numel() // BLOCK, weight.device
     shape = (blocks * BLOCK // 2, 1) if bits == 4 else (blocks, BLOCK)
     codes = torch.empty(shape, dtype=torch.uint8, device=device)
@@ -120,7 +120,7 @@ def _empty(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _routines() -> Any:
-    """Return the library, whose functions carry no types. It takes seconds to import."""
+    """Import bitsandbytes, which is untyped and takes seconds to import."""
     import bitsandbytes.functional
 
     return bitsandbytes.functional

@@ -1,4 +1,4 @@
-"""Rationales without people: the tokens of a text whose embeddings a model's answer is most sensitive to.
+"""Gradient rationales: the tokens of a text to whose embeddings a model's answer is most sensitive.
 
 Source: gradient x input, Simonyan et al. 2014 ("Deep inside convolutional networks") and Shrikumar et al. 2017.
 """
@@ -20,7 +20,7 @@ from cl_dist.models.vocabulary import logits
 def salient(
     model: PreTrainedModel, context: int, prefix: list[int], ans: int, answer: list[int], share: float
 ) -> NDArray[np.bool_]:
-    """Return which of the first `context` tokens matter most to an answer: the given share of them, at least one.
+    """Return the mask of the most salient of the first `context` tokens: the given share of them, at least one.
 
     A token's weight is |sum over the embedding of gradient * input| of the answer's cross-entropy; ties: the earlier.
     """
@@ -34,9 +34,9 @@ def salient(
 def sensitivity(model: PreTrainedModel, tokens_L: Tensor, first: int) -> Tensor:
     """Return |sum over the embedding of gradient * input| of each token (L,), for the tokens after `first` as answer.
 
-    Attention is the model's own: inside `watched`, or where parameters are trained, more is kept for the same weights.
+    Call it outside `watched` and on a frozen model: otherwise autograd saves more tensors for the same result.
     """
-    untyped: Any = model  # the library's methods carry no types
+    untyped: Any = model  # the library's methods are untyped
     with torch.enable_grad():
         input_LH = untyped.get_input_embeddings()(tokens_L[None]).detach().requires_grad_(True)
         hidden_AH = untyped.base_model(inputs_embeds=input_LH, use_cache=False).last_hidden_state[0, first:-1]
@@ -46,6 +46,6 @@ def sensitivity(model: PreTrainedModel, tokens_L: Tensor, first: int) -> Tensor:
 
 
 def agreement(found: NDArray[np.bool_], human: NDArray[np.bool_]) -> dict[str, float]:
-    """Return token F1 and IoU of two rationales of which one at least is not empty."""
+    """Return token F1 and IoU of two rationales, at least one of which is not empty."""
     both, either = int((found & human).sum()), int((found | human).sum())
     return {"f1": 2 * both / (both + either), "iou": both / either}

@@ -1,4 +1,4 @@
-"""Modules that each task has of its own inside a backbone: layer norms, bottleneck adapters, embedding tables.
+"""Task-specific modules inside a backbone: layer norms, bottleneck adapters, embedding tables.
 
 Axes: B rows, L tokens, H hidden units.
 """
@@ -19,13 +19,13 @@ from cl_dist.partition import gathered
 
 @dataclass
 class ActiveTask:
-    """Which task's parts the next forward passes use; one object, shared by all parts of a model."""
+    """Index of the active task; one object, shared by all task-specific modules of a model."""
 
     task: int = 0
 
 
-def copied(module: nn.Module) -> nn.Module:
-    """Return a copy with whole weights, also of a module that ZeRO-3 has cut up; then a collective."""
+def full_copy(module: nn.Module) -> nn.Module:
+    """Return a copy with full weights; a collective if ZeRO-3 has partitioned the module."""
     copy = deepcopy(module)
     for own, base in zip(copy.parameters(), module.parameters(), strict=True):
         with gathered(base) as values:
@@ -34,7 +34,7 @@ def copied(module: nn.Module) -> nn.Module:
 
 
 class TaskNorms(nn.Module):
-    """A layer norm per task, each started as a copy of the backbone's."""
+    """A layer norm per task, each initialized from the backbone's."""
 
     def __init__(self, base: nn.Module, active: ActiveTask) -> None:
         super().__init__()
@@ -43,17 +43,17 @@ class TaskNorms(nn.Module):
 
     def add_task(self) -> None:
         """Append the norm of the next task."""
-        self.norms.append(copied(self.base))
+        self.norms.append(full_copy(self.base))
 
     def forward(self, x_BLH: Tensor) -> Tensor:
         """Normalise with the active task's scale and shift: (B, L, H)."""
         return self.norms[self._active.task](x_BLH)
 
 
-def insert(
-    backbone: PreTrainedModel, active: ActiveTask, behind: Callable[[nn.Module], nn.Module]
+def insert_modules(
+    backbone: PreTrainedModel, active: ActiveTask, wrap: Callable[[nn.Module], nn.Module]
 ) -> tuple[list[str], list[TaskNorms]]:
-    """Put a module behind every sub-block, made from what computes its output, and a norm per task in its norm's place.
+    """Wrap the output module of every sub-block with `wrap`, and replace its norm by a norm per task.
 
     Returns the sub-blocks' names ("<layer>.<sub-block>") and the norms, in order.
     """
@@ -63,16 +63,16 @@ def insert(
     for number, (_, layer) in enumerate(layers_of(backbone)):
         for block in row.sub_blocks:
             norm = None if block.norm is None else layer.get_submodule(block.norm)
-            if norm is not None and any(True for _ in norm.parameters()):  # one without weights is the same for all
+            if norm is not None and any(True for _ in norm.parameters()):  # norms without weights are shared
                 all_norms.append(TaskNorms(norm, active))
                 replace(layer, block.norm or "", all_norms[-1])
-            replace(layer, block.output, behind(layer.get_submodule(block.output)))
+            replace(layer, block.output, wrap(layer.get_submodule(block.output)))
             names.append(f"{number}.{block.name}")
     return names, all_norms
 
 
 class HoulsbyAdapters(nn.Module):
-    """A bottleneck per task behind one sub-block: x + up(GELU(down(x))), near the identity at the start.
+    """A bottleneck per task behind one sub-block: x + up(GELU(down(x))), initialized near the identity.
 
     Source: Houlsby et al. 2019, "Parameter-efficient transfer learning for NLP".
     """
@@ -97,7 +97,7 @@ class HoulsbyAdapters(nn.Module):
 
 
 class AdapterClassifier(Classifier):
-    """A frozen backbone in which every task has bottlenecks, norms and a head of its own."""
+    """A frozen backbone with bottleneck adapters, norms and a head per task."""
 
     def __init__(self, backbone: PreTrainedModel, size: int, pooling: str | None = None) -> None:
         super().__init__(backbone, pooling)
@@ -109,17 +109,17 @@ class AdapterClassifier(Classifier):
             self.adapters.append(HoulsbyAdapters(inner, backbone.config.hidden_size, size, self.active))
             return self.adapters[-1]
 
-        _, self.norms = insert(backbone, self.active, adapter)
+        _, self.norms = insert_modules(backbone, self.active, adapter)
 
     def add_task(self, num_labels: int) -> None:
-        """Append the next task's parts."""
+        """Append the adapters, norms and head of the next task."""
         parts: list[HoulsbyAdapters | TaskNorms] = [*self.adapters, *self.norms]
         for part in parts:
             part.add_task()
         self.add_head(num_labels)
 
     def start_task(self, task: int) -> None:
-        """Let a task train its own parts and nothing else."""
+        """Make only the parameters of a task trainable."""
         freeze(self)
         owned = [adapters.tasks[task] for adapters in self.adapters] + [norms.norms[task] for norms in self.norms]
         for module in (*owned, self.heads[task]):
@@ -127,12 +127,12 @@ class AdapterClassifier(Classifier):
         self.activate(task)
 
     def activate(self, task: int) -> None:
-        """Select the task whose parts the next forward passes use."""
+        """Select the task for the next forward passes."""
         self.task = self.active.task = task
 
 
 class TaskEmbeddings(nn.Module):
-    """A table of word embeddings per task, in the place of the backbone's."""
+    """A table of word embeddings per task that replaces the backbone's."""
 
     def __init__(self, base: nn.Embedding, active: ActiveTask) -> None:
         super().__init__()
@@ -140,12 +140,12 @@ class TaskEmbeddings(nn.Module):
         self.tables = nn.ModuleList()
 
     def add_task(self) -> None:
-        """Append the next task's table, as a copy of the backbone's."""
-        self.tables.append(copied(self.base))
+        """Append the table of the next task, a copy of the backbone's."""
+        self.tables.append(full_copy(self.base))
 
     @torch.no_grad()
     def inherit(self, task: int) -> None:
-        """Start a task's table from the mean of the earlier tasks' tables."""
+        """Initialize a task's table with the mean of the earlier tasks' tables."""
         earlier: list[Tensor] = [self.tables[number].get_parameter("weight") for number in range(task)]
         self.tables[task].get_parameter("weight").copy_(torch.stack(earlier).mean(0))
 

@@ -1,4 +1,4 @@
-"""A language model's vocabulary: rows for special tokens, and logits.
+"""Vocabulary of a language model: rows for special tokens, and logits.
 
 Axes: B rows, L tokens, H hidden units, V tokens of the vocabulary, X any.
 """
@@ -14,50 +14,52 @@ from cl_dist.partition import gathered, is_partitioned
 
 
 @torch.no_grad()
-def extend(model: PreTrainedModel, size: int, known: int, seed: int, dtype: torch.dtype = torch.float32) -> None:
-    """Give a model rows for `size` tokens; those from `known` on start at the mean of the others plus seeded noise.
+def extend_vocabulary(
+    model: PreTrainedModel, size: int, known: int, seed: int, dtype: torch.dtype = torch.float32
+) -> None:
+    """Resize the vocabulary to `size`; rows from `known` on start at the mean of the others plus seeded noise.
 
-    A row's initial value depends on its number and the seed alone, whatever the size, and on the mean of what the other
-    rows are in the forward pass, whose precision dtype is: they may be held in float32 or in that. Tables that ZeRO-3
-    has cut up over the ranks are whole afterwards, and it is a collective then.
+    A row's initial value depends on its index, the seed, and the mean of the other rows in dtype, the precision of the
+    forward pass; the stored rows may have that precision or float32. Tables that ZeRO-3 has partitioned are gathered
+    and stay full; this is then a collective.
     """
     untyped: Any = model
-    _make_whole(untyped.get_input_embeddings(), untyped.get_output_embeddings())
+    _gather_tables(untyped.get_input_embeddings(), untyped.get_output_embeddings())
     if untyped.get_input_embeddings().weight.shape[0] < size:
         untyped.resize_token_embeddings(size, mean_resizing=False)
     for weight in _tables(model):
-        weight[known:] = _fresh(weight, known, weight.shape[0], seed, dtype)
-    _without_bias(model, known, None)
+        weight[known:] = _initial_rows(weight, known, weight.shape[0], seed, dtype)
+    _zero_bias(model, known, None)
 
 
-def _make_whole(*tables: nn.Module) -> None:
-    """Give tables that are cut up whole weights, tied ones the same."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+def _gather_tables(*tables: nn.Module) -> None:
+    """Replace partitioned weights of tables by full ones; tied weights stay tied."""
+    full: dict[nn.Parameter, nn.Parameter] = {}
     for table in tables:
         for name, parameter in list(table.named_parameters(recurse=False)):
             if not is_partitioned(parameter):
                 continue
-            if parameter not in made:
+            if parameter not in full:
                 with gathered(parameter) as values:
-                    made[parameter] = nn.Parameter(values.to("cpu", copy=True))
-            setattr(table, name, made[parameter])
+                    full[parameter] = nn.Parameter(values.to("cpu", copy=True))
+            setattr(table, name, full[parameter])
 
 
-def _without_bias(model: Any, first: int, stop: int | None) -> None:
-    """Let the head say nothing of some tokens but what it reads: Phi's has a bias."""
+def _zero_bias(model: Any, first: int, stop: int | None) -> None:
+    """Set the head's bias of some tokens to zero, if it has one (Phi)."""
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
         bias[first:stop] = 0
 
 
 def _tables(model: Any) -> list[nn.Parameter]:
-    """Return the weights of the input and output embeddings: one where they are tied."""
+    """Return the weights of the input and output embeddings; a single one if they are tied."""
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     return list({id(table.weight): table.weight for table in tables}.values())
 
 
-def _fresh(weight: Tensor, known: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """Return initial rows known..size-1 of a table whose first `known` rows have been learned, float32."""
+def _initial_rows(weight: Tensor, known: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Return initial float32 rows known..size-1 of a table whose first `known` rows are pretrained."""
     mean_H = weight[:known].to(dtype).float().mean(0)
     if weight.is_meta:
         return mean_H.expand(size - known, -1)
@@ -69,14 +71,14 @@ def _fresh(weight: Tensor, known: int, size: int, seed: int, dtype: torch.dtype)
 
 
 class TrainableRows(nn.Module):
-    """Rows of tokens from `first` on that are trained, in front of a table that is not."""
+    """Trainable rows for tokens from `first` on, next to a frozen table."""
 
     def __init__(self, base: nn.Module, first: int, rows: nn.Parameter) -> None:
         super().__init__()
         self.base, self.first, self.rows = base, first, rows
 
 
-class OwnEmbedding(TrainableRows):
+class TrainableEmbedding(TrainableRows):
     """Input embeddings."""
 
     def forward(self, ids_BL: Tensor) -> Tensor:
@@ -89,11 +91,11 @@ class OwnEmbedding(TrainableRows):
         return torch.where((ids_BL >= self.first)[..., None], own_BLH, known_BLH)
 
 
-class OwnLogits(TrainableRows):
+class TrainableLogits(TrainableRows):
     """The language modelling head."""
 
     def forward(self, hidden_XH: Tensor) -> Tensor:
-        """Return the logits behind hidden states: (X, V)."""
+        """Return the logits of hidden states: (X, V)."""
         known_XV = self.base(hidden_XH)[..., : self.first]
         return torch.cat([known_XV, F.linear(hidden_XH, self.rows).to(known_XV)], -1)
 
@@ -102,25 +104,25 @@ class OwnLogits(TrainableRows):
 def add_trainable_rows(
     model: PreTrainedModel, size: int, known: int, seed: int, dtype: torch.dtype = torch.float32
 ) -> None:
-    """As `extend`, but the new rows are parameters of their own, and the tables stay as they are.
+    """As `extend_vocabulary`, but the new rows are separate parameters, and the tables stay frozen.
 
-    The tables may be cut up over the ranks by ZeRO-3: then a collective.
+    A collective if ZeRO-3 has partitioned the tables.
     """
     untyped: Any = model
     embedding, head = untyped.get_input_embeddings(), untyped.get_output_embeddings()
     rows = []
     for table in (embedding, head):
         with gathered(table.weight) as values:
-            rows.append(nn.Parameter(_fresh(values, known, size, seed, dtype)))
+            rows.append(nn.Parameter(_initial_rows(values, known, size, seed, dtype)))
     if embedding.weight is head.weight:
         rows[1] = rows[0]
-    untyped.set_input_embeddings(OwnEmbedding(embedding, known, rows[0]))
-    untyped.set_output_embeddings(OwnLogits(head, known, rows[1]))
+    untyped.set_input_embeddings(TrainableEmbedding(embedding, known, rows[0]))
+    untyped.set_output_embeddings(TrainableLogits(head, known, rows[1]))
 
 
 @torch.no_grad()
-def merge_own_rows(model: PreTrainedModel) -> None:
-    """Write rows of their own, where there are any, into the tables: a plain model again."""
+def merge_trainable_rows(model: PreTrainedModel) -> None:
+    """Copy trainable rows, if any, into the tables, to get a plain model."""
     untyped: Any = model
     embedding, head = untyped.get_input_embeddings(), untyped.get_output_embeddings()
     if not isinstance(embedding, TrainableRows):
@@ -132,11 +134,11 @@ def merge_own_rows(model: PreTrainedModel) -> None:
         untyped.resize_token_embeddings(size, mean_resizing=False)
     for table, own in ((untyped.get_input_embeddings(), embedding), (untyped.get_output_embeddings(), head)):
         table.weight[own.first : size] = own.rows
-    _without_bias(model, embedding.first, size)
+    _zero_bias(model, embedding.first, size)
 
 
 def logits(model: Any, hidden_XH: Tensor) -> Tensor:
-    """Return the logits behind last hidden states, in float32: (X, V). Gemma 2 bends them: cap * tanh(x / cap)."""
+    """Return the float32 logits of last hidden states: (X, V). Gemma 2 caps them: cap * tanh(x / cap)."""
     found_XV: Tensor = model.get_output_embeddings()(hidden_XH).float()
     cap = getattr(model.config, "final_logit_softcapping", None)
     return found_XV if cap is None else torch.tanh(found_XV / cap) * cap

@@ -1,1 +1,1 @@
-"""Training on one or many workers: engines, parameter reads and edits that know ZeRO, seeds."""
+"""Training on one or many workers: engines, access to parameters under ZeRO, seeds."""

@@ -1,4 +1,4 @@
-"""How a Train stage is spread over workers: the settings of the engine; torch-free."""
+"""Engine settings: how a Train stage is distributed over workers; torch-free."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Self
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from cl_dist.config import Section
 
 BUCKET = 500_000_000
-"""Most elements of the buffer that ZeRO-2/3 reduce gradients through: DeepSpeed's own value."""
+"""Largest size, in elements, of ZeRO-2/3's gradient reduction buffer: DeepSpeed's default."""
 
 
 class ProfileConfig(Section):
@@ -27,38 +27,37 @@ class ProfileConfig(Section):
 
 
 class EngineConfig(Section):
-    """What one gang of workers needs to know. None of it may change a result beyond float rounding."""
+    """Engine settings of a gang of workers. None of them changes a result beyond float rounding."""
 
     engine: Literal["deepspeed", "torch"] = "deepspeed"
-    """torch: one worker, float32, no ZeRO: the reference that everything else is compared with."""
+    """torch: one worker, float32, no ZeRO; the reference for all other settings."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 0 replicates everything, 1 partitions optimizer states, 2 gradients too, 3 parameters too."""
     micro_batch: int | Literal["auto"] = "auto"
-    """Rows a worker holds at once; auto takes its whole share of the global batch, up to 32."""
+    """Rows per worker and forward pass; auto uses its full share of the global batch, up to 32."""
     persistence_threshold: int = Field(0, ge=0)
-    """ZeRO-3 keeps parameters with fewer elements whole on every rank. DeepSpeed's own 100,000 would keep most tensors
-    of a plugin: raise it where gathering them costs more than the memory."""
+    """ZeRO-3 does not partition parameters with fewer elements. DeepSpeed's default of 100,000 would exempt most
+    tensors of a plugin: raise it if gathering them costs more than the memory is worth."""
     activation_checkpointing: bool = False
-    """Keep the inputs of the backbone's layers alone in the forward pass and compute the rest again in the backward
-    pass: about a third more time for a fraction of the activations."""
+    """Save only the inputs of the backbone's layers in the forward pass and recompute the rest in the backward pass:
+    about a third more time for a fraction of the activations."""
     offload: Literal["optimizer", "all"] | None = None
-    """What ZeRO keeps in the host's memory. optimizer: float32 weights, moments and their update (stages 1-3); all: the
-    parameters too, which come to the device a few layers at a time (stage 3)."""
+    """State that ZeRO offloads to the host's memory. optimizer: float32 weights, moments and their update (stages 1-3);
+    all: also the parameters, which are moved to the device a few layers at a time (stage 3)."""
     offload_folder: str | None = None
-    """With `offload: all` parameters lie in files below this folder instead, which should be on an NVMe disk of each
-    node; pieces of less than 1 MB stay in memory. Needs libaio, a compiler at the first start, and locked memory
-    (`ulimit -l`) for the buffers that `plan` tells."""
+    """With `offload: all`, store parameters in files below this folder, which should be on an NVMe disk of each node;
+    partitions of less than 1 MB stay in memory. Needs libaio, a compiler at the first start, and locked memory
+    (`ulimit -l`) for the buffers listed by `plan`."""
     checkpoint_minutes: float = Field(10.0, ge=0)
-    """A Train stage is saved when so much time has passed since it began or was saved; with 0 only when the run is told
-    to stop (SIGTERM, Ctrl-C)."""
+    """Minutes between two checkpoints of a Train stage; 0 saves only when the run is stopped (SIGTERM, Ctrl-C)."""
     checkpoint_steps: int = Field(0, ge=0)
-    """It is also saved every so many optimizer steps; 0 leaves it to the clock."""
+    """Optimizer steps between two checkpoints, in addition to checkpoint_minutes; 0 disables it."""
     checkpoint_async: bool = True
-    """Files are written while training goes on, from a copy in the host's memory: 12 bytes for each trained parameter
-    of a rank. False copies and writes a third of it at a time, and training waits."""
+    """Write checkpoints in the background, from a copy in the host's memory of 12 bytes per trained parameter of a
+    rank. False copies and writes a third of it at a time, and training waits."""
     verify_protection_every: int = Field(0, ge=0)
-    """Compare the bits of what must not move every so many optimizer steps, and stop the run where they differ; 0 never
-    does."""
+    """Optimizer steps between two checks that no frozen or protected entry has changed by a bit, which stop the run
+    if one has; 0 disables the checks."""
     profile: ProfileConfig | None = None
     """Record optimizer steps with torch.profiler: {steps: [10, 14]}. Open the traces with https://ui.perfetto.dev."""
 
@@ -74,14 +73,14 @@ class EngineConfig(Section):
 
 
 def buffer_bounds(total: int, trained: int, largest: int) -> dict[str, int]:
-    """Return DeepSpeed's buffers in elements for a model of so many, its own defaults at most.
+    """Return DeepSpeed's buffer sizes in elements for the size of a model, at most its defaults.
 
-    Those are made for models of billions: ZeRO-3 would keep any smaller model whole on every rank once it has been
-    gathered, and every rank would hold a buffer of 5e8 gradients, however few are trained.
+    The defaults suit models of billions of parameters: ZeRO-3 would never release a smaller model once it has been
+    gathered, and every rank would allocate a buffer of 5e8 gradients, even if few parameters are trained.
 
     Args:
         total: Elements of the model.
-        trained: Those that are trained.
+        trained: Elements of its trained parameters.
         largest: Elements of its largest parameter.
     """
     share = max(largest, total // 8)
@@ -94,7 +93,7 @@ def buffer_bounds(total: int, trained: int, largest: int) -> dict[str, int]:
 
 
 LARGE = 10**12
-"""A model for which DeepSpeed's defaults are made."""
+"""Size of a model for which DeepSpeed's defaults apply."""
 
 
 def deepspeed_settings(
@@ -106,9 +105,9 @@ def deepspeed_settings(
     bf16: bool,
     bounds: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Return the configuration that DeepSpeed is given.
+    """Return the DeepSpeed configuration.
 
-    clip is the bound of the gradient norm, 0 for none; bounds are those of a large model unless they are given.
+    clip is the maximum gradient norm, 0 to disable clipping; bounds default to those of a large model.
     """
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -129,11 +128,11 @@ def deepspeed_settings(
 
 
 def offloaded(config: EngineConfig) -> dict[str, Any]:
-    """Return what DeepSpeed's ZeRO is told of offload to memory."""
+    """Return the offload section of the ZeRO configuration."""
     parts: dict[str, Any] = {}
     if config.offload is not None:
         parts["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if config.offload == "all":
-        # What is only on its way to files must not stay in torch's cache of pinned blocks.
+        # With files, host copies are temporary and must not stay in torch's cache of pinned blocks.
         parts["offload_param"] = {"device": "cpu", "pin_memory": config.offload_folder is None}
     return parts

@@ -1,7 +1,7 @@
-"""One optimizer step over a gang, with DeepSpeed ZeRO 0-3 or with plain torch on one worker.
+"""Training engines: DeepSpeed ZeRO 0-3 over a gang, or plain torch on one worker.
 
-Both engines have the same few methods, so the training loop does not know which one it drives. The loss they are given
-is this rank's share of a sum over the global batch: DeepSpeed's averaging over ranks and micro-batches is undone here.
+Both have the same interface. Their loss is this rank's share of a sum over the global batch: DeepSpeed's averaging over
+ranks and micro-batches is undone here.
 """
 
 import os
@@ -25,13 +25,13 @@ from cl_dist.partition import full_shape, is_partitioned
 
 @dataclass(frozen=True, slots=True)
 class Optimizing:
-    """How the weights move: AdamW with linear warm-up and decay, equal for both engines."""
+    """Optimizer settings: AdamW with linear warm-up and decay, equal for both engines."""
 
     lr: float
     lr_of: Mapping[str, float]
-    """Learning rates of parameters that depart from lr, by name."""
+    """Learning rates of parameters that differ from lr, by name."""
     no_decay: frozenset[str]
-    """Parameters that weight decay must not touch, besides biases and norms."""
+    """Parameters without weight decay, in addition to biases and norms."""
     weight_decay: float
     clip: float
     total_steps: int
@@ -55,20 +55,20 @@ class Optimizing:
 
 
 class Engine(Protocol):
-    """What the training loop needs of an engine."""
+    """Interface of an engine for the training loop."""
 
     module: nn.Module
     world: World
     optimizer: "FrozenEntryAdamW"
     schedule: Any
-    """The learning rate's; the library's class carries no types."""
+    """Learning rate schedule; the library's class is untyped."""
 
     @property
-    def flats(self) -> list[Tensor]:
-        """The tensors that the optimizer updates and keeps state of, as far as this rank holds them."""
+    def flat_tensors(self) -> list[Tensor]:
+        """The tensors that the optimizer updates on this rank."""
 
     def __call__(self, batch: Any) -> Any:
-        """Run the model forward; the only legal way during training (the wrapper hooks live here)."""
+        """Run the model forward; required in training, since the engine's hooks run here."""
 
     def reads_only_forward(self) -> AbstractContextManager[None]:
         """Raise where a parameter that is partitioned is read, unless a call of the engine reads it."""
@@ -83,7 +83,7 @@ class Engine(Protocol):
         """Return the gradient norm before clipping of the last update."""
 
     def close(self) -> None:
-        """Free what the engine holds; the module stays."""
+        """Free the engine's state; the module remains usable."""
 
 
 def build_engine(
@@ -97,7 +97,7 @@ def build_engine(
     transforms: Mapping[str, GradientTransform],
     penalties: Mapping[str, Penalty],
 ) -> Engine:
-    """Put a model under an engine; gradient transforms are attached to the parameters first.
+    """Create an engine for a model; gradient transforms are attached to the parameters first.
 
     Raises:
         ConfigError: If the settings contradict each other.
@@ -112,12 +112,12 @@ def build_engine(
     else:
         engine = DeepSpeedEngine(config, model, optimizing, num_micro, micro_batch, bf16, world, penalties)
     if any(each.decay for each in transforms.values()) and optimizing.weight_decay:
-        engine.optimizer.hold = _FrozenEntries(engine.module, transforms, world.rank).put_back
+        engine.optimizer.restore_frozen = _FrozenEntries(engine.module, transforms, world.rank).put_back
     return engine
 
 
 def check_engine(config: EngineConfig, workers: int, bf16: bool) -> None:
-    """Raise ConfigError for settings that cannot work together."""
+    """Raise ConfigError for incompatible settings."""
     if config.engine == "torch" and (workers != 1 or bf16):
         raise ConfigError("cluster.engine='torch': expected cluster.workers=1 and science.model.dtype='float32'")
     if bf16 and config.zero_stage == 0:
@@ -128,27 +128,27 @@ def check_engine(config: EngineConfig, workers: int, bf16: bool) -> None:
 
 
 def attach(model: nn.Module, transforms: Mapping[str, GradientTransform]) -> None:
-    """Transform gradients as they are produced: under ZeRO `p.grad` is None after backward, so it is too late then."""
+    """Transform gradients in hooks as they are produced: under ZeRO `p.grad` is None after backward."""
     named = dict(model.named_parameters())
     for name, transform in transforms.items():
         named[name].register_hook(transform.apply)
 
 
 class FrozenEntryAdamW(torch.optim.AdamW):
-    """AdamW that puts chosen entries back after every step, before anybody copies them."""
+    """AdamW that restores frozen entries after every step, before ZeRO copies the weights."""
 
-    hold: Callable[[], None] | None = None
+    restore_frozen: Callable[[], None] | None = None
 
     def step(self, closure: Any = None) -> Any:
         """Update the weights."""
         result = super().step(closure)
-        if self.hold is not None:
-            self.hold()
+        if self.restore_frozen is not None:
+            self.restore_frozen()
         return result
 
 
 class _FrozenEntries:
-    """The bits of some parameters' entries, as far as this rank holds them."""
+    """Values of the frozen entries that this rank owns."""
 
     def __init__(self, model: nn.Module, transforms: Mapping[str, GradientTransform], rank: int) -> None:
         self._rank = rank
@@ -168,7 +168,7 @@ class _FrozenEntries:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Write the remembered bits."""
+        """Restore the saved values."""
         for parameter, keep, values in self._parts:
             params.local(parameter, self._rank)[0].view(-1)[keep] = values
 
@@ -187,7 +187,7 @@ class TorchEngine:
         self._micro, self._norm = 0, torch.zeros(())
 
     @property
-    def flats(self) -> list[Tensor]:
+    def flat_tensors(self) -> list[Tensor]:
         """See Engine."""
         return list(self._parameters)
 
@@ -250,30 +250,30 @@ class DeepSpeedEngine:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         exact = params.Fp32Snapshot(trained if bf16 else {})
         if bf16 and (self._files is not None or any(is_partitioned(parameter) for parameter in model.parameters())):
-            # Where some parameters are cut up already, DeepSpeed takes it that all have been lowered.
+            # If some parameters are partitioned already, DeepSpeed assumes that all have been converted.
             for parameter in model.parameters():
                 params.lower(parameter)
         elements = [full_shape(parameter).numel() for parameter in model.parameters()]
-        held = [full_shape(parameter).numel() for parameter in trained.values()]
-        bounds = buffer_bounds(sum(elements), sum(held), max(elements))
+        sizes = [full_shape(parameter).numel() for parameter in trained.values()]
+        bounds = buffer_bounds(sum(elements), sum(sizes), max(elements))
         settings = deepspeed_settings(
             config, num_micro=num_micro, micro_batch=micro_batch, clip=optimizing.clip, bf16=bf16, bounds=bounds
         )
         if self._files is not None:
             deepspeed.zero.Init(module=model, config_dict_or_path=settings)
             settings = self._files.take(model, settings, world.size)
-        for buffer in model.buffers():  # DeepSpeed leaves those of a model that was cut up where they are
+        for buffer in model.buffers():  # DeepSpeed does not move those of a partitioned model
             buffer.data = buffer.data.to(world.device)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, lr_scheduler=self.schedule, config=settings, dist_init_required=False
         )
         self.module: nn.Module = self._engine.module
         self._reads = ForwardOnly({name: p for name, p in self.module.named_parameters() if is_partitioned(p)})
-        # DeepSpeed makes its masters from weights that it has rounded to bfloat16: what must not move would move here.
+        # DeepSpeed creates its masters from weights rounded to bfloat16, which would change protected entries.
         exact.put_back(world.rank)
 
     @property
-    def flats(self) -> list[Tensor]:
+    def flat_tensors(self) -> list[Tensor]:
         """See Engine."""
         wrapped, stage = self._engine.optimizer, self._engine.zero_optimization_stage()
         if stage == 0:
@@ -301,7 +301,7 @@ class DeepSpeedEngine:
             for parameter, penalty in self._penalties:
                 params.add_gradient(parameter, penalty.gradient, self.world.rank)
         if boundary and self._engine.zero_optimization_stage() == 0:
-            # Without ZeRO DeepSpeed tells no norm; the gradients are reduced by now, and gone after the step.
+            # Without ZeRO DeepSpeed reports no norm; the gradients are reduced now, and freed after the step.
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(grads)
         self._engine.step()
@@ -331,7 +331,7 @@ def start_deepspeed(world: World) -> Any:
     import deepspeed.ops
 
     if world.device.type == "cpu":
-        # Used for inference only, but compiled (100 s) by every init on a CPU; there is no public switch.
+        # Used for inference only, but compiled (100 s) at every init on a CPU; there is no public option.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if world.size == 1 and not torch.distributed.is_initialized():
         # A gang of one needs no rendezvous: an in-memory store opens no port.

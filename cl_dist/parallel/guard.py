@@ -1,6 +1,6 @@
-"""A run-time watch over what must not move: frozen parameters, and entries whose gradient is masked to zero.
+"""Run-time check that frozen parameters and entries with masked gradients do not change.
 
-Every rank checks the pieces that it owns, by checksums of their bits, so nothing is gathered but a verdict.
+Every rank compares checksums of its partitions, so only the outcome is gathered.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ from cl_dist.partition import full_shape
 class _Watched:
     name: str
     parameter: nn.Parameter
-    keep: Tensor | None
-    """Which entries of this rank's piece are protected; None: all."""
+    protected: Tensor | None
+    """Mask of the protected entries of this rank's partition; None: all."""
     checksum: int
 
 
 class Guard:
-    """Remembers the protected bits of an engine's parameters when it is made."""
+    """Records checksums of an engine's protected entries on construction."""
 
     def __init__(self, engine: Engine, transforms: Mapping[str, GradientTransform]) -> None:
         self._world = engine.world
@@ -35,40 +35,40 @@ class Guard:
             if parameter.requires_grad and name not in transforms:
                 continue
             piece, start = params.local(parameter, self._world.rank)
-            keep = None
+            protected = None
             if parameter.requires_grad:
                 entries = transforms[name].frozen(full_shape(parameter), piece.device)
                 if entries is None:
                     continue
-                keep = entries.flatten()[start : start + piece.numel()]
-            self._watched.append(_Watched(name, parameter, keep, _checksum(piece, keep)))
+                protected = entries.flatten()[start : start + piece.numel()]
+            self._watched.append(_Watched(name, parameter, protected, _checksum(piece, protected)))
 
     def check(self, step: int) -> None:
-        """Compare with the bits at the start. A collective: all ranks raise, or none.
+        """Compare with the recorded checksums. A collective: all ranks raise, or none.
 
         Raises:
-            ProtectionError: Naming the parameters that have moved.
+            ProtectionError: With the names of the changed parameters.
         """
         moved = [
             each.name
             for each in self._watched
-            if _checksum(params.local(each.parameter, self._world.rank)[0], each.keep) != each.checksum
+            if _checksum(params.local(each.parameter, self._world.rank)[0], each.protected) != each.checksum
         ]
         everywhere = sorted({name for names in self._world.gather(moved) for name in names})
         if everywhere:
             raise ProtectionError(
-                f"step {step}: protected entries have moved, of {', '.join(everywhere[:5])}"
+                f"step {step}: protected entries have changed in {', '.join(everywhere[:5])}"
                 f"{f' and {len(everywhere) - 5} more' if len(everywhere) > 5 else ''}. Earlier tasks would be damaged; "
-                "nothing of this stage is kept. This is a fault of the method or the engine, not of the settings: "
-                "report it with the run file."
+                "this stage is discarded. This is a bug of the method or the engine, not of the settings: report it "
+                "with the run file."
             )
 
 
-def _checksum(piece: Tensor, keep: Tensor | None) -> int:
-    """Return a sum over the bits in which every place has a weight of its own: no single change leaves it equal."""
+def _checksum(piece: Tensor, protected: Tensor | None) -> int:
+    """Return a sum over the bits with a distinct weight per position, so every single change is detected."""
     bits = piece.detach().contiguous().view(torch.int32 if piece.element_size() == 4 else torch.int16).flatten()
     bits = bits.to(torch.int64)
-    if keep is not None:
-        bits = bits[: keep.numel()] * keep
-    place = torch.arange(bits.numel(), device=bits.device, dtype=torch.int64)
-    return int((bits * (2 * place + 1)).sum())
+    if protected is not None:
+        bits = bits[: protected.numel()] * protected
+    index = torch.arange(bits.numel(), device=bits.device, dtype=torch.int64)
+    return int((bits * (2 * index + 1)).sum())

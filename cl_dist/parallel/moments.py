@@ -1,7 +1,7 @@
-"""AdamW's moments, wherever ZeRO keeps them: beside the float32 masters, in the same flat tensors' places.
+"""Access to AdamW's moments under any ZeRO stage: in the state of the flat tensors of the float32 masters.
 
-A rank holds the moments of what it owns (params.local). A piece of a master is a view into one of the optimizer's flat
-tensors; the moments of the piece lie at the same place of that tensor's state.
+A rank has the moments of its partitions (params.local). A master's partition is a view into one of the optimizer's flat
+tensors; its moments are at the same offset of that tensor's state.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ KEYS = ("exp_avg", "exp_avg_sq")
 
 
 def local(engine: Engine, parameter: nn.Parameter, key: str) -> tuple[Tensor, int]:
-    """Return this rank's piece of a parameter's moment, as a view, and where in the parameter it begins."""
+    """Return this rank's partition of a parameter's moment, as a view, and its offset in the parameter."""
     piece, start = params.local(parameter, engine.world.rank)
     if not piece.numel():
         return piece, start
-    for flat in engine.flats:
+    for flat in engine.flat_tensors:
         first = (piece.data_ptr() - flat.data_ptr()) // flat.element_size()
         if 0 <= first < flat.numel():
             moment: Tensor = engine.optimizer.state[flat][key]
@@ -32,17 +32,17 @@ def local(engine: Engine, parameter: nn.Parameter, key: str) -> tuple[Tensor, in
 
 @torch.no_grad()
 def restore(engine: Engine, step: int, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Put an optimizer where it was after `step` steps; moments[key] has whole tensors by parameter name."""
+    """Restore the state of an optimizer after `step` steps; moments[key] has full tensors by parameter name."""
     state: Any = engine.optimizer.state
-    for flat in engine.flats:
+    for flat in engine.flat_tensors:
         state[flat] = {"step": torch.tensor(float(step), device=flat.device)}
         state[flat] |= {key: torch.zeros_like(flat) for key in KEYS}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             for key in KEYS:
                 piece, start = local(engine, parameter, key)
-                whole = moments[key][name].flatten()[start : start + piece.numel()]
-                piece[: whole.numel()].copy_(whole)
+                stored = moments[key][name].flatten()[start : start + piece.numel()]
+                piece[: stored.numel()].copy_(stored)
     schedule = engine.schedule
     schedule.last_epoch = step
     for group, base in zip(engine.optimizer.param_groups, schedule.base_lrs, strict=True):

@@ -1,7 +1,7 @@
-"""Reading and setting whole parameters, whatever ZeRO has done to them.
+"""Reading and writing full parameters under any ZeRO stage.
 
-Under ZeRO-1/2/3 the values that count are float32 masters, cut up over the ranks; `p.data` is a copy at best, empty at
-worst. What is no collective says so; the rest every rank calls with the same names in the same order.
+Under ZeRO-1/2/3 the true values are float32 masters, partitioned over the ranks; `p.data` is a rounded copy or empty.
+Functions are collectives unless stated otherwise: every rank calls them with the same names in the same order.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,60 +18,60 @@ from cl_dist.partition import full_shape, is_partitioned
 
 @torch.no_grad()
 def load(model: nn.Module, values: Mapping[str, Tensor], rank: int) -> None:
-    """Put whole values into a model that no engine has yet; parts of it may have been cut up while it was loaded.
+    """Load full values into a model before an engine takes it; parameters may have been partitioned on loading.
 
-    Values are asked for one after the other. No collective.
+    Values are read one at a time. Not a collective.
 
     Raises:
-        CheckpointError: If a value has another shape.
+        CheckpointError: If a shape does not match.
     """
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        value, held = values.get(name), cast("Any", parameter)
+        value, managed = values.get(name), cast("Any", parameter)
         if value is None:
             continue
         if value.shape != full_shape(parameter):
             raise CheckpointError(
-                f"{name} is stored as {tuple(value.shape)}, the model has {tuple(full_shape(parameter))}"
+                f"{name} is stored with shape {tuple(value.shape)}, but has {tuple(full_shape(parameter))} in the model"
             )
         if is_partitioned(parameter):
-            held.ds_tensor.copy_(_own_piece(held, value, rank))
+            managed.ds_tensor.copy_(_own_shard(managed, value, rank))
         else:
-            held.copy_(value)
+            managed.copy_(value)
 
 
 def lower(parameter: nn.Parameter) -> None:
-    """Round a parameter to bfloat16, cut up or not. No collective."""
+    """Round a parameter to bfloat16, partitioned or not. Not a collective."""
     parameter.data = parameter.data.to(torch.bfloat16)
     if is_partitioned(parameter):
-        held: Any = parameter
-        rounded = held.ds_tensor.data.to(torch.bfloat16)
-        held.ds_tensor.data = rounded.pin_memory() if held.ds_tensor.is_pinned() else rounded
+        managed: Any = parameter
+        rounded = managed.ds_tensor.data.to(torch.bfloat16)
+        managed.ds_tensor.data = rounded.pin_memory() if managed.ds_tensor.is_pinned() else rounded
 
 
 class Fp32Snapshot:
-    """What parameters are in float32 before an engine takes them, which rounds them; no copy of them."""
+    """References to float32 parameters before an engine rounds them; no copies."""
 
     def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
-        self._kept: list[tuple[Any, Tensor, bool]] = []
+        self._snapshots: list[tuple[Any, Tensor, bool]] = []
         for parameter in named.values():
-            held: Any = parameter
-            divided = is_partitioned(parameter)
-            self._kept.append((parameter, (held.ds_tensor if divided else held).detach(), divided))
+            managed: Any = parameter
+            partitioned = is_partitioned(parameter)
+            self._snapshots.append((parameter, (managed.ds_tensor if partitioned else managed).detach(), partitioned))
 
     @torch.no_grad()
     def put_back(self, rank: int) -> None:
-        """Set the float32 masters to it. A collective.
+        """Copy the values to the float32 masters. A collective.
 
-        The parameters themselves follow at the next optimizer step; until then the two round to the same values.
+        The parameters themselves are updated at the next optimizer step; until then both round to the same values.
         """
         from deepspeed.utils import safe_set_full_fp32_param
 
-        for parameter, value, was_divided in self._kept:
+        for parameter, value, was_partitioned in self._snapshots:
             if is_partitioned(parameter):
-                local(parameter, rank)[0].copy_(value if was_divided else _own_piece(parameter, value, rank))
+                local(parameter, rank)[0].copy_(value if was_partitioned else _own_shard(parameter, value, rank))
             else:
                 safe_set_full_fp32_param(parameter, value)
-        self._kept = []
+        self._snapshots = []
 
 
 def _read(parameter: nn.Parameter) -> Tensor:
@@ -83,47 +83,47 @@ def _read(parameter: nn.Parameter) -> Tensor:
 
 
 def add_gradient(parameter: nn.Parameter, gradient: Callable[[Tensor], Tensor], rank: int) -> None:
-    """Add gradient(whole float32 value) to a parameter's reduced gradient, between the last backward and the step."""
+    """Add gradient(full float32 value) to a parameter's reduced gradient, between the last backward and the step."""
     if is_managed(parameter):
         from deepspeed.utils import safe_get_full_grad, safe_set_full_grad, safe_set_local_grad
 
-        whole = safe_get_full_grad(parameter) + gradient(_read(parameter))
+        full = safe_get_full_grad(parameter) + gradient(_read(parameter))
         if is_partitioned(parameter):
-            safe_set_local_grad(parameter, _own_piece(parameter, whole, rank))
+            safe_set_local_grad(parameter, _own_shard(parameter, full, rank))
         else:
-            safe_set_full_grad(parameter, whole)
+            safe_set_full_grad(parameter, full)
     else:
         assert parameter.grad is not None
         parameter.grad += gradient(parameter.detach())
 
 
-def _own_piece(parameter: Any, value: Tensor, rank: int) -> Tensor:
-    """Cut a rank's flat piece out of a whole value. DeepSpeed's setters cannot where the ranks do not divide it."""
-    size = parameter.ds_tensor.ds_numel  # where it lies in a file, its tensor is another one
+def _own_shard(parameter: Any, value: Tensor, rank: int) -> Tensor:
+    """Return a rank's flat partition of a full value. DeepSpeed's setters fail if the ranks do not divide its size."""
+    size = parameter.ds_tensor.ds_numel  # not numel(): a partition in a file has a placeholder tensor
     flat = value.flatten()[rank * size : (rank + 1) * size]
     return F.pad(flat, (0, size - flat.numel()))
 
 
 def is_managed(parameter: nn.Parameter) -> bool:
-    """Return whether ZeRO holds the master of this parameter; the same on every rank. No collective.
+    """Return whether ZeRO has the master of this parameter; the same on every rank. Not a collective.
 
-    ZeRO-1/2 set `_hp_mapping` on all trainable parameters, to None on ranks that own no piece: asking for its
-    value here would let some ranks skip a collective.
+    ZeRO-1/2 set `_hp_mapping` on all trainable parameters, to None on ranks without a partition of it: testing its
+    value here would make some ranks skip a collective.
     """
     return hasattr(parameter, "_hp_mapping") or is_partitioned(parameter)
 
 
 def local(parameter: nn.Parameter, rank: int) -> tuple[Tensor, int]:
-    """Return this rank's piece of a parameter, flat, and where in the parameter it begins. No collective.
+    """Return this rank's flat partition of a parameter and its offset in the parameter. Not a collective.
 
-    The float32 master where ZeRO holds one, else the parameter as the forward pass reads it, or a copy from its file.
-    With ZeRO-1/2 a rank may own no piece; with ZeRO-3 the last piece may be filled up beyond the parameter's end.
+    The float32 master if ZeRO has one, else the parameter as the forward pass reads it, or a copy from its file.
+    With ZeRO-1/2 a rank's partition may be empty; with ZeRO-3 the last partition may be padded.
     """
     managed: Any = parameter
     if is_partitioned(parameter):
         if not parameter.requires_grad:
             return files.read(managed), rank * managed.ds_tensor.ds_numel
-        # The public call brings a copy to the device where the masters are with the host.
+        # With offloaded masters the public call returns a copy on the device.
         piece, _ = managed._z3_optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)
         return piece, rank * managed.ds_tensor.ds_numel
     if hasattr(parameter, "_hp_mapping"):

@@ -1,4 +1,4 @@
-"""Seeds from what is computed, never from rank, time or process."""
+"""Seeds derived from the computed item, never from rank, time or process."""
 
 import hashlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def seed_of(*parts: object) -> int:
 def seeded(*parts: object) -> Iterator[None]:
     """Run a block under torch's generators seeded from these values, and restore them afterwards."""
     with torch.random.fork_rng():
-        # Not torch.manual_seed, which takes a millisecond to note a stack for each kind of device that is not there.
+        # Not torch.manual_seed, which spends a millisecond on stack traces for each absent kind of device.
         torch.default_generator.manual_seed(seed_of(*parts))
         if torch.cuda.is_available():
             torch.cuda.manual_seed_all(seed_of(*parts))

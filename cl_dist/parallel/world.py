@@ -1,4 +1,4 @@
-"""The gang as one rank sees it."""
+"""Rank, size and device of a process in a gang."""
 
 import os
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class World:
 
     @classmethod
     def current(cls) -> "World":
-        """Return this process's place in the gang; alone where torch.distributed is not initialised."""
+        """Return this process's rank in the gang; rank 0 of 1 if torch.distributed is not initialised."""
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if torch.cuda.is_available():
             local = int(os.environ.get("LOCAL_RANK", "0"))

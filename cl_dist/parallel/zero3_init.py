@@ -1,4 +1,4 @@
-"""Models that are cut up over the ranks while they are loaded: under ZeRO-3 no rank ever holds a whole one."""
+"""Partitioning of models while they are loaded: under ZeRO-3 no rank ever has a full model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +9,15 @@ from cl_dist.parallel.world import World
 
 
 def partitions(config: EngineConfig, world: World) -> bool:
-    """Return whether an engine cuts the parameters of a model in training up over the ranks."""
+    """Return whether an engine partitions the parameters of a model in training over the ranks."""
     return config.engine == "deepspeed" and config.zero_stage == 3 and world.size > 1
 
 
 @contextmanager
 def partitioned_init(config: EngineConfig, world: World) -> Iterator[None]:
-    """Have `from_pretrained` of transformers cut up each module's parameters, in float32, as soon as they exist.
+    """Make `from_pretrained` of transformers partition each module's float32 parameters on creation.
 
-    They are then filled one module at a time, from the first rank's view of the file. All ranks load the same models.
+    They are then filled one module at a time from the file as rank 0 sees it. All ranks load the same models.
     """
     start_deepspeed(world)
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -26,9 +26,9 @@ def partitioned_init(config: EngineConfig, world: World) -> Iterator[None]:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, **offloaded(config)},
     }
-    held = HfDeepSpeedConfig(settings)  # type: ignore[no-untyped-call]  # transformers keeps a weak reference alone
+    config_ref = HfDeepSpeedConfig(settings)  # type: ignore[no-untyped-call]  # transformers keeps a weak reference
     try:
         yield
     finally:
         unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
-        del held
+        del config_ref

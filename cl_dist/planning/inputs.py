@@ -1,6 +1,6 @@
-"""What a plan can know of a run without starting it: its data, the backbone's sizes, and the model that they make.
+"""Inputs of a plan: the run's data, the backbone's sizes, and the model that they define.
 
-What cannot be told is said: a name on the hub is never downloaded for a plan.
+Missing inputs are replaced by stated assumptions: nothing is downloaded from the hub for a plan.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from cl_dist.planning.trace import TracedLearner
 
 LABELS, ANSWER = 2, 8
-"""Taken where data or tokenizer are absent: labels of a task; tokens of an answer, with its end."""
+"""Defaults if data or tokenizer are missing: labels per task; tokens per answer, including the end token."""
 
 
 @dataclass
 class PlanInputs:
-    """What of a run is there."""
+    """The available inputs of a run's plan."""
 
     run: Run
     missing: dict[int, str] = field(default_factory=dict)
-    """Tasks whose files are not there, and which."""
+    """Tasks with missing files, and the first missing file of each."""
     assumptions: list[str] = field(default_factory=list)
-    """What could not be told, and why."""
+    """Assumptions of the plan, with reasons."""
 
     @classmethod
     def of(cls, run: Run) -> PlanInputs:
-        """Read the data that is there.
+        """Read the available data.
 
         Raises:
-            DataError: With the faults of all files that are there.
+            DataError: With the faults of all existing files.
         """
         inputs, faults = cls(run), []
         for number, task in enumerate(run.tasks.tasks):
@@ -60,7 +60,7 @@ class PlanInputs:
         if inputs.missing:
             names = ", ".join(f"{run.tasks.tasks[t].id} ({path})" for t, path in inputs.missing.items())
             inputs.assumptions.append(
-                f"rows and fingerprints of stages: no data of {names}; {LABELS} labels a task are assumed"
+                f"rows and fingerprints of stages: no data of {names}; assuming {LABELS} labels per task"
             )
         return inputs
 
@@ -70,7 +70,7 @@ class PlanInputs:
         return tuple(LABELS if t in self.missing else len(self.run.data(t).labels) for t in range(count))
 
     def model(self) -> ModelConfig | None:
-        """Return the backbone with its sizes filled in from config.json, or None where that is not at hand."""
+        """Return the backbone with its sizes from config.json, or None if that is not available locally."""
         model = self.run.config.science.model
         if model.config is not None:
             return model
@@ -85,7 +85,7 @@ class PlanInputs:
             raise ConfigError(f"{where}: expected a folder with config.json: {error}") from error
 
     def vocabulary(self, model: ModelConfig) -> tuple[int, int]:
-        """Return a decoder's vocabulary, rows for special tokens included, and the labels of its longest answer."""
+        """Return the size of a decoder's vocabulary, including special tokens, and the tokens of its longest answer."""
         from cl_dist.data.language import SpecialTokens, TextCodec
 
         rows = int((model.config or {}).get("vocab_size", 0))
@@ -101,27 +101,27 @@ class PlanInputs:
             answer = 1 + max((len(codec.encode(name)) for name in names), default=ANSWER - 1)
         else:
             self.assumptions.append(
-                f"tokens: no tokenizer at hand; the vocabulary of the model's config, and answers of {ANSWER} tokens, "
-                "are assumed"
+                f"tokens: no local tokenizer; assuming the vocabulary of the model's config, and answers of {ANSWER} "
+                "tokens"
             )
         size = SpecialTokens(tokens, 0).size(len(self.run.tasks), model.spare_task_tokens)
         return max(rows, size), answer
 
 
 def _not_local(source: str) -> str | None:
-    """Return why a source's files are not at hand without a download, or None."""
+    """Return why a source's files are not available without a download, or None if they are."""
     if source.endswith(".gguf"):
-        return "is a gguf file, which is unpacked at its first use; name the folder of its config.json for a plan"
+        return "is a gguf file, which is unpacked at its first use; set a folder with config.json for a plan"
     if source.startswith(("package:", ".", "/", "~")) or Path(source).is_dir():
         return None
     return (
-        "is a name on the hub, and nothing is downloaded for a plan; give science.model.config, or a folder with "
+        "is a name on the hub, and nothing is downloaded for a plan; set science.model.config, or a folder with "
         "config.json"
     )
 
 
 def _longest_rows(run: Run, task: int) -> TrainConfig:
-    """Return a task's settings with the longest rows that its stages train on: replayed ones have their own length."""
+    """Return a task's settings with the longest rows of its Train stages, including replayed rows of other tasks."""
     science, tasks = run.config.science, run.tasks.tasks
     read = {task}
     for stage in trainings(run.plan(task)):
@@ -135,22 +135,22 @@ def _longest_rows(run: Run, task: int) -> TrainConfig:
 class ModelEstimate:
     """The model of a run's last task, which has most parts, on its longest rows."""
 
-    dry: TracedLearner
+    traced: TracedLearner
     partitions: bool
-    """Whether ZeRO-3 cuts the backbone up while it is loaded."""
+    """Whether ZeRO-3 partitions the backbone while it is loaded."""
     whole_at_once: int
-    """Pieces that are in memory at a time where the others lie in files."""
+    """Parameters in memory at a time if the others are offloaded to files."""
     item: int
     train: TrainConfig
     """Settings of the task with the longest rows."""
     answer: int
     per_task: int
-    """Elements that the last task has added."""
+    """Elements added by the last task."""
     is_text: bool
 
     @classmethod
     def of(cls, inputs: PlanInputs) -> ModelEstimate | None:
-        """Shape the model, or return None where its sizes are not at hand."""
+        """Build the model on fake tensors, or return None if its sizes are not available."""
         from cl_dist.parallel.files import MEGABYTE, num_buffers
         from cl_dist.planning.trace import TracedLearner
         from cl_dist.stages.build import loads_partitioned
@@ -164,7 +164,7 @@ class ModelEstimate:
         stages = trainings(run.plan(len(labels) - 1))
         tasks = tuple({*stages[-1].data, *stages[-1].replay})
         recompute = run.config.cluster.activation_checkpointing
-        dry = TracedLearner(method, model, labels, vocabulary=vocabulary, tasks=tasks, recompute=recompute)
+        traced = TracedLearner(method, model, labels, vocabulary=vocabulary, tasks=tasks, recompute=recompute)
         partitions = loads_partitioned(run.config.science.method, run.config.science.model)
         before = (
             TracedLearner(method, model, labels[:-1], vocabulary=vocabulary).parts.elements if len(labels) > 1 else 0
@@ -173,29 +173,29 @@ class ModelEstimate:
         longest = max(settings, key=lambda train: train.max_length * train.global_batch)
         item = 2 if model.dtype == "bfloat16" else 4
         smallest = MEGABYTE * run.config.cluster.workers // item
-        whole = num_buffers(dry.learner.model, lambda parameter: parameter.numel() >= smallest)
-        return cls(dry, partitions, whole, item, longest, answer, dry.parts.elements - before, is_text)
+        num_gathered = num_buffers(traced.learner.model, lambda parameter: parameter.numel() >= smallest)
+        return cls(traced, partitions, num_gathered, item, longest, answer, traced.parts.elements - before, is_text)
 
     @property
     def model(self) -> Model:
         """Counts of the model."""
-        dry = self.dry
+        traced = self.traced
         return Model(
-            elements=dry.backbone.elements + dry.parts.elements,
-            trained=dry.backbone.trained + dry.parts.trained,
-            largest=dry.largest,
+            elements=traced.backbone.elements + traced.parts.elements,
+            trained=traced.backbone.trained + traced.parts.trained,
+            largest=traced.largest,
             item=self.item,
-            task_elements=dry.parts.elements,
-            buffers=dry.buffers,
-            beside=dry.beside,
+            task_elements=traced.parts.elements,
+            buffers=traced.buffers,
+            extras=traced.extras,
             partitions=self.partitions,
             whole_at_once=self.whole_at_once,
-            quantized=dry.quantized,
-            tables=dry.tables,
+            quantized=traced.quantized,
+            tables=traced.tables,
         )
 
     def step(self, rows: int, accumulates: bool) -> Step:
         """Return the micro-batches of an optimizer step."""
-        micro = self.dry.micro(rows, self.train.max_length, self.answer)
+        micro = self.traced.micro(rows, self.train.max_length, self.answer)
         points = [(point.activations, point.gradients) for point in micro.points]
-        return Step(micro.kept, points, accumulates, micro.operations)
+        return Step(micro.saved, points, accumulates, micro.operations)

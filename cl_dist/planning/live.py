@@ -1,6 +1,6 @@
-"""How many bytes tensors hold, at every operation: counted by the lifetimes of their storages, on any device.
+"""Bytes of live tensors at every operation, tracked by the lifetimes of their storages, on any device.
 
-Works on tensors without data (torch's FakeTensorMode) as on real ones, and sees no memory outside of tensors.
+Works on fake tensors (torch's FakeTensorMode) and on real ones; memory outside of tensors is not counted.
 """
 
 import weakref
@@ -14,21 +14,21 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensorBytes(TorchDispatchMode):
-    """Counts what lives while it is entered: new storages, and those that it has been shown."""
+    """Counts the bytes of new storages while it is active, and of those registered with `show`."""
 
     def __init__(self, kind_of: Callable[[Tensor], str] = lambda tensor: "") -> None:
-        """Begin with nothing; kind_of names the kind of a tensor whose storage is new."""
+        """Start empty; kind_of returns the kind of a tensor with a new storage."""
         super().__init__()  # type: ignore[no-untyped-call]  # by the library
         self.kinds: Counter[str] = Counter()
-        """Bytes that live now, by kind."""
+        """Live bytes by kind."""
         self.live = self.peak = 0
-        """Bytes that live now, and the most so far."""
+        """Live bytes, and their peak."""
         self.watch: Callable[[], None] = lambda: None
-        """Called when there is more than before."""
+        """Called when live bytes grow."""
         self._kind_of, self._known = kind_of, dict[int, tuple[str, int]]()
 
     def show(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Count these tensors' storages as of a kind, whether they are known or not."""
+        """Count the storages of these tensors as of a kind, also if they are counted already."""
         for tensor in tensors:
             self._add(tensor, kind)
 
@@ -57,18 +57,18 @@ class LiveTensorBytes(TorchDispatchMode):
         self.live -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it returns."""
+        """Run an operation and count its results."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.device.type != "meta":  # which has a size, and no memory
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":  # meta tensors have no memory
                 self._add(leaf)
         return result
 
     def restart(self) -> None:
-        """Forget the highest point so far."""
+        """Reset the peak."""
         self.peak = self.live
 
 
-def held(module: nn.Module) -> list[Tensor]:
+def tensors_of(module: nn.Module) -> list[Tensor]:
     """Return a module's parameters and buffers."""
     return [*module.parameters(), *module.buffers()]

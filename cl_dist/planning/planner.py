@@ -134,13 +134,13 @@ def _sizes(
     keeps_best = shape.train.keep == "best_dev"
     if any(stage.frozen is not None for stage in trainings(stages)):
         inputs.assumptions.append(
-            f"the result of votes: T counts all parameters; a frozen block removes {shape.dry.block:,} elements from "
-            "it, frozen heads stay in the optimizer"
+            f"the result of votes: T counts all parameters; a frozen block removes {shape.traced.block:,} elements "
+            "from it, frozen heads stay in the optimizer"
         )
     clusters = tuple(_device(rank, pool, size) for size in devices)
     files = memory.disk(
         model,
-        learner=shape.dry.ended(),  # no micro-batch can be traced after this
+        learner=shape.traced.ended(),  # no micro-batch can be traced after this
         num_tasks=len(inputs.run.tasks),
         trainings=len(trainings(stages)),
         keeps_best=keeps_best,
@@ -152,10 +152,10 @@ def _sizes(
         micro_batches=rank.micro_batches(cluster.workers, configured),
         max_length=shape.train.max_length,
         parallel_samples=_parallel_samples(config, shape),
-        labels=shape.dry.labels(configured, shape.train.max_length, shape.answer),
+        labels=shape.traced.labels(configured, shape.train.max_length, shape.answer),
         bytes_per_element=shape.item,
         trained_row_operations=rank.operations(),
-        read_row_operations=shape.dry.scored(1, shape.train.max_length).operations,
+        read_row_operations=shape.traced.scored(1, shape.train.max_length).operations,
         elements=Elements(
             total=model.elements,
             trained=model.trained,
@@ -226,7 +226,7 @@ def _pool(config: RunConfig, shape: ModelEstimate, stages: list[Stage]) -> dict[
     """Return the memory of an actor in each kind of stage that is divided into shards."""
     model, science, length = shape.model, config.science, shape.train.max_length
     found: dict[str, tuple[Quantity, ...]] = {}
-    decoder = None if shape.dry.decoder is None else memory.Decoder(*shape.dry.decoder)
+    decoder = None if shape.traced.decoder is None else memory.Decoder(*shape.traced.decoder)
     for kind, of_kind in sorted((name, [s for s in stages if s.kind == name]) for name in {s.kind for s in stages}):
         needs = KINDS[kind].memory
         if needs is None:
@@ -236,9 +236,12 @@ def _pool(config: RunConfig, shape: ModelEstimate, stages: list[Stage]) -> dict[
         if needs == "generation" and decoder is not None:
             working = list(memory.generating(decoder, _parallel_samples(config, shape), length, shape.item))
         else:
-            size, formula = shape.dry.scored(rows, length).peak, "rows * max_length tokens; traced, without gradients"
+            size, formula = (
+                shape.traced.scored(rows, length).peak,
+                "rows * max_length tokens; traced, without gradients",
+            )
             if any(KINDS[kind].backward(stage) for stage in of_kind):
-                back = shape.dry.marked(length, shape.answer)
+                back = shape.traced.marked(length, shape.answer)
                 size, formula = max(size, back), f"{formula}, and with those of the embeddings, before"
             working.append(Quantity("forward pass", size, formula))
             if needs == "attention" and decoder is not None:
@@ -252,9 +255,9 @@ def _pool(config: RunConfig, shape: ModelEstimate, stages: list[Stage]) -> dict[
 
 def _parallel_samples(config: RunConfig, shape: ModelEstimate) -> int:
     """Return the number of samples that an actor generates at the same time; 0 where the run generates none."""
-    if shape.dry.decoder is None:
+    if shape.traced.decoder is None:
         return 0
-    decoder, generate = memory.Decoder(*shape.dry.decoder), config.science.generate
+    decoder, generate = memory.Decoder(*shape.traced.decoder), config.science.generate
     return memory.rows_within(
         decoder, generate.parallel_samples, shape.train.max_length, shape.item, generate.kv_cache_gb
     )

@@ -1,4 +1,4 @@
-"""How a worker builds the model that a stage starts from."""
+"""Construction of a stage's learner and model on a worker."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -19,7 +19,7 @@ from cl_dist.models.architectures import layers_of
 from cl_dist.models.backbone import load_backbone, lower
 from cl_dist.models.config import ModelConfig
 from cl_dist.parallel import params
-from cl_dist.parallel.device_map import spread
+from cl_dist.parallel.device_map import dispatch
 from cl_dist.parallel.seeds import seeded
 from cl_dist.parallel.world import World
 from cl_dist.parallel.zero3_init import partitioned_init
@@ -55,17 +55,17 @@ def writes_text(method: MethodConfig, model: ModelConfig) -> bool:
 
 
 def to_inference(job: Job, model: M) -> M:
-    """Bring a finished model to the precision of its forward pass and to this worker's devices, to be read alone."""
+    """Convert a trained model to the precision of its forward pass and move it to this worker's devices."""
     if job.model.dtype == "bfloat16":
-        lower(model)  # before it goes to a device, where float32 may not fit
+        lower(model)  # before it moves to a device, where float32 may not fit
     backbone = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
-    return spread(model, type(layers_of(backbone)[0][1])).eval().requires_grad_(False)
+    return dispatch(model, type(layers_of(backbone)[0][1])).eval().requires_grad_(False)
 
 
-class _Fitted(Mapping[str, Tensor]):
-    """Stored weights by name, from the newest of several folders, in the shapes that a model has; made when asked for.
+class _ResizedWeights(Mapping[str, Tensor]):
+    """Stored weights by name, from the newest of several folders, read on access and resized to a model's shapes.
 
-    Those of parameters that are cut up are as they were stored.
+    Those of partitioned parameters are not resized.
     """
 
     def __init__(self, learner: Learner, stored: Mapping[str, ShardedWeights], own: Mapping[str, Tensor]) -> None:
@@ -83,19 +83,24 @@ class _Fitted(Mapping[str, Tensor]):
 
 
 def loads_partitioned(method: MethodConfig, model: ModelConfig, learner: str | None = None) -> bool:
-    """Return whether ZeRO-3 may partition the backbone over the ranks while it is loaded."""
+    """Return whether ZeRO-3 can partition a backbone while it is loaded."""
     able = capabilities_of(method, model, learner).takes_partitioned
     return able and model.config is None and model.weight_bits is None
 
 
-def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False, is_read: bool = False) -> Learner:
+def build_learner(
+    job: Job, up_to: int | None = None, *, partitioned: bool = False, for_inference: bool = False
+) -> Learner:
     """Return the stage's learner with its model: backbone, parts of all tasks so far, stored weights.
 
-    New parts are drawn from a seed of (run seed, task id), so every rank and every restart draws the same. With up_to,
-    parts of later tasks are neither made nor read: what scores an early task needs no capsules of later ones.
-    divided cuts the backbone up over the ranks as it is loaded, where the learner can cope with that; all ranks call.
-    It is float32 then, for the masters that the engine makes of what is trained and for what is copied of it.
-    is_read loads it in the precision of its forward pass: a model that is not trained needs no other.
+    New parts are initialized with a seed of (run seed, task id), the same on every rank and after every restart.
+
+    Args:
+        job: The stage's job.
+        up_to: Last task whose parts are built and loaded; later parts are not needed to score an earlier task.
+        partitioned: Partition the backbone over the ranks while it is loaded, if the learner supports it; a collective.
+            It is float32 then, for the engine's masters and for copies of its modules.
+        for_inference: Load the backbone in the precision of its forward pass.
 
     Raises:
         CheckpointError: If a stored file is missing or does not fit the model.
@@ -106,11 +111,11 @@ def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False, 
     last = job.stage.task if up_to is None else up_to
     num_labels = tuple(len(task_data(job, task).labels) for task in range(last + 1))
     learner = new_learner(job.method, job.model, num_labels, job.seed, name)
-    divided = divided and loads_partitioned(job.method, job.model, name)
-    cut = partitioned_init(job.engine, World.current()) if divided else nullcontext()
+    partitioned = partitioned and loads_partitioned(job.method, job.model, name)
+    cut = partitioned_init(job.engine, World.current()) if partitioned else nullcontext()
     with seeded(job.seed, "build", job.tasks[last].id, *number):
         with cut:
-            dtype = torch.bfloat16 if is_read and job.model.dtype == "bfloat16" else torch.float32
+            dtype = torch.bfloat16 if for_inference and job.model.dtype == "bfloat16" else torch.float32
             backbone = load_backbone(job.model, causal=writes_text(job.method, job.model), dtype=dtype)
         model = learner.build(backbone, last)
     own, world = model.state_dict(), World.current()
@@ -118,10 +123,10 @@ def build_learner(job: Job, up_to: int | None = None, *, divided: bool = False, 
     for folder in job.chain:
         stored = ShardedWeights(folder)
         if last == job.stage.task and (unexpected := stored.keys() - own.keys()):
-            raise CheckpointError(f"{folder}: holds weights of {min(unexpected)!r}, which this model does not have")
+            raise CheckpointError(f"{folder}: has weights of {min(unexpected)!r}, which this model does not have")
         latest |= {name: stored for name in stored if name in own}
     try:
-        params.load(model, _Fitted(learner, latest, own), world.rank)
+        params.load(model, _ResizedWeights(learner, latest, own), world.rank)
     except CheckpointError as error:
         raise CheckpointError(f"{job.chain[-1]}: weights do not fit the model: {error}") from error
     if job.chain and (Path(job.chain[-1]) / LEARNER).exists():

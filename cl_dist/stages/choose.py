@@ -1,4 +1,4 @@
-"""Worker side of Choose: models that were trained with different units frozen answer dev rows; the best one wins."""
+"""Worker side of Choose: scores candidate models, trained with different units frozen, on dev rows."""
 
 import json
 from collections.abc import Iterable
@@ -15,32 +15,32 @@ from cl_dist.stages.stage_job import Job, task_data
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shard:
-    """Rows that a candidate answers."""
+    """Rows scored with one candidate."""
 
     candidate: int
     rows: voting_shards.Shard
 
 
 def shards(job: Job) -> list[Shard]:
-    """Cut the stage into shards. They depend on the science settings alone, never on the workers."""
+    """Return the stage's shards, which depend on science settings only, never on the workers."""
     assert isinstance(job.stage, Choose)
     return [Shard(number, rows) for number in range(len(job.stage.candidates)) for rows in voting_shards.shards(job)]
 
 
 class ChooseWorker:
-    """Holds the model of one candidate at a time."""
+    """Loads the model of one candidate at a time."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._held = job, -1
+        self._job, self._loaded = job, -1
 
     def run(self, shard: Shard) -> int:
-        """Return how many of a shard's rows are answered rightly."""
+        """Return the number of correct answers to a shard's rows."""
         assert isinstance(self._job.stage, Choose)
-        if shard.candidate != self._held:
-            self._predictor: Predictor | None = None  # never two models resident
+        if shard.candidate != self._loaded:
+            self._predictor: Predictor | None = None  # never two models in memory
             folder = self._job.folder(self._job.stage.candidates[shard.candidate])
             self._predictor = Predictor(replace(self._job, chain=(*self._job.chain, str(folder))))
-            self._held = shard.candidate
+            self._loaded = shard.candidate
         assert self._predictor is not None
         where = shard.rows
         rows = voting_rows(task_data(self._job, where.source), self._job.stage.vote.max_examples)[
@@ -51,7 +51,7 @@ class ChooseWorker:
 
 
 def merge(job: Job, results: Iterable[tuple[Shard, int]], out: Path) -> None:
-    """Write critical.json: the unit whose freezing gave the best mean accuracy over tasks; of equals, the first."""
+    """Write critical.json: the unit whose candidate has the best mean accuracy over tasks; of equals, the first."""
     stage = job.stage
     assert isinstance(stage, Choose)
     right = [dict.fromkeys(stage.sources, 0) for _ in stage.candidates]
@@ -61,8 +61,8 @@ def merge(job: Job, results: Iterable[tuple[Shard, int]], out: Path) -> None:
     scores = [sum(found[task] / sizes[task] for task in stage.sources) / len(stage.sources) for found in right]
     best = stage.units[scores.index(max(scores))]
     tried = [{"unit": list(unit), "accuracy": score} for unit, score in zip(stage.units, scores, strict=True)]
-    facts = {"level": stage.vote.level, "chosen": [list(best)], "tried": tried}
-    (out / CRITICAL).write_text(json.dumps(facts, indent=1), encoding="utf8")
+    result = {"level": stage.vote.level, "chosen": [list(best)], "tried": tried}
+    (out / CRITICAL).write_text(json.dumps(result, indent=1), encoding="utf8")
 
 
 KIND = ShardedKind(shards, ChooseWorker, merge)

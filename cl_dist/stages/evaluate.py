@@ -1,4 +1,4 @@
-"""Worker side of an Evaluate stage: rows cut into shards that any worker may score, merged into one scores.json."""
+"""Worker side of Evaluate: scores shards of test rows and merges them into one scores.json."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ SCORES = "scores.json"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shard:
-    """Test rows start..stop-1 of a task, scored with one part of the learner switched off, or none ("")."""
+    """Test rows start..stop-1 of a task, scored with a part of the learner switched off, or with all parts ("")."""
 
     task: int
     without: str
@@ -33,12 +33,12 @@ class Shard:
 
 
 Scored = dict[str, Any]
-"""Per row of a shard: answers as text, or predictions (class numbers) with their logits (float32 bytes in hexadecimal),
-and what the learner observed (in any row order, since only its mean is used)."""
+"""Per row of a shard: answers as text, or predictions (class indices) with their logits (float32 bytes in hexadecimal),
+and the learner's observations (in any row order, since only their mean is used)."""
 
 
 def shards(job: Job) -> list[Shard]:
-    """Cut the stage into shards. They depend on the science settings alone, never on the workers."""
+    """Return the stage's shards, which depend on science settings only, never on the workers."""
     stage = job.stage
     assert isinstance(stage, Evaluate)
     wanted = [(task, "") for task in stage.tasks] + [(stage.task, part) for part in stage.without]
@@ -50,13 +50,13 @@ def shards(job: Job) -> list[Shard]:
 
 
 class EvaluateWorker:
-    """Holds the stage's model and scores one shard after the other."""
+    """Loads the stage's model and scores one shard at a time."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._predictor = job, Predictor(job)
 
     def run(self, shard: Shard) -> Scored:
-        """Score a shard; its numbers do not depend on who scores it."""
+        """Score a shard; the result does not depend on the worker."""
         rows = task_data(self._job, shard.task).test[shard.start : shard.stop]
         if self._predictor.writes:
             return {"answers": self._predictor.answers(shard.task, rows), "observed": {}}
@@ -75,7 +75,7 @@ class EvaluateWorker:
 
 
 def merge(job: Job, results: Iterable[tuple[Shard, Scored]], out: Path) -> None:
-    """Join the shards in row order and write scores.json and predictions of every task to out."""
+    """Join the shards in row order, and write scores.json and the predictions of every task to out."""
     stage = job.stage
     assert isinstance(stage, Evaluate)
     parts: dict[tuple[int, str], list[tuple[Shard, Scored]]] = {}
@@ -87,7 +87,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, Scored]], out: Path) -> None:
         data = task_data(job, task)
         predictions = [text for _, scored in scored_parts for text in _answers(scored, data)]
         truth = [row.label for row in data.test]
-        numbers = compared(job.tasks[task], data.labels, data.test, predictions)
+        numbers = score_answers(job.tasks[task], data.labels, data.test, predictions)
         if without:
             scores["without"][without] = numbers
             continue
@@ -107,10 +107,10 @@ def merge(job: Job, results: Iterable[tuple[Shard, Scored]], out: Path) -> None:
     (out / SCORES).write_text(json.dumps(scores, indent=1), encoding="utf8")
 
 
-def compared(task: TaskConfig, labels: Sequence[str], rows: Sequence[Row], answers: list[str]) -> dict[str, Any]:
-    """Return the scores of the answers to some rows; "score" is the one that R holds.
+def score_answers(task: TaskConfig, labels: Sequence[str], rows: Sequence[Row], answers: list[str]) -> dict[str, Any]:
+    """Return the scores of the answers to some rows; "score" is the entry of the accuracy matrix R.
 
-    A free text has no classes: its f1_macro is null, and "accuracy" counts the answers that are right to the letter.
+    Free text has no classes: its f1_macro is None, and "accuracy" counts exact matches of the text.
     """
     truth = [row.label for row in rows]
     numbers: dict[str, Any] = {"accuracy": accuracy(truth, answers), "f1_macro": None}
@@ -122,7 +122,7 @@ def compared(task: TaskConfig, labels: Sequence[str], rows: Sequence[Row], answe
             dialogues = [turn[0] for turn in turns if turn is not None]
             if len(dialogues) < len(rows):
                 alone = rows[turns.index(None)].id
-                raise DataError(f"task {task.id}: joint_state needs ids <dialogue>-<number of the turn>, not {alone!r}")
+                raise DataError(f"task {task.id}: joint_state needs ids <dialogue>-<turn number>, not {alone!r}")
             numbers |= {"joint_state": joint_state(dialogues, truth, answers)}
             numbers |= {"turn_state": TEXT_METRICS["turn_state"](truth, answers)}
     else:

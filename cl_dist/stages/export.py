@@ -1,16 +1,16 @@
-"""A learned model as a folder that travels: no run, no data, no pickle.
+"""Export of a trained model as a self-contained folder: no run, no data, no pickle.
 
-A classifier: backbone/ holds the backbone, with whatever of it was trained, parts.safetensors every tensor that the
-method added and its learner's state, cl_dist.json how to put the two together (see `Card`). config.json names an
-architecture that transformers does not know, so that its Auto classes and pipelines refuse the folder, instead of
-answering with a new head on a backbone without its parts.
+A classifier: backbone/ has the backbone with its trained weights, parts.safetensors every tensor added by the method
+and the learner's state, cl_dist.json how to combine the two (see `Card`). config.json names an architecture unknown to
+transformers, so that its Auto classes and pipelines refuse the folder, instead of predicting with a new head on a
+backbone without its parts.
 
     model, tokenizer, labels = load_exported(folder)
     logits_BK = model(tokenizer(texts, padding=True, truncation=True, return_tensors="pt"))
 
-A model that writes its answers needs nothing of ours: AutoModelForCausalLM and AutoTokenizer load it, and it continues
-what the tokenizer's chat template makes of a text (see export_text), or writes a sample after "<task-0>".
-README.md has the lines that load either.
+A language model does not need cl-dist: AutoModelForCausalLM and AutoTokenizer load it, and it continues a text rendered
+by the tokenizer's chat template (see export_text), or generates a sample after "<task-0>".
+README.md of the folder shows how to load it.
 """
 
 import json
@@ -35,55 +35,55 @@ from cl_dist.models.config import ModelConfig
 from cl_dist.parallel.seeds import seeded
 from cl_dist.stage import Evaluate
 from cl_dist.stages.build import build_learner, new_learner, writes_text
-from cl_dist.stages.export_text import Example, generation, misspelled, text_tokenizer
+from cl_dist.stages.export_text import Example, count_mismatches, generation, text_tokenizer
 from cl_dist.stages.model_card import class_card, text_card
 from cl_dist.stages.stage_job import Job, task_data
 
 log = logging.getLogger(__name__)
 CARD, PARTS, README, BACKBONE = "cl_dist.json", "parts.safetensors", "README.md", "backbone"
 MODEL_TYPE = "cl_dist (load it with cl_dist.stages.export.load_exported; see README.md)"
-"""What transformers shows when it refuses a folder."""
+"""Shown by transformers when it refuses a folder."""
 EXAMPLES = 100
-"""Train rows of each task on which the layout of an exported chat is compared with that of training."""
+"""Train rows of each task on which the chat template is compared with the layout of training."""
 _MODEL, _LEARNER = "model.", "learner."
 
 
 class ExportedTask(Section):
-    """A task that the model has parts for."""
+    """A task of the model."""
 
     id: str
     labels: tuple[str, ...]
     """Class k of the logits is labels[k]."""
     max_length: int
-    """Where longer inputs were cut."""
+    """Length to which inputs were truncated."""
     is_answered: bool
-    """Whether this is a model for the task; if not, its parts are untrained, and here to keep the places of others."""
+    """Whether the model can be used for this task; if not, its parts are untrained placeholders."""
 
 
 class Card(Section):
-    """What cl_dist.json holds."""
+    """Contents of cl_dist.json."""
 
     format_version: Literal[1, 2] = 2
-    """1: of a classifier, the backbone lies in the folder itself."""
+    """1: a classifier's backbone is in the folder itself."""
     task: int
-    """The task that it was exported for, as its place in `tasks`."""
+    """Index in `tasks` of the exported task."""
     tasks: tuple[ExportedTask, ...] = Field(min_length=1)
     """In learned order."""
     method: dict[str, Any]
     output: Literal["classifier", "lm"] = "classifier"
     pooling: Literal["mean", "cls", "pooler", "last"] | None
     dtype: Literal["float32", "bfloat16"]
-    """Precision of the forward pass; the files hold float32."""
+    """Precision of the forward pass; the files are float32."""
     dropout: float
     weight_bits: Literal[4, 8] | None = None
-    """The files hold whole weights, which are rounded when they are loaded."""
+    """The files are not quantized; weights are quantized on loading."""
     seed: int
     fingerprint: str
-    """That of the Train stage whose model this is."""
+    """Fingerprint of the model's Train stage."""
 
 
 def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
-    """Write the model of an Evaluate stage's job to a folder; its card comes last, and no folder is loaded without one.
+    """Write the model of an Evaluate stage's job to a folder; its card is written last and required for loading.
 
     Raises:
         ConfigError: If the folder exists and is not empty.
@@ -119,16 +119,16 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
     tokenizer.name_or_path = ""
     tokenizer.init_kwargs.pop("name_or_path", None)
     if tokenizer.pad_token is None and tokenizer.all_special_tokens:
-        # Masked, so any will do; but one that is not special yet, as number 0 may be, would cut up texts that hold it.
+        # Padding is masked, so any special token will do; a normal token, such as id 0, would be split off in texts.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.all_special_tokens[0]
-    untrained, places = _untrained(card, job.model)
+    untrained, backbone_names = _untrained(card, job.model)
     weights = untrained.model.state_dict().keys()  # without masks of finished tasks, which are the learner's state
     found = learner.model.state_dict().items()
     tensors = {name: tensor.detach().cpu() for name, tensor in found if name in weights}
     plain = job.model.model_copy(update={"weight_bits": None})
-    backbone = load_backbone(plain)  # one that no method has put anything into
-    backbone.load_state_dict({inner: tensors[name] for name, inner in places.items()}, strict=False)
-    parts = {_MODEL + name: tensor for name, tensor in tensors.items() if name not in places}
+    backbone = load_backbone(plain)  # without the method's modules
+    backbone.load_state_dict({inner: tensors[name] for name, inner in backbone_names.items()}, strict=False)
+    parts = {_MODEL + name: tensor for name, tensor in tensors.items() if name not in backbone_names}
     parts |= {_LEARNER + name: tensor.cpu() for name, tensor in learner.state_dict().items()}
 
     _save(backbone, folder / BACKBONE)
@@ -144,13 +144,13 @@ def export(job: Job, task: int, folder: Path, fingerprint: str) -> None:
 
 
 def _save(backbone: PreTrainedModel, folder: Path) -> None:
-    backbone.config._name_or_path = ""  # where it was on this machine
+    backbone.config._name_or_path = ""  # a path of this machine
     folder.mkdir(parents=True, exist_ok=True)
     backbone.save_pretrained(folder)
 
 
 def _export_text(job: Job, card: Card, model: CausalModel, source: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model that writes, as a plain causal language model."""
+    """Write a language model as a plain causal language model."""
     from cl_dist.models.lowrank import merge_updates  # peft takes seconds to import
 
     codec = TextCodec(source)
@@ -169,14 +169,14 @@ def _export_text(job: Job, card: Card, model: CausalModel, source: PreTrainedTok
     model.backbone.generation_config = generation(special, longest)
     _save(model.backbone, folder)
     tokenizer.save_pretrained(folder)
-    settings = folder / "tokenizer_config.json"  # by the name that servers with an older transformers know too
+    settings = folder / "tokenizer_config.json"  # a name that older versions of transformers know too
     write_json(settings, json.loads(settings.read_text("utf8")) | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     stored: Any = load_tokenizer(ModelConfig(source=str(folder.absolute())))
-    wrong = misspelled(stored, codec, examples)
+    wrong = count_mismatches(stored, codec, examples)
     if wrong:
         log.warning(
-            "export task=%s rows=%d misspelled=%d: the chat template does not lay them out as training did; see %s",
+            "export task=%s rows=%d mismatches=%d: tokens of the chat template differ from training; see %s",
             *(asked, len(examples), wrong, folder / README),
         )
     ans, eos, gen = stored.convert_ids_to_tokens([special.ans, special.eos, special.task(card.task)])
@@ -200,30 +200,33 @@ def _export_text(job: Job, card: Card, model: CausalModel, source: PreTrainedTok
 def check_free(folder: Path) -> None:
     """Raise ConfigError unless an export may be written to a folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"DIR={str(folder)!r}: exists and is not an empty folder; name another one, or remove it")
+        raise ConfigError(f"DIR={str(folder)!r}: exists and is not an empty folder; choose another one, or remove it")
 
 
 def load_exported(folder: Path | str, task: str | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase, list[str]]:
-    """Return (model, tokenizer, labels) of an exported folder, ready to answer.
+    """Load an exported classifier and return (model, tokenizer, labels).
 
-    model maps a batch (input_ids, attention_mask, token_type_ids if the tokenizer gives them) to logits (B, K), and
-    labels[k] is class k. On the same batch the logits are bit-equal to those of the run. task is the id of another
-    task that the model has learned; None takes the one it was exported for.
+    model maps a batch (input_ids, attention_mask, token_type_ids if the tokenizer returns them) to logits (B, K), and
+    labels[k] is class k. On the same batch the logits are bit-equal to those of the run.
+
+    Args:
+        folder: A folder written by `cl-dist export`.
+        task: Id of another task that the model has learned; None uses the exported one.
 
     Raises:
         CheckpointError: If a file is missing, damaged or of another version.
-        ConfigError: If the model was not made for the task.
+        ConfigError: If the model is a language model, or has not learned the task.
     """
     folder = Path(folder)
     card = _read_card(folder)
     if card.output == "lm":
         raise ConfigError(
-            f"{folder}: this model writes its answers; load it with AutoModelForCausalLM and AutoTokenizer of "
-            f"transformers, and let it continue what apply_chat_template makes of a text (see {README} in the folder)"
+            f"{folder}: this is a language model; load it with AutoModelForCausalLM and AutoTokenizer of transformers, "
+            f"and render its prompts with apply_chat_template (see {README} in the folder)"
         )
     answered = {known.id: number for number, known in enumerate(card.tasks) if known.is_answered}
     if task is not None and task not in answered:
-        raise ConfigError(f"task={task!r}: this model does not answer for it{did_you_mean(task, list(answered))}")
+        raise ConfigError(f"task={task!r}: this model has not learned it{did_you_mean(task, list(answered))}")
     number = card.task if task is None else answered[task]
 
     config = ModelConfig(
@@ -235,12 +238,12 @@ def load_exported(folder: Path | str, task: str | None = None) -> tuple[nn.Modul
     )
     try:
         parts = load_file(folder / PARTS)
-        learner, places = _untrained(card, config)
+        learner, backbone_names = _untrained(card, config)
     except (OSError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {error}") from error
     model = learner.model
     own = {name.removeprefix(_MODEL): tensor for name, tensor in parts.items() if name.startswith(_MODEL)}
-    if wrong := own.keys() ^ (model.state_dict().keys() - places.keys()):
+    if wrong := own.keys() ^ (model.state_dict().keys() - backbone_names.keys()):
         raise CheckpointError(f"{folder / PARTS}: does not fit this model, see {min(wrong)!r}; export the run again")
     try:
         model.load_state_dict(own, strict=False)
@@ -275,17 +278,17 @@ def _read_card(folder: Path) -> Card:
 
 
 def _untrained(card: Card, model: ModelConfig) -> tuple[Learner, dict[str, str]]:
-    """Return a learner with a model of a card's shape, and the backbone's tensors that are still used in it.
+    """Return an untrained learner for a card, and the backbone's tensors in its model.
 
-    These are given as name in the model -> name in the backbone. Methods wrap modules and so rename tensors, which are
-    therefore known by being the same objects.
+    The latter map names in the model to names in the backbone. Methods wrap modules and so rename tensors; they are
+    identified by object identity.
     """
     name = str(card.method.get("name"))
     method = parse(get_method(name).config, card.method, "method.")
     learner = new_learner(method, model, tuple(len(task.labels) for task in card.tasks), card.seed)
-    with seeded(card.seed, "build", card.tasks[-1].id):  # as in a run: some of what is drawn may never be trained
+    with seeded(card.seed, "build", card.tasks[-1].id):  # as in a run: some random initial values are never trained
         backbone = load_backbone(model, causal=writes_text(method, model))
-        inner: dict[str, Tensor] = backbone.state_dict(keep_vars=True)  # held, so that no id is used again
+        inner: dict[str, Tensor] = backbone.state_dict(keep_vars=True)  # keep references, so that ids stay unique
         outer: dict[str, Tensor] = learner.build(backbone, len(card.tasks) - 1).state_dict(keep_vars=True)
     names = {id(tensor): name for name, tensor in inner.items()}
     return learner, {name: names[id(tensor)] for name, tensor in outer.items() if id(tensor) in names}

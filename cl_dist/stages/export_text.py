@@ -1,9 +1,9 @@
-"""The tokenizer and settings of an exported model that writes, so that plain transformers asks it as it was trained.
+"""Tokenizer, chat template and generation settings of an exported language model, with the prompt format of training.
 
-Training encodes context, question and answer apart, with a space in front where the vocabulary has words with it, and
-joins the numbers: `C Q ans A eos` (see data.language). Servers render a chat template to one text and encode that. The
-exported tokenizer adds nothing of its own, and its template puts those spaces where the numbers come out the same,
-which is measured on rows of the tasks.
+Training encodes context, question and answer separately, with a leading space if the vocabulary's words have one, and
+concatenates the tokens: `C Q ans A eos` (see data.language). Servers render a chat template to one text and encode it.
+The exported tokenizer adds no tokens, and its template places spaces such that the tokens match, which is checked on
+rows of the tasks.
 """
 
 import json
@@ -20,9 +20,9 @@ from cl_dist.data.rows import Row
 from cl_dist.errors import ConfigError
 
 TEMPLATE = """\
-{#- The layout that the model was trained on. user: the text, and in a second message its text_pair; system: the
-    question, where it is not that of the exported task; assistant: the answer. Without a system message a text that
-    ends in the question is not asked it again. -#}
+{#- The prompt format of training. user: the text, and in a second message its text_pair; system: the question, if it
+    is not that of the exported task; assistant: the answer. Without a system message, the question is not repeated
+    after a text that ends in it. -#}
 {%- set found = namespace(question=none, users=[], answer=none) -%}
 {%- for message in messages -%}
   {%- set content = message.content if message.content is string else message.content | map(attribute='text') | join -%}
@@ -70,7 +70,7 @@ class Example:
         ]
 
     def tokens(self, codec: TextCodec) -> list[int]:
-        """Return the numbers of the row in training, where nothing of it is cut."""
+        """Return the tokens of the row in training, without truncation."""
         context, asked = codec.encode(self.row.text), codec.encode(full_question(self.row, self.question))
         return [*context, *asked, codec.special.ans, *codec.encode(self.row.label), codec.special.eos]
 
@@ -78,17 +78,17 @@ class Example:
 def text_tokenizer(
     source: PreTrainedTokenizerBase, num_tasks: int, spare: int, question: str, examples: Sequence[Example]
 ) -> PreTrainedTokenizerBase:
-    """Return a tokenizer with the special tokens of a model that writes, and a chat template of its training layout.
+    """Return a tokenizer with the special tokens of a language model, and a chat template in its training format.
 
     Args:
-        source: The tokenizer that the model was trained with.
-        num_tasks: Tasks that the model has tokens for.
-        spare: See Special.size.
-        question: What is asked where a chat does not say it.
-        examples: Rows on which the layout is compared with that of training.
+        source: The tokenizer of training.
+        num_tasks: Number of tasks with a token.
+        spare: See SpecialTokens.size.
+        question: Question for chats without a system message.
+        examples: Rows on which the template is compared with training.
 
     Raises:
-        ConfigError: If the vocabulary cannot take the special tokens at their numbers.
+        ConfigError: If the special tokens cannot be added with their ids.
     """
     codec = TextCodec(source)
     special = codec.special
@@ -111,8 +111,8 @@ def text_tokenizer(
     return made
 
 
-def misspelled(tokenizer: Any, codec: TextCodec, examples: Iterable[Example]) -> int:
-    """Return how many rows the chat template lays out in other numbers than training did."""
+def count_mismatches(tokenizer: Any, codec: TextCodec, examples: Iterable[Example]) -> int:
+    """Return the number of rows for which the tokens of the chat template differ from training."""
     return sum(
         tokenizer.apply_chat_template(example.messages(), return_dict=False) != example.tokens(codec)
         for example in examples
@@ -120,20 +120,20 @@ def misspelled(tokenizer: Any, codec: TextCodec, examples: Iterable[Example]) ->
 
 
 def generation(special: SpecialTokens, longest: int) -> GenerationConfig:
-    """Return how the model is asked to write, as in a run: greedily, to its end, one token more than any answer had."""
+    """Return the generation settings of a run: greedy, up to one token more than the longest answer."""
     return GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=special.eos, pad_token_id=special.pad, do_sample=False, max_new_tokens=longest + 1
     )
 
 
 def _filled(template: str, values: dict[str, str]) -> str:
-    """Replace names in capitals by their values as literals, which JSON and Jinja write alike."""
+    """Replace names in capitals by their values as literals, whose syntax JSON and Jinja share."""
     names = rf"\b({'|'.join(values)})\b"
     return re.sub(names, lambda name: json.dumps(values[name[0]], ensure_ascii=False), template)
 
 
 def _free_names(source: PreTrainedTokenizerBase, names: Sequence[str]) -> list[str]:
-    """Return the names of special tokens, those that the vocabulary has already with marks added."""
+    """Return names for special tokens, with marks added to those that the vocabulary already has."""
     known, free = source.get_vocab(), []
     for name in names:
         while name in known:
@@ -143,10 +143,10 @@ def _free_names(source: PreTrainedTokenizerBase, names: Sequence[str]) -> list[s
 
 
 def _with_tokens(source: PreTrainedTokenizerBase, special: SpecialTokens, names: list[str]) -> PreTrainedTokenizerBase:
-    """Return a tokenizer that has the special tokens, pads and ends with them, and adds none by itself.
+    """Return a tokenizer that has the special tokens, uses them for padding and end, and adds no tokens.
 
-    Whatever class the source has, this one is built from tokenizer.json alone: classes that build their own parts on
-    loading would add a start of text again.
+    It is always a PreTrainedTokenizerFast built from tokenizer.json: other classes may add a start-of-text token when
+    they are loaded.
     """
     if not isinstance(source, PreTrainedTokenizerFast):
         raise ConfigError(f"{type(source).__name__}: expected a tokenizer with a tokenizer.json, which can be exported")
@@ -155,24 +155,24 @@ def _with_tokens(source: PreTrainedTokenizerBase, special: SpecialTokens, names:
     inner.no_truncation()
     inner.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
     inner.add_special_tokens(names)
-    places = [inner.token_to_id(name) for name in names]
-    if places != list(range(special.base, special.base + len(names))):
-        raise ConfigError(f"the tokenizer's ids have gaps, and its kind of vocabulary cannot fill them: {places[:4]}")
-    kept = {name: token for name, token in source.special_tokens_map.items() if isinstance(token, str)}
+    ids = [inner.token_to_id(name) for name in names]
+    if ids != list(range(special.base, special.base + len(names))):
+        raise ConfigError(f"the tokenizer's ids have gaps, which its kind of vocabulary cannot fill: {ids[:4]}")
+    named = {name: token for name, token in source.special_tokens_map.items() if isinstance(token, str)}
     fast: Any = PreTrainedTokenizerFast  # its constructor carries no types
     made: PreTrainedTokenizerBase = fast(
         tokenizer_object=inner,
-        **kept | {"eos_token": inner.id_to_token(special.eos), "pad_token": inner.id_to_token(special.pad)},
+        **named | {"eos_token": inner.id_to_token(special.eos), "pad_token": inner.id_to_token(special.pad)},
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=source.model_max_length,
-        model_input_names=["input_ids", "attention_mask"],  # others, as token types, a decoder would read as tokens
+        model_input_names=["input_ids", "attention_mask"],  # a decoder would read token types as tokens
     )
     return made
 
 
 def _without_gaps(serialized: str, base: int) -> str:
-    """Return a tokenizer.json whose vocabulary has a token for each number below base: others are added behind it."""
+    """Return a tokenizer.json with a token for each id below base, since added tokens get the next ids."""
     tree = json.loads(serialized)
     vocabulary = tree["model"].get("vocab")
     if not isinstance(vocabulary, dict):

@@ -1,9 +1,9 @@
-"""Worker side of a Generate stage: pseudo-samples of earlier tasks, cut into shards of fixed sample numbers.
+"""Worker side of Generate: pseudo-samples of earlier tasks, in shards of fixed sample numbers.
 
-What a shard writes depends on the model file and the science settings alone: its samples stand in a fixed number of
-slots, a slot that is free takes the next number in order, and every draw is keyed on (seed, task, number, attempt,
-step). All samples have their first attempt before any has its second, and within an attempt lower numbers choose first
-where labels are balanced: which sample ends first, and so how long it is, decides nothing.
+The samples of a shard depend only on the model file and the science settings: they are generated in a fixed number of
+slots, a free slot takes the next number in order, and every random draw is keyed on (seed, task, number, attempt,
+step). All first attempts come before any second one, and within an attempt lower numbers have priority when labels are
+balanced, so the order in which samples end, and so their length, has no influence.
 """
 
 import json
@@ -23,19 +23,19 @@ from cl_dist.data.samples import STATISTICS, Sample, as_sample, write_samples
 from cl_dist.errors import TrainingError
 from cl_dist.learners.text import TextLearner
 from cl_dist.models.backbone import load_tokenizer
-from cl_dist.models.decode import Line, draw, rows_within, write
+from cl_dist.models.decode import Generation, generate, rows_within, sample_token
 from cl_dist.parallel.seeds import seed_of
 from cl_dist.stage import Generate
 from cl_dist.stages.build import build_learner, to_inference
 from cl_dist.stages.shards import ShardedKind
 from cl_dist.stages.stage_job import Job, replayed_rows, row_length, task_data
 
-SHOWN = 20
-"""First attempts of each task that are kept as they came, for the report."""
+NUM_SHOWN = 20
+"""Number of first attempts of each task that are stored for the report."""
 Fault = Literal["no_answer_mark", "stray_token", "no_end", "empty", "other_question", "unknown_label", "surplus_label"]
-"""no_answer_mark: ended without the token between question and answer, or has two; stray_token: holds another special
-token; no_end: longer than train.max_length of its task; empty: nothing before or behind the mark; other_question,
-unknown_label and surplus_label (well-formed, but one too many): see require_known_question, require_known_label and
+"""no_answer_mark: no token between question and answer, or two; stray_token: has another special token; no_end: longer
+than train.max_length of its task; empty: nothing before or after the mark; other_question, unknown_label and
+surplus_label (well-formed, but exceeds its label's quota): see require_known_question, require_known_label and
 balance_labels of science.generate."""
 
 
@@ -49,12 +49,12 @@ class Shard:
 
 
 Written = dict[str, Any]
-"""samples (as plain data), faults (count by kind over all attempts), attempts, first_well_formed (of the first
-attempts), firsts (number and text of some of these), tokens drawn."""
+"""samples (as plain data), faults (count by kind over all attempts), attempts, first_well_formed (count among first
+attempts), firsts (number and text of some first attempts), tokens (generated)."""
 
 
 def shards(job: Job) -> list[Shard]:
-    """Cut the stage into shards. They depend on the science settings alone, never on the workers."""
+    """Return the stage's shards, which depend on science settings only, never on the workers."""
     assert isinstance(job.stage, Generate)
     count, size = replayed_rows(job), job.generate.shard_samples
     return [
@@ -65,49 +65,49 @@ def shards(job: Job) -> list[Shard]:
 
 
 class GenerateWorker:
-    """Holds the model of the previous task and writes one shard after the other."""
+    """Loads the model of the previous task and generates one shard at a time."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        learner = build_learner(job, is_read=True)
-        assert isinstance(learner, TextLearner)  # a method on decoders has planned the stage
-        model: Any = learner.model.backbone  # the library's methods carry no types
+        learner = build_learner(job, for_inference=True)
+        assert isinstance(learner, TextLearner)  # only methods on decoders plan this stage
+        model: Any = learner.model.backbone  # the library's methods are untyped
         self._model: Any = to_inference(job, model)
         self._codec = TextCodec(load_tokenizer(job.model))
         self._shared = not learner.encoding_options(training=False).per_task
 
     def run(self, shard: Shard) -> Written:
-        """Write a shard's samples."""
+        """Generate a shard's samples."""
         settings, special = self._job.generate, self._codec.special
         length = row_length(self._job, shard.source)
         slots = rows_within(self._model, settings.parallel_samples, length, settings.kv_cache_gb)
         gen = special.gen if self._shared else special.task(shard.source)
 
-        def line(number: int, attempt: int) -> _Line:
+        def line(number: int, attempt: int) -> _SampleGeneration:
             key = seed_of(self._job.seed, "sample", shard.source, number, attempt)
-            return _Line(gen, key, number, attempt, special, length)
+            return _SampleGeneration(gen, key, number, attempt, special, length)
 
         def pick(logits_BV: Tensor, key_B: Tensor, at_B: Tensor) -> Tensor:
-            return draw(logits_BV, key_B, at_B, settings.top_k, settings.top_p, settings.temperature)
+            return sample_token(logits_BV, key_B, at_B, settings.top_k, settings.top_p, settings.temperature)
 
-        known = {tuple(self._codec.encode(name)) for name in self._known(shard.source)}
+        known = {tuple(self._codec.encode(name)) for name in self._known_labels(shard.source)}
         found: dict[int, Sample] = {}
         spare: dict[int, Sample] = {}
-        room = self._quota(shard)
+        quota = self._quota(shard)
         faults: Counter[str] = Counter()
         firsts: dict[int, str] = {}
         attempts = tokens = first_well_formed = 0
         wanted = list(range(shard.start, shard.stop))
         for attempt in range(settings.max_attempts):
             waiting = deque(line(number, attempt) for number in wanted)
-            lines = {ended.number: ended for ended in write(self._model, waiting, slots, length, pick)}
+            lines = {ended.number: ended for ended in generate(self._model, waiting, slots, length, pick)}
             wanted = []
             for number, ended in sorted(lines.items()):
                 attempts, tokens = attempts + 1, tokens + len(ended.tokens) + 1
-                sample, fault = self._judged(ended, shard.source, known)
-                if attempt == 0 and number < SHOWN:
-                    firsts[number] = self._shown(ended.tokens) + (f"  [{fault}]" if fault else "")
-                if sample is not None and room.get(sample.label, 1) < 1:
+                sample, fault = self._parse(ended, shard.source, known)
+                if attempt == 0 and number < NUM_SHOWN:
+                    firsts[number] = self._readable(ended.tokens) + (f"  [{fault}]" if fault else "")
+                if sample is not None and quota.get(sample.label, 1) < 1:
                     spare.setdefault(number, sample)
                     sample, fault = None, "surplus_label"
                 first_well_formed += attempt == 0 and fault in (None, "surplus_label")
@@ -116,8 +116,8 @@ class GenerateWorker:
                     wanted.append(number)
                     continue
                 found[number] = sample
-                if sample.label in room:
-                    room[sample.label] -= 1
+                if sample.label in quota:
+                    quota[sample.label] -= 1
             if not wanted:
                 break
         found |= {number: spare[number] for number in wanted if number in spare}
@@ -131,20 +131,22 @@ class GenerateWorker:
         }
 
     def _quota(self, shard: Shard) -> dict[str, int]:
-        """Return how many samples of each label a shard has room for; nothing where labels are not balanced."""
+        """Return the maximum number of samples per label of a shard; empty if labels are not balanced."""
         rows = task_data(self._job, shard.source)
         if self._shared or not self._job.generate.balance_labels or not rows.labels:
             return {}
         counts = Counter(row.label for row in rows.train)
         wanted = shard.stop - shard.start
-        return {self._spelled(name): ceil(wanted * counts[name] / len(rows.train)) for name in rows.labels}
+        return {self._normalized(name): ceil(wanted * counts[name] / len(rows.train)) for name in rows.labels}
 
-    def _spelled(self, label: str) -> str:
-        """Return a label as the vocabulary spells it."""
+    def _normalized(self, label: str) -> str:
+        """Return a label after encoding and decoding."""
         return self._codec.decode(self._codec.encode(label))
 
-    def _judged(self, line: "_Line", source: int, known: set[tuple[int, ...]]) -> tuple[Sample | None, Fault | None]:
-        """Return the sample that was written, or what is wrong with it."""
+    def _parse(
+        self, line: "_SampleGeneration", source: int, known: set[tuple[int, ...]]
+    ) -> tuple[Sample | None, Fault | None]:
+        """Return the generated sample, or its fault."""
         tokens, special = line.tokens, self._codec.special
         if line.fault is not None:
             return None, line.fault
@@ -155,26 +157,26 @@ class GenerateWorker:
         text, label = self._codec.decode(prefix), self._codec.decode(answer)
         if not text or not label:
             return None, "empty"
-        if not self._asks(source, prefix):
+        if not self._ends_in_question(source, prefix):
             return None, "other_question"
         if self._job.generate.require_known_label and known and answer not in known:
             return None, "unknown_label"
         return Sample(source, line.number, line.attempt, prefix, answer, text, label), None
 
-    def _asks(self, source: int, prefix: tuple[int, ...]) -> bool:
-        """Return whether a text ends in its task's question, or need not."""
+    def _ends_in_question(self, source: int, prefix: tuple[int, ...]) -> bool:
+        """Return whether a text ends in its task's question, or is not required to."""
         question = tuple(self._codec.encode(task_data(self._job, source).question))
         is_checked = self._job.generate.require_known_question and not self._shared and question
         return not is_checked or prefix[-len(question) :] == question
 
-    def _known(self, source: int) -> tuple[str, ...]:
+    def _known_labels(self, source: int) -> tuple[str, ...]:
         stage = self._job.stage
         assert isinstance(stage, Generate)
-        sources = stage.sources if self._shared else (source,)  # a shared token says nothing of the task
+        sources = stage.sources if self._shared else (source,)  # a shared token does not identify the task
         labels = [task_data(self._job, task).labels for task in sources]
         return tuple(name for names in labels for name in names) if all(labels) else ()
 
-    def _shown(self, tokens: list[int]) -> str:
+    def _readable(self, tokens: list[int]) -> str:
         parts: list[list[int]] = [[]]
         for token in tokens:
             if token == self._codec.special.ans:
@@ -184,8 +186,8 @@ class GenerateWorker:
         return " => ".join(self._codec.decode(part) for part in parts)
 
 
-class _Line(Line):
-    """A sample being written."""
+class _SampleGeneration(Generation):
+    """A sample being generated."""
 
     def __init__(self, gen: int, key: int, number: int, attempt: int, special: SpecialTokens, length: int) -> None:
         super().__init__(gen, key)
@@ -193,59 +195,59 @@ class _Line(Line):
         self.fault: Fault | None = None
         self._special, self._length = special, length
 
-    def takes(self, token: int) -> bool:
-        """Take a token and return whether the sample ends here, well or not."""
+    def accept(self, token: int) -> bool:
+        """Append a token and return whether the sample ends here, complete or with a fault."""
         special = self._special
         if token == special.eos:
             return True
         if token >= special.base and (token != special.ans or special.ans in self.tokens):
             self.fault = "no_answer_mark" if token == special.ans else "stray_token"
             return True
-        if len(self.tokens) == self._length - 1:  # as long as the longest train row, which ends here
+        if len(self.tokens) == self._length - 1:  # the maximum length of train rows
             self.fault = "no_end"
             return True
-        return super().takes(token)
+        return super().accept(token)
 
 
-def _agreement(data: TaskData, samples: list[Sample]) -> dict[str, float | None]:
-    """Return how often a word classifier trained on real rows gives samples their label, and real test rows theirs."""
+def _label_agreement(data: TaskData, samples: list[Sample]) -> dict[str, float | None]:
+    """Return the accuracy of a word classifier, trained on real rows, on the samples and on real test rows."""
     if not data.labels:
         return {"label_agreement": None, "label_agreement_real": None}
-    judge = NaiveBayes((f"{row.text} {row.text_pair or ''}", row.label) for row in data.train)
-    asked = words(data.question)
-    written = [(" ".join(_without(words(sample.text), asked)), sample.label) for sample in samples]
+    classifier = NaiveBayes((f"{row.text} {row.text_pair or ''}", row.label) for row in data.train)
+    question = words(data.question)
+    written = [(" ".join(_without_question(words(sample.text), question)), sample.label) for sample in samples]
     return {
-        "label_agreement": judge.agreement(written),
-        "label_agreement_real": judge.agreement([(f"{r.text} {r.text_pair or ''}", r.label) for r in data.test]),
+        "label_agreement": classifier.agreement(written),
+        "label_agreement_real": classifier.agreement([(f"{r.text} {r.text_pair or ''}", r.label) for r in data.test]),
     }
 
 
-def _without(text: list[str], asked: list[str]) -> list[str]:
-    """Return the words of a sample before its question, which may name the labels."""
-    return text[: len(text) - len(asked)] if asked and text[-len(asked) :] == asked else text
+def _without_question(text: list[str], question: list[str]) -> list[str]:
+    """Return the words of a sample before its question, which may contain the labels."""
+    return text[: len(text) - len(question)] if question and text[-len(question) :] == question else text
 
 
 def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None:
-    """Sort the samples, drop repeats of one that came before, and write samples.jsonl and replay.json to out.
+    """Sort the samples, drop duplicates, and write samples.jsonl and replay.json to out.
 
     Raises:
-        TrainingError: If too few are left.
+        TrainingError: If fewer than min_yield of the requested samples remain.
     """
     assert isinstance(job.stage, Generate)
     parts = sorted(results, key=lambda result: result[0])
     requested = replayed_rows(job)
     kept: list[Sample] = []
-    facts: dict[str, Any] = {}
+    statistics: dict[str, Any] = {}
     for source in job.stage.sources:
         own = [written for shard, written in parts if shard.source == source]
         samples = sorted((as_sample(s) for written in own for s in written["samples"]), key=lambda s: s.number)
-        distinct = {(s.prefix, s.answer): s for s in reversed(samples)}  # of equal ones the first remains
+        distinct = {(s.prefix, s.answer): s for s in reversed(samples)}  # keeps the first duplicate
         left = sorted(distinct.values(), key=lambda s: s.number)
         kept += left
         attempts = sum(written["attempts"] for written in own)
         faults = {name: sum(written["faults"].get(name, 0) for written in own) for name in get_args(Fault)}
         firsts = {number: text for written in own for number, text in written["firsts"]}
-        facts[job.tasks[source].id] = {
+        statistics[job.tasks[source].id] = {
             "requested": requested,
             "generated": attempts,
             "malformed": sum(faults.values()) - faults["surplus_label"],
@@ -257,19 +259,19 @@ def merge(job: Job, results: Iterable[tuple[Shard, Written]], out: Path) -> None
             "labels": dict(sorted(Counter(s.label for s in left).items())),
             "tokens": sum(written["tokens"] for written in own),
             "firsts": [firsts[number] for number in sorted(firsts)],
-            **_agreement(task_data(job, source), left),
+            **_label_agreement(task_data(job, source), left),
         }
-    for name, numbers in facts.items():
+    for name, numbers in statistics.items():
         if numbers["kept"] < job.generate.min_yield * requested:
             worst = max(numbers["faults"], key=numbers["faults"].__getitem__)
             raise TrainingError(
                 f"task {name}: {numbers['kept']} of {requested} pseudo-samples are well-formed and distinct, less than "
-                f"science.generate.min_yield={job.generate.min_yield:g} asks for; commonest fault: {worst} "
-                f"({numbers['faults'][worst]} of {numbers['generated']} attempts), {numbers['duplicate']} repeats. "
+                f"science.generate.min_yield={job.generate.min_yield:g} requires; most common fault: {worst} "
+                f"({numbers['faults'][worst]} of {numbers['generated']} attempts), {numbers['duplicate']} duplicates. "
                 "Train longer, raise science.generate.max_attempts, or lower min_yield."
             )
     write_samples(out, kept)
-    (out / STATISTICS).write_text(json.dumps({"tasks": facts}, indent=1, ensure_ascii=False), encoding="utf8")
+    (out / STATISTICS).write_text(json.dumps({"tasks": statistics}, indent=1, ensure_ascii=False), encoding="utf8")
 
 
 KIND = ShardedKind(shards, GenerateWorker, merge)

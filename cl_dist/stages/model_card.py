@@ -1,4 +1,4 @@
-"""README.md of an exported folder: what it is, and the lines that load it."""
+"""README.md of an exported folder, with code to load the model."""
 
 import json
 from collections.abc import Sequence
@@ -14,49 +14,49 @@ Trained with cl-dist, method `{method}`, exported for task `{task}`. Tasks in le
 """
 
 _CLASSES = """\
-The model is a backbone with parts of the method around it, which `transformers` does not know: its Auto classes and
-pipelines refuse this folder. cl-dist loads it:
+The model is a backbone with modules of the method, which `transformers` does not support: its Auto classes and
+pipelines refuse this folder. Load it with cl-dist:
 ```python
 from cl_dist.stages.export import load_exported
 
 model, tokenizer, labels = load_exported("DIR")
 logits = model(tokenizer(["a text"], padding=True, truncation=True, return_tensors="pt"))
 ```
-`labels[k]` is class k of the logits: {labels}. `load_exported("DIR", TASK)` answers for {others}.
+`labels[k]` is class k of the logits: {labels}. `load_exported("DIR", TASK)` loads the model for {others}.
 
-`backbone/` holds the backbone alone, with whatever of it was trained. It gives none of these answers.
+`backbone/` is the backbone alone, with its trained weights. It does not classify.
 """
 
 _TEXT = """\
-The model writes its answers. `transformers` loads it, and so do servers of its family; a chat is one text:
+The model generates its answers. `transformers` and inference servers load it; a chat is one text:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")
 chat = [{{"role": "user", "content": "a text"}}]
-asked = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
-written = model.generate(**asked)[0, asked["input_ids"].shape[1] :]
-answer = tokenizer.decode(written, skip_special_tokens=True).strip()
+inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+tokens = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
 ```
-The chat template lays out text, question and `{ans}` as in training, to the token. A second user message is the row's
-text_pair, and a system message another question than that of task `{task}`, which is asked without one:
+The chat template renders text, question and `{ans}` with the same tokens as in training. A second user message is the
+row's text_pair, and a system message is the question; the default is that of task `{task}`:
 {questions}
 
-Written out, the prompt is {prompt}, without a start-of-text token. A row had at most
-{length} tokens, answer included; the end of longer texts was cut off.
+The rendered prompt is {prompt}, without a start-of-text token. A row had at most
+{length} tokens, including the answer; longer texts were truncated at the end.
 
-`generate` ends at `{eos}`, is greedy, and writes at most {longest} tokens, as `cl-dist predict` does. After `{gen}`
-alone the model writes a sample of task `{task}`: set `do_sample=True`, `top_k` and a larger `max_new_tokens`.
+`generate` ends at `{eos}`, is greedy, and generates at most {longest} tokens, as `cl-dist predict` does. After `{gen}`
+alone the model generates a sample of task `{task}`: set `do_sample=True`, `top_k` and a larger `max_new_tokens`.
 """
 
-_MISSPELLED = """
-With this tokenizer a chat is not always spelled as the parts of a row are: {wrong} of {of} rows that were compared
-differ from training. Give the model the token numbers of `cl_dist.data.language.spell` where that matters.
+_MISMATCHES = """
+With this tokenizer a chat does not always have the tokens of training: {wrong} of {of} compared rows differ. Where that
+matters, use the token ids of `cl_dist.data.language.encode_row`.
 """
 
 
 def class_card(method: str, task: str, tasks: Sequence[str], labels: Sequence[str], answered: Sequence[str]) -> str:
-    """Return the README.md of a model that picks a class."""
+    """Return the README.md of a classifier."""
     others = [name for name in answered if name != task]
     shown = ", ".join(f"`{name}`" for name in others) if others else "no other task"
     return _head("cl-dist", method, task, tasks) + _CLASSES.format(labels=_listed(labels), others=shown)
@@ -70,34 +70,36 @@ def text_card(
     prompt: str,
     tokens: tuple[str, str, str],
     lengths: tuple[int, int],
-    misspelled: tuple[int, int],
+    mismatches: tuple[int, int],
 ) -> str:
-    """Return the README.md of a model that writes.
+    """Return the README.md of a language model.
 
     Args:
         method: Its method.
-        task: The task that it was exported for.
+        task: The exported task.
         tasks: All tasks in learned order.
-        questions: What each answered task asks.
+        questions: The question of each learned task.
         prompt: An example of a prompt.
-        tokens: Names of the answer mark, the end and the token that asks for a sample.
-        lengths: Bounds of a row and of an answer in tokens.
-        misspelled: (rows that the chat template lays out in other tokens than training, rows compared).
+        tokens: Names of the answer mark, the end token and the token that starts a sample.
+        lengths: Maximum lengths of a row and of an answer in tokens.
+        mismatches: (rows whose chat differs from training in its tokens, rows compared).
     """
     ans, eos, gen = tokens
-    asked = "\n".join(f"- `{name}`: {json.dumps(question, ensure_ascii=False)}" for name, question in questions.items())
+    listed = "\n".join(
+        f"- `{name}`: {json.dumps(question, ensure_ascii=False)}" for name, question in questions.items()
+    )
     text = _TEXT.format(
         ans=ans,
         eos=eos,
         gen=gen,
         task=task,
-        questions=asked,
+        questions=listed,
         prompt=f"`{json.dumps(prompt)}`",
         length=lengths[0],
         longest=lengths[1],
     )
-    wrong, of = misspelled
-    return _head("transformers", method, task, tasks) + text + (_MISSPELLED.format(wrong=wrong, of=of) if wrong else "")
+    wrong, of = mismatches
+    return _head("transformers", method, task, tasks) + text + (_MISMATCHES.format(wrong=wrong, of=of) if wrong else "")
 
 
 def _head(library: str, method: str, task: str, tasks: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""A stored model answers rows: inside an Evaluate stage, and outside of any, with the same numbers."""
+"""Predictions of a stored model, for Evaluate stages and for `cl-dist predict`."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -15,17 +15,17 @@ from cl_dist.errors import CheckpointError, DataError
 from cl_dist.learners.base import Learner
 from cl_dist.models.backbone import load_tokenizer, num_embeddings
 from cl_dist.models.causal import CausalModel
-from cl_dist.models.decode import answer_all
+from cl_dist.models.decode import greedy_decode
 from cl_dist.parallel.world import World
 from cl_dist.stages.build import build_learner, to_inference, writes_text
 from cl_dist.stages.stage_job import Job, task_data
 
 
 class Predictor:
-    """Holds the model of an Evaluate stage's job. Rows need no label, and theirs are not looked at.
+    """Predicts with the model of an Evaluate stage's job. Labels of rows are ignored.
 
-    It has the parts of the latest task that it was asked for and of those before it: what later tasks added is not
-    loaded. Asked for a later task it starts anew, so ask for that first.
+    The model has the parts of tasks up to the latest one requested; later parts are not loaded. A request for a later
+    task reloads the model, so request the latest task first.
     """
 
     learner: Learner
@@ -39,20 +39,20 @@ class Predictor:
             return
         self._model: Any = None
         self.__dict__.pop("learner", None)
-        gc.collect()  # never two models resident: accelerate's hooks hold theirs in a cycle
-        self.learner, self._latest = build_learner(self._job, task, is_read=True), task
+        gc.collect()  # never two models in memory: accelerate's hooks form reference cycles
+        self.learner, self._latest = build_learner(self._job, task, for_inference=True), task
         self._model = to_inference(self._job, self.learner.model)
 
     @property
     def writes(self) -> bool:
-        """Whether answers are written as text, instead of being chosen among classes."""
+        """Whether answers are generated as text, instead of chosen among classes."""
         return writes_text(self._job.method, self._job.model)
 
     def refuse_unreadable(self, task: int, rows: Sequence[Row]) -> None:
-        """Check that the tokenizer and the backbone can read some rows.
+        """Check that the tokenizer and the backbone can encode rows.
 
         Raises:
-            DataError: With the first that they cannot.
+            DataError: With the first row that they cannot.
         """
         model, config = self._job.model, self._job.tasks[task]
         known = None if self.writes else num_embeddings(model)
@@ -66,8 +66,8 @@ class Predictor:
     ) -> list[Tensor]:
         """Return the float32 logits (K,) of each row, K classes in the order of the task's labels.
 
-        Rows are cut into shards, and these by length into batches of a fixed size: a row's last bits may depend on how
-        far its batch is padded, so that only equal batches give equal bits.
+        Rows are split into shards, and these by length into batches of a fixed size: a row's last bits may depend on
+        the padding of its batch, so only equal batches give equal bits.
         """
         self._load(task)
         size, data = self._job.evaluate.shard_rows, task_data(self._job, task)
@@ -91,15 +91,15 @@ class Predictor:
         found = []
         for row, logits_K in zip(rows, self.logits(task, rows), strict=True):
             if not logits_K.isfinite().all():
-                raise CheckpointError(f"row {row.id}: the model's scores are no numbers: its training had diverged")
+                raise CheckpointError(f"row {row.id}: the model's logits are not finite: its training has diverged")
             found.append(dict(zip(labels, logits_K.double().softmax(-1).tolist(), strict=True)))
         return found
 
     def answers(self, task: int, rows: Sequence[Row]) -> list[str]:
-        """Return the answer to each row: the likeliest label, or what is written greedily.
+        """Return the answer to each row: the most likely label, or greedily generated text.
 
-        A written answer that spells a label token by token is that label, else its text. It has at most as many tokens
-        as the longest of the train rows, and one more.
+        Generated tokens that encode a label are returned as that label, otherwise as text. An answer has at most one
+        token more than the longest answer of the train rows.
         """
         if not self.writes:
             labels = task_data(self._job, task).labels
@@ -114,12 +114,12 @@ class Predictor:
         found: list[str] = []
         for start in range(0, len(rows), self._job.evaluate.shard_rows):
             blind = [replace(row, label="") for row in rows[start : start + self._job.evaluate.shard_rows]]
-            spelled = [encode_row(codec, row, data.question, length, longest) for row in blind]
-            prompts = [[*context, *asked, special.ans] for context, asked, _ in spelled]
+            encoded = [encode_row(codec, row, data.question, length, longest) for row in blind]
+            prompts = [[*context, *asked, special.ans] for context, asked, _ in encoded]
             of_row: dict[int, str] = {}
             for indices in self._batches(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))):
                 chosen = [prompts[index] for index in indices]
-                written = answer_all(backbone, chosen, special.pad, special.eos, longest + 1)
+                written = greedy_decode(backbone, chosen, special.pad, special.eos, longest + 1)
                 for index, tokens in zip(indices, written, strict=True):
                     of_row[index] = known.get(tuple(tokens)) or codec.decode(tokens)
             found += [of_row[index] for index in range(len(prompts))]

@@ -1,4 +1,4 @@
-"""Worker side of Rationalise: the selector of the best InvRat players marks the rows that vote."""
+"""Worker side of Rationalise: the selector of the best InvRat model extracts rationales of the voting rows."""
 
 import json
 from collections.abc import Iterable
@@ -22,14 +22,14 @@ from cl_dist.stages.voting_shards import Shard, shards
 FOUND = "rationalise.json"
 
 Marked = list[tuple[str, list[Span]]]
-"""Row id, and the [start, end) characters of its text that are its rationale."""
+"""Row id, and the [start, end) character spans of its rationale."""
 
 
 def dev_scores(job: Job) -> list[float]:
-    """Return the dev accuracy of each of the stage's models; of a task without dev rows, minus the train loss.
+    """Return the dev accuracy of each of the stage's models, or minus the train loss without dev rows.
 
     Raises:
-        CheckpointError: If a model's facts are missing or damaged.
+        CheckpointError: If a model's train.json is missing or damaged.
     """
     assert isinstance(job.stage, Rationalise)
     found = []
@@ -44,7 +44,7 @@ def dev_scores(job: Job) -> list[float]:
 
 
 class RationaliseWorker:
-    """Holds the best players and marks rows."""
+    """Loads the best model and extracts rationales."""
 
     def __init__(self, job: Job) -> None:
         assert isinstance(job.stage, Rationalise)
@@ -57,7 +57,7 @@ class RationaliseWorker:
         self._learner, self._tokenizer = learner, load_tokenizer(job.model)
 
     def run(self, shard: Shard) -> Marked:
-        """Mark a shard's rows, each read alone."""
+        """Return the rationales of a shard's rows, each encoded alone."""
         data = task_data(self._job, shard.source)
         chosen = voting_rows(data, self._vote.max_examples)[shard.start : shard.stop]
         length = self._learner.config.invrat.train.max_length
@@ -67,20 +67,20 @@ class RationaliseWorker:
         marked: Marked = []
         for number, row in enumerate(chosen):
             (mask_L,) = self._model.select(rows.batch([number], self._device)).tolist()
-            places = [place for place, is_chosen in zip(rows.offsets[number], mask_L, strict=False) if is_chosen]
-            marked.append((row.id, joined(places)))
+            spans = [span for span, is_chosen in zip(rows.offsets[number], mask_L, strict=False) if is_chosen]
+            marked.append((row.id, joined(spans)))
         return marked
 
 
 def merge(job: Job, results: Iterable[tuple[Shard, Marked]], out: Path) -> None:
-    """Write the spans of all rows, and which model found them, to out."""
+    """Write the spans of all rows, and the index and scores of the models, to out."""
     assert isinstance(job.stage, Rationalise)
     lines = [line for _, marked in sorted(results, key=lambda result: result[0]) for line in marked]
     (out / RATIONALES).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
     scores = dev_scores(job)
-    facts: dict[str, Any] = {"standings": scores, "chosen": scores.index(max(scores)), "rows": len(lines)}
-    facts["empty"] = sum(not spans for _, spans in lines)
-    (out / FOUND).write_text(json.dumps(facts, indent=1), encoding="utf8")
+    result: dict[str, Any] = {"standings": scores, "chosen": scores.index(max(scores)), "rows": len(lines)}
+    result["empty"] = sum(not spans for _, spans in lines)
+    (out / FOUND).write_text(json.dumps(result, indent=1), encoding="utf8")
 
 
 KIND = ShardedKind(shards, RationaliseWorker, merge)

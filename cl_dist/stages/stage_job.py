@@ -1,4 +1,4 @@
-"""What a worker is given: a stage and the settings it uses. Without torch: Ray's own processes hold jobs too."""
+"""Jobs for workers: a stage with the settings it uses. Torch-free, since Ray's own processes also load jobs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from cl_dist.parallel.config import EngineConfig
 from cl_dist.stage import EvaluateConfig, Generate, GenerateConfig, Stage, StageRef, Train, TrainConfig
 
 SaveRequest = Literal["", "save", "stop"]
-"""What a Train stage is asked to do between two steps: save, or save and stop."""
+"""Request to a Train stage between two steps: save, or save and stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +31,19 @@ class Job:
     rows: tuple[str, ...]
     """Folders of the published rows of these tasks."""
     digests: tuple[dict[str, str], ...]
-    """Digests of the rows by split, as the driver read them."""
+    """Digests of the rows by split, as published by the driver."""
     train: TrainConfig
     """Settings of the stage's own task."""
     max_length: tuple[int, ...]
-    """Longest input of each task, as its own settings say, whichever task the model has come to."""
+    """Maximum input length of each task, from that task's own settings."""
     evaluate: EvaluateConfig
     generate: GenerateConfig
     folders: Mapping[StageRef, str]
-    """Where the results of the stage's inputs lie."""
+    """Folders of the stage's inputs."""
     engine: EngineConfig
     seed: int
     chain: tuple[str, ...]
-    """Folders of the Train stages whose weights make up the model, oldest first."""
+    """Folders of the Train stages with the model's weights, oldest first."""
     log_every: int
     """Optimizer steps between two telemetry events; 0 disables them."""
     profiles: str
@@ -51,16 +51,16 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Name of the stage as people see it, such as '02-laptop/train'."""
+        """Display name of the stage, such as '02-laptop/train'."""
         return f"{self.stage.task:02d}-{self.tasks[self.stage.task].id}/{self.stage.name}"
 
     def folder(self, ref: StageRef) -> Path:
-        """Return where an input of the stage lies."""
+        """Return the folder of an input of the stage."""
         return Path(self.folders[ref])
 
 
 def replayed_rows(job: Job) -> int:
-    """Return how many rows of each earlier task a Train stage replays, or a Generate stage writes."""
+    """Return the number of rows of each earlier task that a Train stage replays or a Generate stage generates."""
     stage = job.stage
     assert isinstance(stage, Train | Generate)
     if stage.budget is None:
@@ -70,7 +70,7 @@ def replayed_rows(job: Job) -> int:
 
 
 def row_length(job: Job, task: int) -> int:
-    """Return where a stage cuts the rows of a task: as the task's own settings say, unless the stage has its own."""
+    """Return the maximum length of a task's rows in a stage: from the stage's own settings, else from the task's."""
     own = isinstance(job.stage, Train) and job.stage.settings is not None
     return job.train.max_length if own else job.max_length[task]
 

@@ -68,7 +68,7 @@ def run(
     if world.rank:
         report = _ignore
 
-    learner = build_learner(job, divided=partitions(job.engine, world))
+    learner = build_learner(job, partitioned=partitions(job.engine, world))
     prepare_learner(job, learner)
     # both from the weights that the stage starts with
     transforms, penalties = learner.gradient_transforms(), learner.penalties()

@@ -1,7 +1,7 @@
-"""Worker side of Record and Vote: each row that has a rationale votes for what a new task has changed most.
+"""Worker side of Record and Vote: each row with a rationale votes for the units that a new task has changed most.
 
-The old model reads all rows first and leaves bits behind, then the new model reads them: never are two models resident.
-A row is read alone, so nothing depends on which rows share a shard or a worker.
+The old model reads all rows first and its maps are stored as bits, then the new model reads them, so two models are
+never in memory. Each row is encoded alone, so results do not depend on the shards or workers.
 """
 
 import json
@@ -34,16 +34,16 @@ log = logging.getLogger(__name__)
 BINS = 20
 
 Seen = list[dict[str, Any]]
-"""Per row: source, number, row (its id), and either skipped (why) or what the stage found."""
+"""Per row: source, number, row (its id), and either skipped (the reason) or the stage's results."""
 
 
 class _Reader(ABC):
-    """Holds a model and reads rows one by one."""
+    """Loads a model and reads rows one by one."""
 
     def __init__(self, job: Job) -> None:
         assert isinstance(job.stage, Record | Vote)
         self._job, self._vote = job, job.stage.vote
-        learner = build_learner(job, is_read=True)
+        learner = build_learner(job, for_inference=True)
         assert isinstance(learner.model, CausalModel)
         model: Any = learner.model.backbone
         self._model: Any = to_inference(job, model)
@@ -51,7 +51,7 @@ class _Reader(ABC):
         self._length = {task.id: row_length(job, number) for number, task in enumerate(job.tasks)}
 
     def _tokens(self, data: TaskData, row: Row) -> tuple[list[int], int]:
-        """Return the tokens of a row that are looked at, and how many of them, from the first, are its text."""
+        """Return the tokens of a row in the attention scope, and the number of leading ones that are its text."""
         context, asked, answer = encode_row(self._codec, row, data.question, self._length[data.id])
         more = [*asked, self._codec.special.ans, *answer] if self._vote.attention_scope == "all" else []
         return [*context, *more], len(context)
@@ -63,19 +63,21 @@ class _Reader(ABC):
         found: Seen = []
         for number in range(shard.start, shard.stop):
             row = rows[number]
-            tokens, kept = self._tokens(data, row)
+            tokens, num_text = self._tokens(data, row)
             line: dict[str, Any] = {"source": shard.source, "number": number, "row": row.id}
             line["tokens"] = digest_of(tokens)
-            found.append(line | self.look(line, data, row, tokens, kept))
+            found.append(line | self.examine(line, data, row, tokens, num_text))
         return found
 
     @abstractmethod
-    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], kept: int) -> dict[str, Any]:
-        """Return what the stage finds in a row, of whose tokens the first `kept` are its text."""
+    def examine(
+        self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], num_text: int
+    ) -> dict[str, Any]:
+        """Return the stage's results for a row, whose first `num_text` tokens are its text."""
 
 
 class RecordWorker(_Reader):
-    """The old model: where it looks in each row, in the map that fits the rationale best."""
+    """The old model: records for each unit the map that matches a row's rationale best."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -83,21 +85,23 @@ class RecordWorker(_Reader):
         found = [read_rationales(job.folder(stage)) for stage in job.stage.rationales]
         self._found = dict(zip(job.stage.sources, found, strict=True)) if found else {}
 
-    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], kept: int) -> dict[str, Any]:
-        """Return the maps as packed bits, and how far each fits the rationale; the first row of a task in words too.
+    def examine(
+        self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], num_text: int
+    ) -> dict[str, Any]:
+        """Return the maps as packed bits with their IoU, and the words of the first row of a task.
 
-        A row that cannot vote says why.
+        For a row that cannot vote, return the reason.
         """
-        text_T, skipped = self._rationale(line["source"], data, row, kept)
+        text_T, skipped = self._rationale(line["source"], data, row, num_text)
         if skipped:
             return {"skipped": skipped}
         found: dict[str, Any] = {}
         if self._vote.rationales != "human":
-            human_T = self._marked(row, row.rationale, kept)
+            human_T = self._rationale_mask(row, row.rationale, num_text)
             found = {"agreement": agreement(text_T, human_T)} if human_T.any() else {}
-        mask_T = np.pad(text_T, (0, len(tokens) - kept))
+        mask_T = np.pad(text_T, (0, len(tokens) - num_text))
         recorder = Recorder(mask_T, units_of(self._model, self._vote.level), self._vote.beta)
-        with watched(self._model):  # around this alone: gradients would keep every map of every layer
+        with watched(self._model):  # not around gradients, which would save every map of every layer
             watch(self._model, tokens, recorder)
         maps_LUT, iou_LU = recorder.maps()
         if line["number"] == 0:
@@ -106,26 +110,26 @@ class RecordWorker(_Reader):
         bits = np.packbits(maps_LUT).tobytes().hex()
         return found | {"shape": list(maps_LUT.shape), "maps": bits, "iou": iou_LU.tolist()}
 
-    def _rationale(self, source: int, data: TaskData, row: Row, kept: int) -> tuple[Bits, str | None]:
-        """Return which of the first `kept` tokens of a text are its rationale, and why it cannot vote, if so."""
-        if kept < 2:
-            return np.zeros(kept, dtype=bool), "too_short"
+    def _rationale(self, source: int, data: TaskData, row: Row, num_text: int) -> tuple[Bits, str | None]:
+        """Return the rationale mask of the first `num_text` tokens of a text, and why it cannot vote, if so."""
+        if num_text < 2:
+            return np.zeros(num_text, dtype=bool), "too_short"
         if self._vote.rationales == "gradient":
             context, asked, answer = encode_row(self._codec, row, data.question, self._length[data.id])
             prefix, ans = [*context, *asked], self._codec.special.ans
-            return salient(self._model, kept, prefix, ans, answer, self._vote.rationale_share), None
+            return salient(self._model, num_text, prefix, ans, answer, self._vote.rationale_share), None
         spans = row.rationale if self._vote.rationales == "human" else self._found[source].get(row.id, ())
-        mask_T = self._marked(row, spans, kept)
+        mask_T = self._rationale_mask(row, spans, num_text)
         return mask_T, None if mask_T.any() else "cut_off" if spans else "no_rationale"
 
-    def _marked(self, row: Row, spans: Sequence[Span], kept: int) -> Bits:
-        """Return which of the first `kept` tokens of a text lie in some spans."""
-        _, places = self._codec.encode_with_offsets(row.text)
-        return np.array(token_mask(places[:kept], spans), dtype=bool)
+    def _rationale_mask(self, row: Row, spans: Sequence[Span], num_text: int) -> Bits:
+        """Return the mask of the first `num_text` tokens of a text that overlap some spans."""
+        _, offsets = self._codec.encode_with_offsets(row.text)
+        return np.array(token_mask(offsets[:num_text], spans), dtype=bool)
 
 
 class VoteWorker(_Reader):
-    """The new model: how near each unit still comes to what was recorded."""
+    """The new model: computes how closely each unit can still reproduce the recorded maps."""
 
     def __init__(self, job: Job) -> None:
         assert isinstance(job.stage, Vote)
@@ -133,11 +137,13 @@ class VoteWorker(_Reader):
         self._recorded = {(line["source"], line["number"]): line for line in read_recorded(self._folder)}
         super().__init__(job)
 
-    def look(self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], kept: int) -> dict[str, Any]:
+    def examine(
+        self, line: dict[str, Any], data: TaskData, row: Row, tokens: list[int], num_text: int
+    ) -> dict[str, Any]:
         """Return c of every unit.
 
         Raises:
-            CheckpointError: If the row was recorded with other tokens, or not at all.
+            CheckpointError: If the row was recorded with other tokens, or not recorded.
         """
         known = self._recorded.get((line["source"], line["number"]))
         if known is None or known["tokens"] != line["tokens"]:
@@ -172,19 +178,18 @@ def merge_record(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> 
     if all("skipped" in line for line in lines):
         counts = dict(Counter(line["skipped"] for line in lines))
         raise DataError(
-            f"none of {len(lines)} rows can vote: {counts}. Name the column with rationales as tasks.<id>.rationale, "
-            "and raise train.max_length where they are cut off"
+            f"none of {len(lines)} rows can vote: {counts}. Set tasks.<id>.rationale to the column with rationales, "
+            "and raise train.max_length if they are truncated"
         )
     (out / RECORDED).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
 
 
 def tally(nearness: list[Floats], vote: VoteConfig) -> dict[str, Any]:
-    """Count the votes of c (L, U) of every row.
+    """Count the votes of every row, from its c (L, U).
 
-    Each row votes for the units with the smallest c: one block, or top_k groups or heads, ties by place. Those with
-    most votes are chosen, ties by place too. A row whose last vote was a tie says nothing of what is critical: the
-    margin is the lead, among the other rows alone, of the last unit chosen over the first one that is not, as a share
-    of all.
+    Each row votes for the units with the smallest c: one block, or top_k groups or heads; of ties, the first. The units
+    with most votes are chosen; of ties, the first. A row whose last vote was a tie carries no information: the margin
+    is the lead, among the other rows, of the last chosen unit over the first one not chosen, as a share of all rows.
     """
     layers, units = nearness[0].shape
     count = min(1 if vote.level == "block" else vote.top_k, layers * units)
@@ -218,12 +223,12 @@ def tally(nearness: list[Floats], vote: VoteConfig) -> dict[str, Any]:
 
 
 def _example(recorded: Seen, layer: int, unit: int) -> dict[str, Any] | None:
-    """Return a row in words, with the places of its rationale and of what a unit of the old model looked at."""
+    """Return the words of a row, with the token indices of its rationale and of the map of a unit of the old model."""
     line = next((line for line in recorded if "words" in line), None)
     if line is None:
         return None
-    looked = np.flatnonzero(_maps(line)[layer, unit]).tolist()
-    return {"row": line["row"], "words": line["words"], "rationale": line["rationale"], "looked_at": looked}
+    attended = np.flatnonzero(_maps(line)[layer, unit]).tolist()
+    return {"row": line["row"], "words": line["words"], "rationale": line["rationale"], "looked_at": attended}
 
 
 def merge_vote(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> None:
@@ -239,7 +244,7 @@ def merge_vote(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> No
     decisive = found["margin"] >= vote.min_margin
     if not decisive:
         log.warning("vote not decisive task=%s margin=%.3f", job.tasks[job.stage.task].id, found["margin"])
-    facts = {
+    result = {
         "level": vote.level,
         "rationales": vote.rationales,
         "used": len(used),
@@ -250,7 +255,7 @@ def merge_vote(job: Job, results: Iterable[tuple[Shard, Seen]], out: Path) -> No
         "agreement": {name: float(np.mean([s[name] for s in shares])) for name in ("f1", "iou")} if shares else None,
         "example": _example(recorded, *found["chosen"][0]),
     }
-    (out / CRITICAL).write_text(json.dumps(facts | found, indent=1), encoding="utf8")
+    (out / CRITICAL).write_text(json.dumps(result | found, indent=1), encoding="utf8")
 
 
 RECORD = ShardedKind(shards, RecordWorker, merge_record)

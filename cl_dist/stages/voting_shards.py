@@ -1,4 +1,4 @@
-"""How the stages that read the rows that vote are cut into shards."""
+"""Shards of the stages that read the voting rows."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class Shard:
 
 
 def shards(job: Job) -> list[Shard]:
-    """Cut the stage into shards. They depend on the science settings alone, never on the workers."""
+    """Return the stage's shards, which depend on science settings only, never on the workers."""
     stage = job.stage
     assert isinstance(stage, Rationalise | Record | Vote | Choose)
     return [

@@ -1,8 +1,8 @@
-"""What a Train stage trained, on disk: each rank writes the pieces that it owns, and any number of ranks reads them.
+"""Trained weights on disk: each rank writes its partitions, and any number of ranks can read them.
 
-One worker, or ZeRO-0, writes `trainable.safetensors` with whole tensors. A gang under ZeRO-1/2/3 writes one
-`trainable-<rank>-of-<ranks>.safetensors` per rank: flat pieces, and in the header's metadata, for each name, its shape
-and the place of its first element.
+One worker, or ZeRO-0, writes `trainable.safetensors` with full tensors. A gang under ZeRO-1/2/3 writes one
+`trainable-<rank>-of-<ranks>.safetensors` per rank: flat partitions, and in the header's metadata ("places") the full
+shape and the offset of each.
 """
 
 import json
@@ -25,14 +25,14 @@ TRAINABLE = "trainable"
 
 
 class LocalShards:
-    """A copy of what this rank owns of an engine's trained weights, float32 on the CPU. Taking it is no collective."""
+    """A float32 copy on the CPU of this rank's partitions of an engine's trained weights. Not a collective."""
 
     def __init__(self, engine: Engine, moment: str | None = None) -> None:
-        """Take a copy of the weights, or of one of the optimizer's moments of them."""
+        """Copy the weights, or one of the optimizer's moments."""
         self._world = engine.world
         self._tensors: dict[str, Tensor] = {}
-        self._places: dict[str, tuple[list[int], int]] = {}
-        self._divided = False
+        self._offsets: dict[str, tuple[list[int], int]] = {}
+        self._is_sharded = False
         for name, parameter in engine.module.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -40,32 +40,32 @@ class LocalShards:
             piece, start = params.local(parameter, self._world.rank)
             if moment is not None:
                 piece, start = moments.local(engine, parameter, moment)
-            self._divided |= params.is_managed(parameter)
-            piece = piece.detach().flatten()[: max(0, prod(shape) - start)]  # ZeRO-3 fills up the last one
+            self._is_sharded |= params.is_managed(parameter)
+            piece = piece.detach().flatten()[: max(0, prod(shape) - start)]  # ZeRO-3 pads the last one
             self._tensors[name] = piece.to("cpu", torch.float32, copy=True)
-            self._places[name] = shape, start
+            self._offsets[name] = shape, start
 
     def save(self, folder: Path) -> None:
-        """Write this rank's file. Ends when all ranks have written: a collective."""
+        """Write this rank's file and wait for all ranks. A collective."""
         self.write(folder)
         self._world.gather(None)
 
     def write(self, folder: Path, stem: str = TRAINABLE) -> list[Path]:
-        """Write this rank's file, and return it; ranks with nothing of their own write none. No collective."""
+        """Write this rank's file, if it has one, and return it. Not a collective."""
         world = self._world
-        if self._divided and world.size > 1:
+        if self._is_sharded and world.size > 1:
             path = folder / f"{stem}-{world.rank:05d}-of-{world.size:05d}.safetensors"
-            save_file(self._tensors, path, metadata={"places": json.dumps(self._places)})
+            save_file(self._tensors, path, metadata={"places": json.dumps(self._offsets)})
         elif world.rank == 0:
             path = folder / f"{stem}.safetensors"
-            save_file({n: t.reshape(self._places[n][0]) for n, t in self._tensors.items()}, path)
+            save_file({n: t.reshape(self._offsets[n][0]) for n, t in self._tensors.items()}, path)
         else:
             return []
         return [path]
 
 
 class ShardedWeights(Mapping[str, Tensor]):
-    """The weights in a folder by name; each is put together when it is asked for.
+    """The weights in a folder by name; each is assembled on access.
 
     Raises:
         CheckpointError: If files are missing, unreadable, or do not cover a parameter.
@@ -73,30 +73,31 @@ class ShardedWeights(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path | str, stem: str = TRAINABLE) -> None:
         self._folder = Path(folder)
-        whole = self._folder / f"{stem}.safetensors"
+        full = self._folder / f"{stem}.safetensors"
         shards = sorted(self._folder.glob(f"{stem}-*-of-*.safetensors"))
-        files = [whole] if whole.exists() else shards
-        if not whole.exists() and (not shards or len(shards) != int(shards[0].stem.rpartition("-")[2])):
-            raise CheckpointError(f"{folder}: holds no {whole.name}, and {len(shards)} shards of it, which are not all")
+        files = [full] if full.exists() else shards
+        if not full.exists() and (not shards or len(shards) != int(shards[0].stem.rpartition("-")[2])):
+            expected = f"{len(shards)} of {int(shards[0].stem.rpartition('-')[2])}" if shards else "no"
+            raise CheckpointError(f"{folder}: {full.name} does not exist, and {expected} shards of it were found")
         self._files: list[tuple[Any, dict[str, tuple[list[int], int]]]] = []
         self._names: dict[str, None] = {}  # an ordered set
         for path in files:
             try:
-                opened: Any = safe_open(path, framework="pt")  # the library's class carries no types
-            except Exception as error:  # the library has no exception type of its own that it promises
+                opened: Any = safe_open(path, framework="pt")  # the library's class is untyped
+            except Exception as error:  # the library documents no exception type
                 raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
-            places = json.loads((opened.metadata() or {}).get("places", "{}"))
-            self._files.append((opened, places))
-            self._names |= dict.fromkeys(places or opened.keys())
+            offsets = json.loads((opened.metadata() or {}).get("places", "{}"))
+            self._files.append((opened, offsets))
+            self._names |= dict.fromkeys(offsets or opened.keys())
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        first, places = self._files[0]
-        if not places:
-            whole: Tensor = first.get_tensor(name)
-            return whole
-        shape = places[name][0]
+        first, offsets = self._files[0]
+        if not offsets:
+            full: Tensor = first.get_tensor(name)
+            return full
+        shape = offsets[name][0]
         flat, covered = torch.empty(prod(shape)), 0
         for opened, pieces in self._files:
             piece, start = opened.get_tensor(name), pieces[name][1]

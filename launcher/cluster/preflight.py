@@ -23,7 +23,7 @@ from cl_dist.run_events import versions
 from cl_dist.storage import NodeResources, existing, room
 
 if TYPE_CHECKING:
-    from cl_dist.dispatch_ray.nodes import NodeFacts
+    from cl_dist.dispatch_ray.nodes import NodeInfo
 
 State = Literal["ok", "warn", "fail"]
 SHM_GB, OPEN_FILES = 1.0, 4096
@@ -233,7 +233,7 @@ def _cluster(config: RunConfig, needed_gb: float) -> Iterator[Finding]:
         connection.close()
 
 
-def _node(facts: NodeFacts, own: dict[str, str | None], config: RunConfig, needed_gb: float) -> Iterator[Finding]:
+def _node(facts: NodeInfo, own: dict[str, str | None], config: RunConfig, needed_gb: float) -> Iterator[Finding]:
     if facts.error:
         remedy = "check Ray on this node: `ray status`, and its log folder"
         yield Finding("node", "fail", facts.name, facts.error, remedy)

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, StoppingCriteria, StoppingCriteriaList
 
-from cl_dist.models.decode import Line, draw, write
+from cl_dist.models.decode import Generation, generate, sample_token
 from tests.benchmarks.conftest import Measured
 
 pytestmark = pytest.mark.bench
 ROWS, LENGTH, SAMPLES, WORDS = 32, 96, 128, 8192
 
 
-class Planned(Line):
-    """A line that ends at a length of its own."""
+class Planned(Generation):
+    """A sample that ends at a length of its own."""
 
     def __init__(self, key: int, length: int) -> None:
         super().__init__(first=1, key=key)
         self._length = length
 
-    def takes(self, token: int) -> bool:
-        super().takes(token)
+    def accept(self, token: int) -> bool:
+        super().accept(token)
         return len(self.tokens) >= self._length
 
 
@@ -50,10 +50,10 @@ def model() -> Any:
 
 def ours(model: Any, lengths: list[int]) -> None:
     def pick(logits_BV: Tensor, key_B: Tensor, at_B: Tensor) -> Tensor:
-        return draw(logits_BV, key_B, at_B, top_k=20, top_p=1.0, temperature=1.0)
+        return sample_token(logits_BV, key_B, at_B, top_k=20, top_p=1.0, temperature=1.0)
 
     waiting = deque(Planned(number, length) for number, length in enumerate(lengths))
-    ended = list(write(model, waiting, ROWS, LENGTH + 1, pick))
+    ended = list(generate(model, waiting, ROWS, LENGTH + 1, pick))
     assert sorted(len(line.tokens) for line in ended) == sorted(lengths)
 
 

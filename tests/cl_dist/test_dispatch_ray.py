@@ -78,7 +78,7 @@ def test_ranks_are_handed_the_drivers_secrets_and_jobs_are_not(monkeypatch: pyte
     with cluster.connect(ClusterConfig()):
         assert asked[0]["runtime_env"]["env_vars"]["HF_HOME"] == "/models"
         assert "hf_secret" not in str(asked)
-        place = cluster.Place(rank=0, node="a", gpus="", pid=1)
+        place = cluster.WorkerSlot(rank=0, node="a", gpus="", pid=1)
         assert asyncio.run(Mailbox(cluster.secrets()).hello(place, 1)) == {"HF_TOKEN": "hf_secret"}
 
 
@@ -147,7 +147,10 @@ def test_a_long_temporary_folder_leaves_room_for_sockets(monkeypatch: pytest.Mon
 
 def test_where_no_private_folder_can_be_made_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/dev/null/ray")
-    with pytest.raises(ClusterError, match=r"/dev/null/ray: no folder for a local Ray .*set RAY_TMPDIR"), private():
+    with (
+        pytest.raises(ClusterError, match=r"/dev/null/ray: cannot create a folder for a local Ray: .*set RAY_TMPDIR"),
+        private(),
+    ):
         pass
 
 
@@ -199,8 +202,8 @@ def test_auto_is_a_cluster_that_ray_start_has_made(
     processes = [*strangers, *(raylet(folders[name], address) for name, address in running.items())]
     monkeypatch.setattr(psutil, "process_iter", lambda attrs: processes)
     if found in (None, "several"):
-        said = r"several .*name one: 10.0.0.1:3, 10.0.0.1:4" if found else r"a run has started for itself is not joined"
-        with pytest.raises(ClusterError, match=rf"cluster.address='auto': cannot reach it: .*{said}"):
+        said = r"several .*choose one: 10.0.0.1:3, 10.0.0.1:4" if found else r"a Ray started by a run does not count"
+        with pytest.raises(ClusterError, match=rf"cluster.address='auto': cannot be reached: .*{said}"):
             cluster.connect(ClusterConfig(address="auto"))
         return
     assert cluster.find_cluster() == found
@@ -255,7 +258,7 @@ def test_a_cluster_that_lets_in_whoever_reaches_it_is_told_from_others(
 
 
 def test_a_cluster_that_is_not_there_is_named_at_once() -> None:
-    with pytest.raises(ClusterError, match=r"cluster.address='127.0.0.1:1': cannot reach it: .*refused"):
+    with pytest.raises(ClusterError, match=r"cluster.address='127.0.0.1:1': cannot be reached: .*refused"):
         cluster.connect(ClusterConfig(address="127.0.0.1:1"))
 
 
@@ -279,7 +282,9 @@ def test_workers_must_fit_on_the_nodes(
     if fits:
         cluster.check_fits(ClusterConfig(**asked))
         return
-    with pytest.raises(ClusterError, match=r"cluster: \d workers with .* each need .*, the cluster has .* on nodes of"):
+    with pytest.raises(
+        ClusterError, match=r"cluster: \d workers with .* each need .*, the cluster has .* on nodes with"
+    ):
         cluster.check_fits(ClusterConfig(**asked))
 
 
@@ -288,7 +293,9 @@ def test_a_node_must_hold_the_workers_of_a_model(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     asked: dict[str, Any] = {"workers": 4, "gpus_per_worker": 1.0}
     cluster.check_fits(ClusterConfig(**asked, workers_per_model=2))
-    with pytest.raises(ClusterError, match=r"workers_per_model=4: 4 GPU of a node hold one model, the nodes have 2, 2"):
+    with pytest.raises(
+        ClusterError, match=r"workers_per_model=4: one model needs 4 GPU of a node, the nodes have 2, 2"
+    ):
         cluster.check_fits(ClusterConfig(**asked, workers_per_model=4))
 
 

@@ -352,7 +352,7 @@ def test_a_checkpoint_with_anything_in_it(begun: Path, folder: Path, data: st.Da
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(begun, out)
-    newest = checkpoint._found(out)[0]
+    newest = checkpoint._checkpoints(out)[0]
     name = data.draw(st.sampled_from(["checkpoint.json", "trainable.safetensors", "exp_avg.safetensors"]))
     path = newest / name
     whole = path.read_bytes()
@@ -375,7 +375,7 @@ def test_a_checkpoint_with_anything_in_it(begun: Path, folder: Path, data: st.Da
 @tries(300)
 @given(data=st.data())
 def test_weights_with_anything_in_them(begun: Path, folder: Path, data: st.DataObject) -> None:
-    whole = (checkpoint._found(begun)[0] / "trainable.safetensors").read_bytes()
+    whole = (checkpoint._checkpoints(begun)[0] / "trainable.safetensors").read_bytes()
     place = data.draw(st.integers(0, min(len(whole), 3000) - 1))
     harmed = whole[:place] + data.draw(st.binary(max_size=8)) + whole[data.draw(st.integers(place, len(whole))) :]
     (folder / "trainable.safetensors").write_bytes(harmed)

@@ -85,14 +85,14 @@ def test_a_token_without_an_embedding_is_refused_whatever_the_rows_hold(
     add_tokens(model, "espresso")
     said = refused(make_run(tmp_path, method), ConfigError)
     last = len(tiny.WORDS)
-    assert f"'espresso' has the number {last}, and the embedding {last} rows" in said
+    assert f"'espresso' has id {last}, but the embedding has {last} rows" in said
 
 
 def test_a_pad_token_without_an_embedding_is_refused(tmp_path: Path, model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_special_tokens({"pad_token": "<more>"})
     tokenizer.save_pretrained(model)
-    assert "'<more>' has the number" in refused(make_run(tmp_path), ConfigError)
+    assert "'<more>' has id" in refused(make_run(tmp_path), ConfigError)
 
 
 def test_a_gap_in_the_numbers_is_seen_in_a_model_that_is_drawn_too(tmp_path: Path, model: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_gap_in_the_numbers_is_seen_in_a_model_that_is_drawn_too(tmp_path: Pat
     sizes = json.loads((model / "config.json").read_text("utf8")) | {"vocab_size": len(tiny.WORDS)}
     for config in (None, {k: v for k, v in sizes.items() if k != "architectures"}):
         given = ModelConfig(source=str(model), config=config)
-        with pytest.raises(ConfigError, match=f"'tree' has the number {len(tiny.WORDS) + 4}"):
+        with pytest.raises(ConfigError, match=f"'tree' has id {len(tiny.WORDS) + 4}"):
             check_vocabulary(given, load_tokenizer(given))
 
 
@@ -130,7 +130,7 @@ def test_a_model_that_writes_gets_what_it_lacks_unless_its_backbone_is_frozen(tm
     add_tokens(tmp_path / "decoder", "espresso")
     check_tokens(grows)
     said = refused(frozen, ConfigError)
-    assert "'espresso' has the number" in said
+    assert "'espresso' has id" in said
     assert "set vocab_size to" in said
 
 

@@ -204,7 +204,7 @@ def test_told_to_stop_a_stage_is_saved_first(
     def handler(received: int, frame: Any) -> None:
         raise StoppedError("told to")
 
-    monkeypatch.setattr("cl_dist.stages.save_policy.ASK_S", 0.0)
+    monkeypatch.setattr("cl_dist.stages.save_policy.POLL_S", 0.0)
     seen: list[str] = []
 
     def watch(event: Mapping[str, Any]) -> None:

@@ -102,5 +102,5 @@ def test_decay_that_is_not_undone_is_noticed(
     cell = Cell("rational_lamol", zero_stage, 2, 1).engine.model_copy(update={"verify_protection_every": 1})
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(ProtectionError, match=r"step 1: protected entries have moved, of .*attn\.c_attn"):
+    with pytest.raises(ProtectionError, match=r"step 1: protected entries have changed in .*attn\.c_attn"):
         ranks.run(_train_without_putting_back, replace(jobs["head"], engine=cell), str(out), timeout_s=200.0)

@@ -48,7 +48,7 @@ def test_a_host_that_does_not_see_the_run_folder_is_named_before_any_work(hosts:
     hosts.start_ray(2, blind=folder / "runs")
     command = Command(folder, "train", "blind.yaml", env=hosts.env, inside=hosts.inside(0))
     assert command.end(200.0) == 4, command.output
-    assert f"({Hosts.address(2)}): does not read what the driver writes there" in command.output
+    assert f"({Hosts.address(2)}): does not see the driver's files" in command.output
     assert f"({Hosts.address(1)})" not in command.output
     assert not events(folder / "runs" / "blind")
     hosts.kill(2)

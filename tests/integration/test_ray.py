@@ -76,7 +76,7 @@ def compute(run: Run, watch: Callable[[RayDispatcher, Event], None] = lambda ray
 
 def gang_pids(dispatcher: RayDispatcher) -> list[int]:
     assert dispatcher._gang is not None
-    return [place.pid for place in dispatcher._gang.places()]
+    return [place.pid for place in dispatcher._gang.slots()]
 
 
 # --------------------------------------------------------------------------------------------------------------- gang
@@ -131,7 +131,7 @@ def test_more_failures_than_allowed_end_the_run_with_their_cause(gang: GangStory
     assert gang.error.exit_code == 5
     assert "cluster.max_failures=1" in str(gang.error)
     assert "worker died" in str(gang.error) or "actor died" in str(gang.error)
-    assert "`cl-dist resume` continues from here" in str(gang.error)
+    assert "`cl-dist resume` continues from there" in str(gang.error)
     finished = {path.parent.parent.name for path in gang.run.glob("stages/*/evaluate/manifest.json")}
     assert finished == {"00-food", "01-film"}
 
@@ -310,9 +310,9 @@ def test_samples_of_a_zero3_model_are_the_same_whoever_dies_and_on_one_worker(ad
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"workers": 3}, "3 workers with 1 CPU each need 3, the cluster has 2 in all"),
-        ({"workers": 1, "cpus_per_worker": 2.5}, "1 workers with 2.5 CPU each need 2.5, the cluster has 2 in all"),
-        ({"gpus_per_worker": 0.5}, "2 workers with 0.5 GPU each need 1, the cluster has 0 in all"),
+        ({"workers": 3}, "3 workers with 1 CPU each need 3, the cluster has 2 in total"),
+        ({"workers": 1, "cpus_per_worker": 2.5}, "1 workers with 2.5 CPU each need 2.5, the cluster has 2 in total"),
+        ({"gpus_per_worker": 0.5}, "2 workers with 0.5 GPU each need 1, the cluster has 0 in total"),
     ],
 )
 def test_a_request_that_can_never_fit_fails_at_once(

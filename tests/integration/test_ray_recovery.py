@@ -88,7 +88,7 @@ def test_a_gang_outlives_a_rank_and_a_lost_node_is_told(
 ) -> None:
     nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cl_dist.dispatch_ray.cluster.FITS_S", 1.0)
+    monkeypatch.setattr("cl_dist.dispatch_ray.cluster.CAPACITY_CHECK_S", 1.0)
     asked = {"address": cluster.address, "checkpoint_steps": 20, "lost_node_timeout_s": 5.0, "max_failures": 5}
     asked["checkpoint_async"] = False  # the rank is killed some steps after the first
     run = Run(parse(RunConfig, settings(tmp_path, "nodes", asked, LONG)))
@@ -100,7 +100,7 @@ def test_a_gang_outlives_a_rank_and_a_lost_node_is_told(
         seen.append(dict(event))
         kinds = [one["event"] for one in seen]
         if event["event"] == "round" and kinds.count("round") == 9 and dispatcher._gang is not None:
-            os.kill(dispatcher._gang.places()[1].pid, signal.SIGKILL)
+            os.kill(dispatcher._gang.slots()[1].pid, signal.SIGKILL)
         if event["event"] == "round" and "continued" in kinds and nodes:
             cluster.remove_node(nodes.pop(), allow_graceful=False)
             nodes.clear()
@@ -135,7 +135,7 @@ def test_an_elastic_gang_shrinks_and_grows(cluster: Cluster, tmp_path: Path, mon
             continued.append(event["step"])
         if event["event"] != "round" or dispatcher._gang is None:
             return
-        sizes.append(len(dispatcher._gang.places()))
+        sizes.append(len(dispatcher._gang.slots()))
         if sizes.count(2) == 5 and len(nodes) == 2 and 1 not in sizes:
             cluster.remove_node(nodes.pop(), allow_graceful=False)
         if sizes[-1] == 1 and sizes.count(1) == 3:
@@ -159,7 +159,7 @@ def test_notice_of_a_drained_node_saves_the_stage(cluster: Cluster, tmp_path: Pa
     """Nothing else would save it: the next node goes on where the notice came."""
     nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cl_dist.dispatch_ray.cluster.FITS_S", 1.0)
+    monkeypatch.setattr("cl_dist.dispatch_ray.cluster.CAPACITY_CHECK_S", 1.0)
     asked = {"address": cluster.address, "checkpoint_minutes": 0, "max_failures": 5}
     train = {**LONG, "epochs": 300, "lr": 5e-5}
     run = Run(parse(RunConfig, settings(tmp_path, "drained", asked, train)))

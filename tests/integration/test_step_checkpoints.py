@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     out.mkdir()
     for steps in (3, 6):
         train_until(0, 1, jobs["ctr"], str(out), steps)
-    newest = checkpoint._found(out)[0]
+    newest = checkpoint._checkpoints(out)[0]
     assert newest.name == "step-00000006"
     file = newest / ("checkpoint.json" if harm == "index" else "exp_avg.safetensors")
     data = bytearray(file.read_bytes())
@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_a_checkpoint_that_was_not_finished_is_none_and_two_are_kept(jobs: dict[str, Job], tmp_path: Path) -> None:
     for steps in (1, 2, 3):
         train_until(0, 1, jobs["ctr"], str(tmp_path), steps)
-    names = [path.name for path in checkpoint._found(tmp_path)]
+    names = [path.name for path in checkpoint._checkpoints(tmp_path)]
     assert names == ["step-00000003", "step-00000002"]
     newest = tmp_path / "checkpoints" / names[0]
     newest.rename(newest.with_name("step-00000009.partial"))
@@ -256,7 +256,9 @@ def test_what_is_written_while_training_goes_on_is_of_its_step(
         crash_in_step(0, 1, job, str(out), 8)
     else:
         ranks.run(crash_in_step, job, str(out), 8)
-    assert {path.name for path in checkpoint._found(out)} - {"step-00000006"} == {"step-00000003"}  # 6 may have ended
+    assert {path.name for path in checkpoint._checkpoints(out)} - {"step-00000006"} == {
+        "step-00000003"
+    }  # 6 may have ended
     if size == 1:
         train_until(0, 1, job, str(out), None)
     else:

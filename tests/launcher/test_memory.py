@@ -77,7 +77,7 @@ def test_large_models_are_reduced_and_gathered_in_pieces() -> None:
 
 
 def test_penalties_stay_with_the_host_of_a_gpu() -> None:
-    held = Model(elements=10, trained=10, largest=5, item=4, beside={"penalties": 80, "teacher": 40})
+    held = Model(elements=10, trained=10, largest=5, item=4, extras={"penalties": 80, "teacher": 40})
     on_cpu, on_gpu = (parts(memory.training(held, ONE, Gang(1, 2, is_gpu=gpu)).resident) for gpu in (False, True))
     assert (on_cpu["penalties"], on_cpu["teacher"], on_gpu["teacher"]) == (80, 40, 40)
     assert "penalties" not in on_gpu
@@ -117,8 +117,8 @@ def test_bytes_on_disk() -> None:
     found = parts(memory.disk(MODEL, learner=30, num_tasks=3, trainings=3, keeps_best=False, samples=5))
     assert found["trainable.safetensors of a task"] == 4 * 600
     assert found["step checkpoint"] == 3 * 4 * 600
-    assert found["checkpoints of a stage under way"] == 3 * 3 * 4 * 600
-    assert found["the run when it is finished"] == 3 * 4 * 600 + (10 + 20 + 30) + 5
+    assert found["checkpoints of a running stage"] == 3 * 3 * 4 * 600
+    assert found["the finished run"] == 3 * 4 * 600 + (10 + 20 + 30) + 5
     best = parts(memory.disk(MODEL, learner=0, num_tasks=1, trainings=1, keeps_best=True, samples=0))
     assert best["step checkpoint"] == 4 * 4 * 600
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cl_dist.config import parse, read_yaml
-from cl_dist.dispatch_ray.nodes import NodeFacts
+from cl_dist.dispatch_ray.nodes import NodeInfo
 from cl_dist.run_config import RunConfig
 from cl_dist.run_events import versions
 from cl_dist.storage import NodeResources
@@ -19,7 +19,7 @@ from launcher.cluster import preflight
 from tests import tiny
 from tests.launcher.commands import Cli, save_run
 
-SOUND = NodeFacts(
+SOUND = NodeInfo(
     name="node-1 (192.0.2.1)",
     resources={"CPU": 4.0},
     versions=versions(),
@@ -250,14 +250,14 @@ def test_time_limits_are_looked_at(cli: Cli, run_file: Path, monkeypatch: pytest
         (replace(SOUND, error="does not answer: GetTimeoutError"), "node", "does not answer"),
         (replace(SOUND, versions={**versions(), "torch": "1.0"}), "versions", "torch 1.0 (driver:"),
         (replace(SOUND, versions={**versions(), "peft": None}), "versions", "peft missing"),
-        (replace(SOUND, reads=False, writes=False), "storage", "does not read what the driver writes"),
-        (replace(SOUND, writes=False), "storage", "its files do not come back"),
+        (replace(SOUND, reads=False, writes=False), "storage", "does not see the driver's files"),
+        (replace(SOUND, writes=False), "storage", "the driver does not see its files"),
         (replace(SOUND, room=replace(SOUND.room, free_gb=0.5)), "disk", "0.5 GB free, the run writes about 1.0 GB"),
         (replace(SOUND, room=replace(SOUND.room, shm_gb=0.06)), "limits", "/dev/shm has 0.06 GB"),
         (replace(SOUND, room=replace(SOUND.room, open_files=1024)), "limits", "1024 open files"),
     ],
 )
-def test_each_fault_of_a_node_is_named_with_the_node(run_file: Path, node: NodeFacts, check: str, words: str) -> None:
+def test_each_fault_of_a_node_is_named_with_the_node(run_file: Path, node: NodeInfo, check: str, words: str) -> None:
     config = parse(RunConfig, read_yaml(run_file))
     assert all(finding.state == "ok" for finding in preflight._node(SOUND, versions(), config, 1.0))
     (fault,) = [finding for finding in preflight._node(node, versions(), config, 1.0) if finding.state != "ok"]

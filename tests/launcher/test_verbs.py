@@ -176,7 +176,7 @@ def test_predict_never_writes_scores_that_are_no_numbers(cli: Cli, run: Path, mo
     )
     ended = cli("predict", run, "--task", "food", stdin=b'{"text": "soup"}')
     assert (ended.code, ended.out) == (6, "")
-    assert "row 0: the model's scores are no numbers" in ended.err
+    assert "row 0: the model's logits are not finite" in ended.err
 
 
 def test_predict_of_nothing_is_nothing(cli: Cli, run: Path) -> None:
@@ -247,4 +247,4 @@ def test_export_lists_its_files_and_refuses_the_folder_the_next_time(cli: Cli, r
     assert f"bytes  {tmp_path / 'food' / 'parts.safetensors'}" in ended.out
     ended = cli("export", run, "--task", "food", tmp_path / "food")
     assert ended.code == 2
-    assert "exists and is not an empty folder; name another one, or remove it" in ended.err
+    assert "exists and is not an empty folder; choose another one, or remove it" in ended.err

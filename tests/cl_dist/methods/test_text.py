@@ -15,7 +15,7 @@ from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import StageRef, ref
 from cl_dist.stages.build import build_learner
-from cl_dist.stages.evaluate import compared
+from cl_dist.stages.evaluate import score_answers
 from cl_dist.stages.weights import ShardedWeights
 from tests import tiny
 from tests.architectures import TINY
@@ -73,14 +73,14 @@ def test_turns_are_followed_through_their_dialogues() -> None:
     )
     said = [("a-0", "food: thai;"), ("b-0", "area: west;"), ("a-1", "area: east;")]
     rows = [Row(name, "text", None, label) for name, label in said]
-    found = compared(task, (), rows, ["food: thai;", "area: north;", ";"])
+    found = score_answers(task, (), rows, ["food: thai;", "area: north;", ";"])
     assert found["joint_state"] == found["score"] == found["turn_state"] == 1 / 3
-    later = compared(task, (), rows, ["food: greek;", "area: west;", "area: east;"])
+    later = score_answers(task, (), rows, ["food: greek;", "area: west;", "area: east;"])
     assert later["turn_state"] == 2 / 3
     assert later["joint_state"] == 1 / 3  # what was missed in the first turn is still missed in the second
     numbered = [Row(str(number), "text", None, label) for number, (_, label) in enumerate(said)]
-    with pytest.raises(DataError, match=r"joint_state needs ids <dialogue>-<number of the turn>, not '0'"):
-        compared(task, (), numbered, ["food: thai;"] * 3)
+    with pytest.raises(DataError, match=r"joint_state needs ids <dialogue>-<turn number>, not '0'"):
+        score_answers(task, (), numbered, ["food: thai;"] * 3)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,9 @@ def test_an_encoder_is_not_asked_to_write(tmp_path: Path, method: str, kind: str
         lambda: build_learner(run.job(run.plan(0)[0])),
         lambda: TracedLearner(science.method, science.model, (2,)),  # what a plan does
     ):
-        with pytest.raises(ConfigError, match=rf"model_type='{kind}' is an encoder, which writes no answers; .* gpt2,"):
+        with pytest.raises(
+            ConfigError, match=rf"model_type='{kind}' is an encoder, which cannot generate text; .* gpt2,"
+        ):
             build()
 
 

@@ -19,7 +19,7 @@ from cl_dist.models.architectures import ARCHITECTURES, architecture, embedding_
 from cl_dist.models.attention_slices import block_parameters, no_effect_biases, shape_of
 from cl_dist.models.backbone import load_backbone
 from cl_dist.models.config import ModelConfig, PluginShape, max_positions
-from cl_dist.models.decode import answer_all
+from cl_dist.models.decode import greedy_decode
 from cl_dist.models.plugin import CtrClassifier
 from cl_dist.models.task_modules import TaskNorms
 from tests.architectures import DECODERS, IDS, KINDS, MAX_LENGTH, PAD, TINY, WIDTH, hidden, tiny
@@ -213,7 +213,7 @@ def test_what_is_written_row_by_row_is_what_generate_writes(kind: str) -> None:
     """Beyond the window of six tokens, in rows of different lengths side by side."""
     model: Any = tiny(kind, causal=True)
     prompts = [[5, 6, 7], [9] * 11, [3], [3, 2, 4, 2, 5, 9, 2, 6]]
-    found = answer_all(model, prompts, PAD, 0, 20)
+    found = greedy_decode(model, prompts, PAD, 0, 20)
     for prompt, answer in zip(prompts, found, strict=True):
         ids = torch.tensor([prompt])
         mask = torch.ones_like(ids)

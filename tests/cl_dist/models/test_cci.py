@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cl_dist.models import cci
-from cl_dist.models.attention_slices import kept, shape_of, units_of
+from cl_dist.models.attention_slices import shape_of, trainable_masks, units_of
 from cl_dist.models.cci import Comparer, Recorder, Watcher, highest, watch, watched
 from cl_dist.planning.live import LiveTensorBytes
 from cl_dist.stage import VoteConfig
@@ -240,7 +240,7 @@ def test_a_heads_slices_are_all_that_it_owns(kind: str, level: Any) -> None:
     _, heads, groups, size = shape_of(model)
     unit = (1, 1)
     mine = [1] if level == "head" or heads == groups else [2, 3]
-    parts = kept(model, [unit], level, output=True)
+    parts = trainable_masks(model, [unit], level, output=True)
     layer = model.get_submodule("transformer.h.1.attn" if kind == "gpt2" else "model.layers.1.self_attn")
     behind = layer.c_proj if kind == "gpt2" else layer.o_proj
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from cl_dist.models.decode import SPAN, Writer, answer_all, draw, rows_within
+from cl_dist.models.decode import SPAN, DecodeBatch, greedy_decode, rows_within, sample_token
 
 WORDS, END, PAD = 50, 0, 49
 PROMPTS = [[5, 6, 7], [9] * 11, [3], [3, 1, 4, 1, 5, 9, 2, 6]]
@@ -38,7 +38,7 @@ both = pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @both
 def test_greedy_answers_are_those_of_generate_row_by_row(kind: str) -> None:
     model: Any = decoder(kind)
-    found = answer_all(model, PROMPTS, PAD, END, 20)
+    found = greedy_decode(model, PROMPTS, PAD, END, 20)
     for prompt, answer in zip(PROMPTS, found, strict=True):
         ids = torch.tensor([prompt])
         mask = torch.ones_like(ids)
@@ -53,7 +53,7 @@ def test_greedy_answers_are_those_of_generate_row_by_row(kind: str) -> None:
 @both
 def test_a_row_that_starts_anew_forgets_what_stood_there(kind: str) -> None:
     model = decoder(kind)
-    writer, fresh = Writer(model, 2, 40), Writer(model, 2, 40)
+    writer, fresh = DecodeBatch(model, 2, 40), DecodeBatch(model, 2, 40)
     places = torch.arange(SPAN + 4)
     for at in places:  # beyond one span, so that the length of the cache grows
         writer.step(torch.tensor([3, 4 + int(at) % 5]), torch.stack([at, at]))
@@ -67,7 +67,7 @@ def test_a_row_that_starts_anew_forgets_what_stood_there(kind: str) -> None:
 @both
 def test_rows_that_are_kept_go_on_undisturbed(kind: str) -> None:
     model = decoder(kind)
-    whole, part = Writer(model, 3, 16), Writer(model, 3, 16)
+    whole, part = DecodeBatch(model, 3, 16), DecodeBatch(model, 3, 16)
     for writer in (whole, part):
         writer.step(torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.int64))
     part.keep([2, 0])
@@ -80,7 +80,7 @@ def draws(logits: list[float], count: int = 20_000, **over: Any) -> torch.Tensor
     """Return how often each token is drawn, as shares."""
     settings = {"top_k": 0, "top_p": 1.0, "temperature": 1.0} | over
     key_B = torch.full((count,), 12345)
-    tokens = draw(torch.tensor([logits]).expand(count, -1), key_B, torch.arange(count), **settings)
+    tokens = sample_token(torch.tensor([logits]).expand(count, -1), key_B, torch.arange(count), **settings)
     return torch.bincount(tokens, minlength=len(logits)) / count
 
 
@@ -101,11 +101,11 @@ def test_tokens_are_drawn_by_their_probability() -> None:
 def test_a_draw_depends_on_its_own_row_alone() -> None:
     torch.manual_seed(0)
     logits_BV, key_B, step_B = torch.randn(6, 30), torch.arange(6) * 7919, torch.arange(6)
-    together = draw(logits_BV, key_B, step_B, 10, 0.9, 1.0)
+    together = sample_token(logits_BV, key_B, step_B, 10, 0.9, 1.0)
     order = torch.tensor([4, 1, 5, 0, 3, 2])
-    alone = draw(logits_BV[order], key_B[order], step_B[order], 10, 0.9, 1.0)
+    alone = sample_token(logits_BV[order], key_B[order], step_B[order], 10, 0.9, 1.0)
     assert torch.equal(alone, together[order])
-    other = draw(logits_BV, key_B + 1, step_B, 10, 0.9, 1.0)
+    other = sample_token(logits_BV, key_B + 1, step_B, 10, 0.9, 1.0)
     assert not torch.equal(other, together)
 
 
@@ -113,7 +113,7 @@ def test_a_draw_depends_on_its_own_row_alone() -> None:
 def test_memory_bounds_the_rows_by_what_a_cache_really_takes(kind: str) -> None:
     """The llama's keys are shared by two heads each, so that as many gigabytes hold twice the rows."""
     model: Any = decoder(kind)
-    writer = Writer(model, 3, SPAN + 1)
+    writer = DecodeBatch(model, 3, SPAN + 1)
     writer.step(torch.tensor([3, 4, 5]), torch.zeros(3, dtype=torch.int64))
     layers: Any = writer._layers
     taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)

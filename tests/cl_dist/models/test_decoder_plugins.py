@@ -124,7 +124,7 @@ def test_a_pooler_that_is_not_there_is_an_error_of_the_setting(kind: str) -> Non
 
 
 def test_the_first_token_of_a_decoder_is_no_sentence_vector() -> None:
-    with pytest.raises(ConfigError, match=r"science\.model\.pooling='cls': .* a gpt2 .*; expected last or mean"):
+    with pytest.raises(ConfigError, match=r"science\.model\.pooling='cls': .* a gpt2 .*; set last or mean"):
         Classifier(tiny("gpt2"), "cls")
 
 

@@ -60,19 +60,19 @@ def test_an_adapter_of_peft_is_named(model: Path, is_whole: bool) -> None:
     (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "gpt2", "peft_type": "LORA"}))
     if not is_whole:
         (model / "config.json").unlink()
-    assert "this is an adapter of peft, and no whole model" in said(model)
+    assert "this is a peft adapter, not a full model" in said(model)
 
 
 def test_a_folder_without_config_json_names_the_one_inside_that_has_it(tmp_path: Path, model: Path) -> None:
     outer = tmp_path / "outer"
     outer.mkdir()
-    assert "there is no config.json in this folder, so it is no model" in said(outer)
+    assert "this folder has no config.json, so it is not a model" in said(outer)
     shutil.copytree(model, outer / "0_Transformer")
     assert said(outer).endswith("outer/0_Transformer?")
 
 
 def test_a_file_in_place_of_its_folder_is_named(model: Path) -> None:
-    assert "this is a file; expected the folder that it lies in" in said(model / "model.safetensors")
+    assert "this is a file; expected its folder" in said(model / "model.safetensors")
 
 
 def test_whatever_a_safetensors_file_begins_with_its_weights_are_read(model: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_relative_model_that_is_not_here_is_named_and_not_a_conflict(
     with pytest.raises(DataError, match=r"no such folder here"):
         session.train(begun)
     hub = ModelConfig(source="model")
-    assert "science.model.source='model': cannot be loaded: no such folder here, and on the hub: " in said(hub.source)
+    assert "science.model.source='model': cannot be loaded: not a local folder, and on the hub: " in said(hub.source)
 
 
 @pytest.mark.parametrize("source", ["./gone", "/nowhere/gone", "~/gone.of.nobody", "./gone.gguf"])

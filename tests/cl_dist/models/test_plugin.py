@@ -15,7 +15,8 @@ from cl_dist.learners.ctr import Ctr
 from cl_dist.methods.ctr import CtrConfig
 from cl_dist.models.config import ModelConfig, plugin_sizes
 from cl_dist.models.noise import gumbel
-from cl_dist.models.plugin import CtrClassifier, Plugin, pack, unpack
+from cl_dist.models.plugin import CtrClassifier, pack, unpack
+from cl_dist.models.plugin_layer import Plugin
 from cl_dist.models.task_modules import TaskNorms
 from cl_dist.stages.schedule import Schedule
 from tests.encoders import KINDS, SHAPE, batch_of, encoder, select, snapshot, train, with_plugins
@@ -412,7 +413,7 @@ def test_a_file_of_another_task_count_is_refused_by_name(tmp_path: Path) -> None
     path = tmp_path / "plugins.safetensors"
     with_plugins(num_tasks=2).save_plugins(path)
     for num_tasks in (1, 3):
-        with pytest.raises(ValueError, match=r"plugins\.safetensors: made for another model or task count"):
+        with pytest.raises(ValueError, match=r"plugins\.safetensors: does not match this model or its number of tasks"):
             with_plugins(num_tasks=num_tasks).load_plugins(path)
 
 
@@ -421,7 +422,7 @@ def test_pieces_of_parameters_are_not_saved(tmp_path: Path) -> None:
     parameter: Any = model.plugins[0].fc1.weight
     values, parameter.ds_shape = parameter.data, parameter.shape
     parameter.data = torch.empty(0)  # as ZeRO-3 leaves it between uses
-    with pytest.raises(ValueError, match=r"pieces of parameters, see '.*fc1\.weight'; .*GatheredParameters"):
+    with pytest.raises(ValueError, match=r"parameters are partitioned, such as '.*fc1\.weight'; .*GatheredParameters"):
         model.save_plugins(path)
     parameter.data = values  # gathered
     model.save_plugins(path)

@@ -147,7 +147,7 @@ def test_a_plan_counts_the_bits(bits: Any, each: float) -> None:
     assert whole.backbone.elements - cut.backbone.elements == cut.quantized == weights
     tables = 12 * 256 * 4 if bits == 8 else 0
     assert cut.buffers - whole.buffers == weights * each + weights // 64 * 4 + tables
-    assert cut.micro(4, 16, 2).kept == whole.micro(4, 16, 2).kept
+    assert cut.micro(4, 16, 2).saved == whole.micro(4, 16, 2).saved
 
 
 def test_what_trains_the_backbone_is_refused(tmp_path: Path) -> None:

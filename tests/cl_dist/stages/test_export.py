@@ -111,14 +111,14 @@ def exported(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_other_tasks_of_the_model_can_be_asked_too(run: Run, exported: Path) -> None:
     job = last_job(run, 1)
     assert torch.equal(logits_of_export(run, job, 1, exported, "topic"), logits_of_run(run, job, 1))
-    with pytest.raises(ConfigError, match=r"task='fod': this model does not answer for it; did you mean 'food'"):
+    with pytest.raises(ConfigError, match=r"task='fod': this model has not learned it; did you mean 'food'"):
         load_exported(exported, "fod")
 
 
 def test_a_model_of_one_task_alone_answers_for_no_other(tmp_path: Path) -> None:
     run = compute(tmp_path / "run", "individual")
     export(last_job(run, 1), 1, tmp_path / "x", "f00d")
-    with pytest.raises(ConfigError, match=r"task='food': this model does not answer for it"):
+    with pytest.raises(ConfigError, match=r"task='food': this model has not learned it"):
         load_exported(tmp_path / "x", "food")
 
 

@@ -20,7 +20,7 @@ from cl_dist.models.backbone import load_tokenizer
 from cl_dist.run import Run
 from cl_dist.stage import Evaluate
 from cl_dist.stages.export import README, export
-from cl_dist.stages.export_text import Example, misspelled, text_tokenizer
+from cl_dist.stages.export_text import Example, count_mismatches, text_tokenizer
 from cl_dist.stages.predict import Predictor
 from tests import tiny
 
@@ -161,7 +161,7 @@ def test_a_chat_has_the_numbers_of_training(tmp_path: Path, kind: Any) -> None:
     assert stored.eos_token_id == special.eos
     assert stored.pad_token_id == special.pad
     assert len(stored) == special.size(3, 4)
-    assert misspelled(stored, TextCodec(spelling), [Example(row, QUESTION) for row in rows]) == 0
+    assert count_mismatches(stored, TextCodec(spelling), [Example(row, QUESTION) for row in rows]) == 0
     for row in (*rows[:6], Row("x", " It's 42. \n", "the  soup", "bad"), Row("x", "the cake", " ", "good")):
         prompt, whole = in_training(spelling, row)
         users = [row.text, *([row.text_pair] if row.text_pair else [])]
@@ -237,7 +237,7 @@ def test_an_exported_model_answers_as_its_run_and_ends(tmp_path: Path, kind: Any
     assert any(special.eos in line for line in written)
     assert not (folder / "chat_template.jinja").read_text("utf8").startswith(OLD[:10])
     card = (folder / README).read_text("utf8")
-    assert "not always spelled" not in card
+    assert "does not always have the tokens of training" not in card
 
     names: dict[str, Any] = {}
     (block,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)

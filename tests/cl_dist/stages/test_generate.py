@@ -99,8 +99,8 @@ def test_every_request_is_accounted_for(job: Job, run: Run) -> None:
     ],
 )
 def test_what_ends_a_sample_and_how(tokens: list[int], fault: str | None) -> None:
-    line = generate._Line(104, 0, 0, 0, SpecialTokens(base=100, eos=9), 16)
-    ended = [line.takes(token) for token in tokens]
+    line = generate._SampleGeneration(104, 0, 0, 0, SpecialTokens(base=100, eos=9), 16)
+    ended = [line.accept(token) for token in tokens]
     assert ended == [False] * (len(tokens) - 1) + [True]
     assert line.fault == fault
     assert len(line.tokens) <= 15  # with the token that asks, no longer than a row: there is no place for more

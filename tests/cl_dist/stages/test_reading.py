@@ -53,8 +53,8 @@ def test_it_is_the_one_that_is_loaded_in_float32_and_rounded(
         return load(*args, **kwargs)
 
     monkeypatch.setattr(module, "load_backbone", noted)
-    for is_read in (False, True):
-        found[is_read] = to_inference(job, build_learner(job, is_read=is_read).model).state_dict()
+    for for_inference in (False, True):
+        found[for_inference] = to_inference(job, build_learner(job, for_inference=for_inference).model).state_dict()
     assert loaded == [torch.float32, torch.bfloat16]
     assert found[False].keys() == found[True].keys()
     assert {tensor.dtype for tensor in found[True].values() if tensor.is_floating_point()} == {torch.bfloat16}

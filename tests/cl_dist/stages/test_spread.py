@@ -12,10 +12,10 @@ import pytest
 from torch import nn
 
 from cl_dist.config import parse
-from cl_dist.dispatch_ray.cluster import Place
-from cl_dist.dispatch_ray.pool import together
+from cl_dist.dispatch_ray.cluster import WorkerSlot
+from cl_dist.dispatch_ray.pool import group_slots
 from cl_dist.errors import ClusterError, ConfigError
-from cl_dist.parallel.device_map import by_layers, dispatch_layers
+from cl_dist.parallel.device_map import dispatch_by_layers, infer_device_map
 from cl_dist.run import Run
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stage import StageRef
@@ -42,7 +42,7 @@ class Divided:
         self._folder, self.models = folder, list[nn.Module]()
 
     def __call__(self, model: Any, layer: type[nn.Module]) -> Any:
-        self.models.append(by_layers(model, layer, {"cpu": 0}, "disk", self._folder / f"{len(self.models)}"))
+        self.models.append(dispatch_by_layers(model, layer, {"cpu": 0}, "disk", self._folder / f"{len(self.models)}"))
         return self.models[-1]
 
 
@@ -59,7 +59,7 @@ def all_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 @pytest.fixture
 def divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Divided:
     found = Divided(tmp_path / "weights")
-    monkeypatch.setattr(build, "spread", found)
+    monkeypatch.setattr(build, "dispatch", found)
     return found
 
 
@@ -94,7 +94,7 @@ def test_layers_fill_the_devices_in_order_and_the_rest_stays_with_the_host() -> 
     model = nn.ModuleDict({"embed": nn.Linear(5, 10, bias=False), "layers": nn.ModuleList(Layer() for _ in range(8))})
 
     def places(room: dict[int | str, int]) -> str:
-        found = dispatch_layers(model, Layer, room, "cpu")
+        found = infer_device_map(model, Layer, room, "cpu")
         assert found.pop("embed") == 0
         return "".join(str(found[f"layers.{number}"])[0] for number in range(8))
 
@@ -104,17 +104,17 @@ def test_layers_fill_the_devices_in_order_and_the_rest_stays_with_the_host() -> 
     assert places({0: 400, 1: 300}) == "00111ccc"
 
 
-def place(rank: int, node: str) -> Place:
-    return Place(rank, node, str(rank % 4), 100 + rank)
+def place(rank: int, node: str) -> WorkerSlot:
+    return WorkerSlot(rank, node, str(rank % 4), 100 + rank)
 
 
 def test_workers_of_a_node_hold_a_model_together() -> None:
     places = [place(rank, "a" if rank < 5 else "b") for rank in range(8)]
-    assert together(places, 1) == places
-    assert [(each.node, each.gpus) for each in together(places, 2)] == [("a", "0,1"), ("a", "2,3"), ("b", "1,2")]
-    assert [(each.node, each.gpus) for each in together(places, 4)] == [("a", "0,1,2,3")]
-    with pytest.raises(ClusterError, match=r"workers_per_model=6: no node has so many of the 8 workers"):
-        together(places, 6)
+    assert group_slots(places, 1) == places
+    assert [(each.node, each.gpus) for each in group_slots(places, 2)] == [("a", "0,1"), ("a", "2,3"), ("b", "1,2")]
+    assert [(each.node, each.gpus) for each in group_slots(places, 4)] == [("a", "0,1,2,3")]
+    with pytest.raises(ClusterError, match=r"workers_per_model=6: no node has that many of the 8 workers"):
+        group_slots(places, 6)
 
 
 def test_workers_that_cannot_hold_a_model_together_are_refused() -> None:
