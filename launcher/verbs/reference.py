@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from cl_dist.run_config import json_schema
 from launcher import console, runs
 from launcher.options import AsJson
 
-LISTS = {
+LISTS: dict[str, Callable[[], Mapping[str, str]]] = {
     "methods": descriptions,
     "recipes": lambda: {name: _first_comment(path) for name, path in runs.recipes().items()},
     "metrics": lambda: FORMULAS,
