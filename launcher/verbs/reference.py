@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -9,14 +10,14 @@ from typing import Annotated
 import typer
 
 from cl_dist.errors import ConfigError
-from cl_dist.methods import METHODS, get_method, installed
+from cl_dist.methods import descriptions
 from cl_dist.metrics import FORMULAS
 from cl_dist.run_config import json_schema
 from launcher import console, runs
 from launcher.options import AsJson
 
-LISTS = {
-    "methods": lambda: {name: get_method(name).about for name in [*METHODS, *installed()]},
+LISTS: dict[str, Callable[[], Mapping[str, str]]] = {
+    "methods": descriptions,
     "recipes": lambda: {name: _first_comment(path) for name, path in runs.recipes().items()},
     "metrics": lambda: FORMULAS,
 }

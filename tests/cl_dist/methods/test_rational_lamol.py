@@ -131,7 +131,9 @@ def test_rows_without_a_rationale_and_rows_that_are_cut_off_do_not_vote(run: Run
 def test_question_and_answer_are_read_only_if_asked_for(run: Run) -> None:
     job = run.job(run.stage(StageRef(task=1, stage="record")))
     assert isinstance(job.stage, Record)
-    whole = replace(job, stage=job.stage.model_copy(update={"vote": job.stage.vote.model_copy(update={"rows": "all"})}))
+    whole = replace(
+        job, stage=job.stage.model_copy(update={"vote": job.stage.vote.model_copy(update={"attention_scope": "all"})})
+    )
     data = run.data(0)
     short, kept = vote.RecordWorker(job)._tokens(data, data.dev[0])
     long, same = vote.RecordWorker(whole)._tokens(data, data.dev[0])
@@ -247,7 +249,7 @@ def test_controls_freeze_as_much_without_a_vote(tmp_path: Path, freeze: str, uni
     stage = next(stage for stage in run.plan(1) if isinstance(stage, Train))
     learner: Any = build_learner(run.job(stage))
     learner.start_task(1, (1,))
-    assert learner._frozen == units
+    assert learner._frozen.units == units
 
 
 def test_a_random_control_is_drawn_by_seed_and_task(tmp_path: Path) -> None:
@@ -258,7 +260,7 @@ def test_a_random_control_is_drawn_by_seed_and_task(tmp_path: Path) -> None:
     for seed in (0, 0, 1, 2, 3, 4):
         learner: Any = build_learner(replace(job, seed=seed))
         learner.start_task(1, (1,))
-        drawn.append(learner._frozen)
+        drawn.append(learner._frozen.units)
     assert drawn[0] == drawn[1]
     assert len({tuple(units) for units in drawn}) > 1
     assert all(len(set(units)) == 2 for units in drawn)
