@@ -41,7 +41,7 @@ from cl_dist.stages.stage_job import Job, task_data
 
 log = logging.getLogger(__name__)
 CARD, PARTS, README, BACKBONE = "cl_dist.json", "parts.safetensors", "README.md", "backbone"
-MODEL_TYPE = "cl_dist (load it with cl_dist.stages.export.load_exported; see README.md)"
+MODEL_TYPE = "cl_dist (load it with cl_dist.load_exported; see README.md)"
 """Shown by transformers when it refuses a folder."""
 EXAMPLES = 100
 """Train rows of each task on which the chat template is compared with the layout of training."""

@@ -17,7 +17,7 @@ _CLASSES = """\
 The model is a backbone with modules of the method, which `transformers` does not support: its Auto classes and
 pipelines refuse this folder. Load it with cl-dist:
 ```python
-from cl_dist.stages.export import load_exported
+from cl_dist import load_exported
 
 model, tokenizer, labels = load_exported("DIR")
 logits = model(tokenizer(["a text"], padding=True, truncation=True, return_tensors="pt"))

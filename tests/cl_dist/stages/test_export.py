@@ -219,7 +219,7 @@ def test_a_classifier_is_refused_by_all_that_would_answer_without_its_parts(
     calls: list[Any] = [loader.from_pretrained for loader in loaders]
     calls += [lambda where: chained("text-classification", where), lambda where: chained(model=where)]
     for call in calls:
-        with pytest.raises((ValueError, RuntimeError), match=r"load it with cl_dist\.stages\.export\.load_exported"):
+        with pytest.raises((ValueError, RuntimeError), match=r"load it with cl_dist\.load_exported"):
             call(str(folder))
     plain: Any = BertForSequenceClassification if kind == "bert" else LlamaForSequenceClassification
     with pytest.raises(OSError, match=r"no file named .*model\.safetensors"):  # nor is there anything to load by force
