@@ -116,7 +116,7 @@ def test_pieces_that_a_gang_has_written_count_as_the_tensors_they_make_up(tmp_pa
     ]
     assert dict(ShardedWeights(tmp_path)).keys() == tensors.keys()  # what loads them reads the same files
     (tmp_path / "trainable-00002-of-00004.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="3 pieces of it, which are not all"):
+    with pytest.raises(CheckpointError, match="3 parts of it, which are not all"):
         read_weights(tmp_path)
 
 
