@@ -21,10 +21,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cl_dist import sequence
+from cl_dist.contract import tiny
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.run import Run
 from cl_dist.run_events import Tracker
-from tests import tiny
 
 RUNS: Mapping[str, Mapping[str, Any]] = {
     "ctr": {"method": dict(tiny.METHODS["ctr"])},

@@ -30,7 +30,7 @@ os.environ.pop("RAY_ADDRESS", None)  # never somebody's real cluster
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.pool import Ranks
+from cl_dist.contract.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
 RAY_FILES = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py") if "mark.ray" in path.read_text()}

@@ -40,13 +40,13 @@ import yaml
 from torch import Tensor, nn
 
 from cl_dist.config import Tree, merged, parse
+from cl_dist.contract import tiny
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.planning.planner import planned, work_of
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import StageRef
 from cl_dist.stages import train
-from tests import tiny
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "A10": 125e12}
@@ -398,8 +398,8 @@ def _trained(rank: int, world: int, job: Any, out: str) -> None:
 
 def of_parity(small: bool) -> Iterator[Line]:
     """Yield how far ZeRO, and two processes that share this device, are from one process with plain torch."""
+    from cl_dist.contract.ranks import Ranks
     from tests import parity
-    from tests.pool import Ranks
 
     with TemporaryDirectory() as folder:
         for method in ("ctr", "lamol"):

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from cl_dist.config import Tree, parse
+from cl_dist.contract import tiny
+from cl_dist.contract.ranks import Ranks
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.planning.live import LiveTensorBytes
 from cl_dist.planning.plan import MemoryPlan
@@ -27,8 +29,6 @@ from cl_dist.stage import Stage, StageRef, ref
 from cl_dist.stages import train
 from cl_dist.stages.shards import sharded
 from cl_dist.stages.stage_job import Job
-from tests import tiny
-from tests.pool import Ranks
 
 LENGTH, BATCH = 128, 16
 SECOND = StageRef(task=1, stage="train")

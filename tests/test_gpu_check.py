@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.data.language import TextCodec
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from tests import gpu_check, tiny
+from tests import gpu_check
 
 
 def test_several_samples_are_written_to_their_full_length(tmp_path: Path) -> None:

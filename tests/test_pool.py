@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.pool import Ranks
+from cl_dist.contract.ranks import Ranks
 
 
 def add_ranks(rank: int, world: int) -> Tensor:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from cl_dist.contract import tiny
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.run_events import Tracker
 from cl_dist.sequence import run_stages
-from tests import tiny
 from tests.benchmarks.conftest import Measured
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from cl_dist.contract import tiny
 from cl_dist.data.load import load_task
 from cl_dist.data.published import publish, source_key
 from cl_dist.data.tasks import DataConfig, TaskConfig
-from tests import tiny
 from tests.benchmarks.conftest import Measured
 
 pytestmark = pytest.mark.bench

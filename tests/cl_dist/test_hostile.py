@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from cl_dist import checks
 from cl_dist.checks import check_data, check_tokens
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.data.labels import likeness
 from cl_dist.data.load import check_task, load_task
 from cl_dist.data.tasks import DataConfig, TaskConfig
@@ -30,7 +31,6 @@ from cl_dist.run_folder import reopen
 from cl_dist.stage import StageRef, ref
 from cl_dist.stages import checkpoint
 from cl_dist.stages.weights import ShardedWeights
-from tests import tiny
 from tests.integration.test_step_checkpoints import made, train_until
 
 TIMES = int(os.environ.get("FUZZ_TIMES", "1"))

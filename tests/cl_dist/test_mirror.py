@@ -11,11 +11,11 @@ import pytest
 
 from cl_dist import session
 from cl_dist.config import merged, parse
+from cl_dist.contract import tiny
 from cl_dist.errors import CheckpointError, ConfigError, StorageError
 from cl_dist.mirror import Mirror, Mirroring
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from tests import tiny
 
 FAST = {"train": {"epochs": 1, "min_round_steps": 1}, "method": {"name": "sequential"}}
 

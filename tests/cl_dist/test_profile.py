@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
+from cl_dist.contract.ranks import Ranks
 from cl_dist.errors import ConfigError
 from cl_dist.parallel.config import ProfileConfig
 from cl_dist.parallel.profile import StepProfiler
 from cl_dist.run_config import RunConfig
-from tests import tiny
-from tests.pool import Ranks
 
 Event = dict[str, Any]
 WINDOW = ProfileConfig(steps=(2, 4))

@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from cl_dist.config import Section, Tree, merged, parse
+from cl_dist.contract import tiny
 from cl_dist.data.tasks import DataConfig
 from cl_dist.methods.ctr import CtrConfig
 from cl_dist.methods.finetune import FinetuneConfig
@@ -19,7 +20,6 @@ from cl_dist.models.digest import model_digest, model_facts
 from cl_dist.run import Run
 from cl_dist.run_config import ClusterConfig, RunConfig, RunSection, Science
 from cl_dist.stage import EvaluateConfig, GenerateConfig, Stage, Train, TrainConfig, VoteConfig, digest_of, ref
-from tests import tiny
 
 TASKS = ("food", "film", "topic")
 ALL = [f"{number:02d}-{task}/{stage}" for number, task in enumerate(TASKS) for stage in ("train", "evaluate")]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from cl_dist import session
+from cl_dist.contract import tiny
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.errors import CheckpointError, StoppedError
 from cl_dist.metrics import summarize
@@ -16,7 +17,6 @@ from cl_dist.run_events import Tracker, Watcher, matrix, read_state, summary, wi
 from cl_dist.sequence import run_stages
 from cl_dist.stage import StageRef
 from cl_dist.stages.stage_job import Job
-from tests import tiny
 
 FAST = {"train": {"epochs": 1, "min_round_steps": 1}}
 SEQUENTIAL = FAST | {"method": {"name": "sequential"}}

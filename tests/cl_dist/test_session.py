@@ -12,10 +12,10 @@ import pytest
 import cl_dist
 from cl_dist import StoredRun, load_run, resume, run_events, train
 from cl_dist.config import merged, parse
+from cl_dist.contract import tiny
 from cl_dist.errors import ConfigError, DataError
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from tests import tiny
 from tests.launcher.commands import save_run
 
 FAST = {"science": {"train": {"epochs": 1, "min_round_steps": 1}, "method": {"name": "sequential"}}}

@@ -11,10 +11,10 @@ import pytest
 from cl_dist import session
 from cl_dist import sinks as trackers
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.errors import ConfigError
 from cl_dist.run_config import RunConfig
 from cl_dist.sinks import Trackers
-from tests import tiny
 
 FAST = {"train": {"epochs": 2, "min_round_steps": 1}, "method": {"name": "sequential"}}
 ROUNDS, TELEMETRY = [3, 6, 9, 12, 15, 18], [2, 4, 6, 8, 10, 12, 14, 16, 18]

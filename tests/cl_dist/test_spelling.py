@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from cl_dist.config import Section, Tree, apply_overrides, parse, plain_yaml
+from cl_dist.contract import tiny
 from cl_dist.errors import ConfigError
 from cl_dist.run_config import RunConfig, read_run_file
 from cl_dist.strict_yaml import yaml_text
-from tests import tiny
 
 TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 many = settings(max_examples=200 * TIMES, deadline=None)

@@ -10,12 +10,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from cl_dist import session
 from cl_dist.checks import check_tokens
+from cl_dist.contract import tiny
 from cl_dist.errors import ConfigError, DataError
 from cl_dist.models.backbone import check_vocabulary, load_tokenizer, num_embeddings
 from cl_dist.models.config import ModelConfig
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from tests import tiny
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from cl_dist.contract import tiny
 from cl_dist.dispatch_ray.pool import ACTOR, ShardWorker
 from cl_dist.dispatch_ray.ranks import _log_to
 from cl_dist.dispatch_ray.watchdog import Watchdog, log_tails, remedy
 from cl_dist.stages import evaluate
 from cl_dist.stages.stage_job import Job
-from tests import tiny
 
 
 def stuck_in_a_collective() -> None:

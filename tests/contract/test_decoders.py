@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
+from cl_dist.contract.ranks import Ranks
 from cl_dist.data.classify import ClassifyRows
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.models.backbone import load_tokenizer
@@ -25,10 +27,9 @@ from cl_dist.stage import ref
 from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.stage_job import task_data
-from tests import parity, tiny
+from tests import parity
 from tests.architectures import TINY
 from tests.parity import Cell, Trained
-from tests.pool import Ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of torch, about names that DeepSpeed uses

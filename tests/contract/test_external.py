@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.errors import ConfigError
 from cl_dist.methods import descriptions, get_method
 from cl_dist.methods import registry as lookup
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import ref
-from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 SKELETON = Path(__file__).parent / "skeleton"

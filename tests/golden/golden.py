@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from cl_dist.contract import tiny
 from cl_dist.run import Run
 from cl_dist.run_config import read_run_file
 from cl_dist.stage import Stage, StageRef, digest_of, ref
 from launcher.runs import recipes
-from tests import tiny
 
 HERE = Path(__file__).parent
 FINGERPRINTS, RESULTS = HERE / "fingerprints.json", HERE / "results.json"

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from cl_dist.config import merged
-from tests import tiny
+from cl_dist.contract import tiny
 
 ROOT = Path(__file__).parents[2]
 START_S = 400.0

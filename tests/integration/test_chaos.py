@@ -13,6 +13,7 @@ import pytest
 
 from cl_dist import ledger, sequence
 from cl_dist import run_events as tracking
+from cl_dist.contract import tiny
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.errors import CheckpointError, ClDistError, OrderError, RunInUseError, StoppedError, StorageError
 from cl_dist.run import Run
@@ -20,7 +21,7 @@ from cl_dist.run_events import Tracker
 from cl_dist.stage import StageRef
 from cl_dist.stages import checkpoint
 from cl_dist.storage import run_lock
-from tests import chaos, tiny
+from tests import chaos
 
 pytestmark = pytest.mark.timeout(600)
 SEED = int(os.environ.get("CHAOS_SEED", "0"))

@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
+from cl_dist.contract.ranks import Ranks
 from cl_dist.models.architectures import layers_of
 from cl_dist.models.lowrank import own_parameters
 from cl_dist.models.plugin import CtrClassifier
@@ -29,10 +31,9 @@ from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.stage_job import Job
 from cl_dist.stages.weights import ShardedWeights
-from tests import parity, tiny
+from tests import parity
 from tests.architectures import TINY
 from tests.parity import Trained
-from tests.pool import Ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of torch, about names that DeepSpeed uses

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from cl_dist.contract import tiny
+from cl_dist.contract.ranks import Ranks
 from cl_dist.errors import ProtectionError
 from cl_dist.parallel import engine
 from cl_dist.parallel.gradients import frozen_entries
@@ -16,9 +18,7 @@ from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.stage_job import Job
 from cl_dist.stages.weights import ShardedWeights
-from tests import tiny
 from tests.parity import Cell, train_here
-from tests.pool import Ranks
 
 pytestmark = pytest.mark.timeout(300)
 TRAIN = {"epochs": 3, "weight_decay": 0.1, "max_grad_norm": 0.5}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cl_dist.contract.ranks import Ranks
 from cl_dist.errors import EmptiedParameterError
 from cl_dist.learners import lora
 from cl_dist.learners.base import Loss, Progress
@@ -26,7 +27,6 @@ from cl_dist.stages import train
 from cl_dist.stages.stage_job import Job
 from cl_dist.stages.weights import ShardedWeights
 from tests import parity
-from tests.pool import Ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of torch, about names that DeepSpeed uses

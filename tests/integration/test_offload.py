@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from cl_dist.config import parse
+from cl_dist.contract.ranks import Ranks
 from cl_dist.errors import ConfigError
 from cl_dist.parallel import files, params
 from cl_dist.parallel.config import EngineConfig
@@ -34,7 +35,6 @@ from tests.integration import test_divided
 from tests.integration.test_frozen import frozen_job
 from tests.integration.test_step_checkpoints import train_until
 from tests.parity import Trained
-from tests.pool import Ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of torch, about names that DeepSpeed uses

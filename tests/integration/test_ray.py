@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 
 from cl_dist.checks import check_data
 from cl_dist.config import merged, parse
+from cl_dist.contract import tiny
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.dispatch_ray.cluster import connect
 from cl_dist.dispatch_ray.dispatcher import RayDispatcher
@@ -29,7 +30,6 @@ from cl_dist.run_config import RunConfig
 from cl_dist.run_events import Tracker
 from cl_dist.sequence import run_stages
 from cl_dist.stage import StageRef, ref
-from tests import tiny
 from tests.integration import ray_runs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]

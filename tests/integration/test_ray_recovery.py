@@ -14,6 +14,7 @@ from ray._private.worker import global_worker
 from ray.cluster_utils import Cluster
 
 from cl_dist.config import merged, parse
+from cl_dist.contract import tiny
 from cl_dist.dispatch_ray.dispatcher import RayDispatcher
 from cl_dist.errors import ClusterError
 from cl_dist.run import Run
@@ -22,7 +23,6 @@ from cl_dist.run_events import Tracker
 from cl_dist.sequence import run_stages
 from cl_dist.stage import StageRef
 from cl_dist.stages.weights import ShardedWeights
-from tests import tiny
 from tests.integration import ray_runs
 from tests.integration.ray_runs import Command, events
 from tests.parity import train_here

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cl_dist.contract import tiny
+from cl_dist.contract.ranks import Ranks
 from cl_dist.run import Run
 from cl_dist.stage import StageRef, Train
 from cl_dist.stages.stage_job import Job
 from cl_dist.stages.weights import ShardedWeights
-from tests import tiny
 from tests.parity import train_here
-from tests.pool import Ranks
 
 pytestmark = pytest.mark.timeout(300)
 

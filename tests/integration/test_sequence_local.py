@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from cl_dist.contract import tiny
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.errors import StageConflictError
 from cl_dist.run import Run
 from cl_dist.run_events import Tracker
 from cl_dist.stage import Evaluate, StageRef, ref
 from cl_dist.stages.stage_job import Job
-from tests import tiny
 
 STAGES = [f"{number:02d}-{task}/{stage}" for number, task in enumerate(tiny.TASKS) for stage in ("train", "evaluate")]
 TRAIN = {"epochs": 2, "min_round_steps": 2}

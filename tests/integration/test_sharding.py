@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from cl_dist.contract.ranks import Ranks
 from cl_dist.data.classify import ClassifyRows
 from cl_dist.errors import ProtectionError
 from cl_dist.models.backbone import load_tokenizer
@@ -23,7 +24,6 @@ from cl_dist.stages.prefetch import Split
 from cl_dist.stages.schedule import Schedule
 from cl_dist.stages.stage_job import Job, task_data
 from tests import parity
-from tests.pool import Ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of torch, about names that DeepSpeed uses

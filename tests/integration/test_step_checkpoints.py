@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
+from cl_dist.contract.ranks import Ranks
 from cl_dist.errors import StoppedError, TrainingError
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.world import World
@@ -23,9 +25,7 @@ from cl_dist.stages import save_policy as pace
 from cl_dist.stages.score_dev import score_dev
 from cl_dist.stages.stage_job import Job, SaveRequest
 from cl_dist.stages.weights import ShardedWeights
-from tests import tiny
 from tests.parity import train_here
-from tests.pool import Ranks
 
 pytestmark = pytest.mark.timeout(300)
 TRAIN = {"epochs": 4, "weight_decay": 0.01, "min_round_steps": 4}

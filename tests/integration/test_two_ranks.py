@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cl_dist.contract import tiny
+from cl_dist.contract.ranks import Ranks
 from cl_dist.models import capsules
 from cl_dist.models.plugin import unpack
 from cl_dist.parallel.config import EngineConfig
@@ -23,8 +25,6 @@ from cl_dist.stage import StageRef
 from cl_dist.stages import train
 from cl_dist.stages.stage_job import Job
 from cl_dist.stages.weights import ShardedWeights
-from tests import tiny
-from tests.pool import Ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of torch, about names that DeepSpeed uses

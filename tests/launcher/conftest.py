@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cl_dist.contract import tiny
 from cl_dist.stopping import STOPS
-from tests import tiny
 from tests.launcher.commands import BASELINES, TASKS, Cli, fresh, save_run
 
 

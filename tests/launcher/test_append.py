@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import chaos, tiny
+from cl_dist.contract import tiny
+from tests import chaos
 from tests.launcher.commands import Cli, save_run
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cl_dist.contract import tiny
 from cl_dist.errors import StoppedError
-from tests import tiny
 from tests.launcher.commands import TASKS, Cli, fresh, save_run, stamps
 
 

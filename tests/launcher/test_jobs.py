@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.errors import ConfigError
 from cl_dist.run_config import RunConfig
 from launcher.cluster.jobs import RUN_FILE, Jobs
-from tests import tiny
 
 
 class Server:

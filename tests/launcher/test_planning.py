@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.planning.inputs import _longest_rows
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from tests import tiny
 from tests.launcher.commands import TASKS, Cli, fresh, save_run
 
 LLAMA = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32} | {

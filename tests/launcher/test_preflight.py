@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from cl_dist.config import parse, read_yaml
+from cl_dist.contract import tiny
 from cl_dist.dispatch_ray.nodes import NodeInfo
 from cl_dist.run_config import RunConfig
 from cl_dist.run_events import versions
 from cl_dist.storage import NodeResources
 from launcher.cluster import preflight
-from tests import tiny
 from tests.launcher.commands import Cli, save_run
 
 SOUND = NodeInfo(

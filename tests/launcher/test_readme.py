@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tests import tiny
+from cl_dist.contract import tiny
 from tests.launcher.commands import Cli, save_run
 from tests.pages.commands import SHELL, commands, program
 from tests.pages.markdown import blocks, pages

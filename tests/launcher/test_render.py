@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.run_config import RunConfig
-from tests import tiny
 from tests.launcher import manifests
 from tests.launcher.commands import HEAVY, Cli, fresh, save_run
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from cl_dist.contract import tiny
 from cl_dist.storage import run_lock
-from tests import tiny
 from tests.launcher.commands import Cli, save_run
 
 

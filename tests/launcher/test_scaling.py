@@ -9,13 +9,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cl_dist.contract import tiny
 from cl_dist.learners.base import Progress
 from cl_dist.models.backbone import load_backbone, load_tokenizer, recompute_activations
 from cl_dist.planning.planner import planned, work_of
 from cl_dist.planning.scaling import Machine, Work, stage_costs, step_costs
 from cl_dist.run import Run
 from cl_dist.stages.build import new_learner
-from tests import tiny
 from tests.launcher.commands import Cli, save_run
 
 MACHINE = Machine(peak=1e12, used=0.5, inside=100e9, between=10e9, gpus=8, memory=1e9, files=1e6)

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from cl_dist.contract import tiny
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.errors import StoppedError
 from cl_dist.stopping import STOPS, kept_from_children, signals_noted, stop_on_signals
-from tests import tiny
 from tests.launcher.commands import ROOT, TASKS, save_run
 
 STEPS = 3000

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from rich.progress import Progress
 
 from cl_dist import errors
+from cl_dist.contract import tiny
 from cl_dist.errors import ClDistError, printable
 from cl_dist.logs import driver_log
 from launcher import console
 from launcher.cli import EXIT_CODES
-from tests import tiny
 from tests.launcher.commands import ROOT, TASKS, Cli, Ended, save_run
 
 TIMES = int(os.environ.get("FUZZ_TIMES", "1"))

@@ -12,9 +12,9 @@ from pathlib import Path
 import matplotlib.figure  # noqa: F401
 import pytest
 
+from cl_dist.contract import tiny
 from cl_dist.storage import refused, written
 from launcher import runs
-from tests import tiny
 from tests.launcher.commands import TASKS, Cli, Ended, save_run
 
 NOBODY = 65534

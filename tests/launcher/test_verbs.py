@@ -13,11 +13,11 @@ import torch
 from tokenizers import normalizers
 
 from cl_dist import load_exported
+from cl_dist.contract import tiny
 from cl_dist.models.backbone import load_tokenizer
 from cl_dist.models.config import ModelConfig
 from cl_dist.run import Run
 from cl_dist.run_folder import reopen
-from tests import tiny
 from tests.launcher.commands import ROOT, TASKS, Cli, save_run, stamps
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from cl_dist.contract import tiny
 from cl_dist.data.language import LM, QA, LanguageRows, TextCodec, encode_row
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.data.text_metrics import TEXT_METRICS, exact_match, joint_state, token_f1, turn_state
 from cl_dist.errors import ConfigError, DataError
-from tests import tiny
 
 DATA = TaskData("t", ("good", "bad"), "which one ?", (), (), (), {}, 0)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from cl_dist.contract import tiny
 from cl_dist.data.load import load_task
 from cl_dist.data.published import MappedRows, publish, published, source_key
 from cl_dist.data.rows import SPLITS, TaskData
@@ -15,7 +16,6 @@ from cl_dist.data.tasks import DataConfig, TaskConfig
 from cl_dist.errors import CheckpointError
 from cl_dist.run import Run
 from cl_dist.stages.stage_job import task_data
-from tests import tiny
 
 
 def task_of(folder: Path, count: int = 20) -> TaskConfig:

@@ -4,11 +4,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from cl_dist.contract import tiny
 from cl_dist.data.language import TextCodec
 from cl_dist.data.load import check_task
 from cl_dist.data.rationales import read_spans, token_mask
 from cl_dist.data.tasks import DataConfig, TaskConfig
-from tests import tiny
 
 
 @pytest.mark.parametrize(

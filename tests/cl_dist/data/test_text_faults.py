@@ -7,12 +7,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.data.language import TextCodec, encode_row
 from cl_dist.data.rows import Row, TaskData, Where
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.data.text_faults import label_faults, length_faults
 from cl_dist.errors import DataError
-from tests import tiny
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from cl_dist.contract import tiny
+from cl_dist.contract.ranks import Ranks
 from cl_dist.data.environments import RationaleExamples, environments
 from cl_dist.data.rows import Row
 from cl_dist.errors import DataError
@@ -20,9 +22,7 @@ from cl_dist.stages.build import build_learner
 from cl_dist.stages.shards import sharded
 from cl_dist.stages.stage_job import Job
 from cl_dist.stages.weights import ShardedWeights
-from tests import tiny
 from tests.parity import train_here
-from tests.pool import Ranks
 
 pytestmark = pytest.mark.timeout(300)
 INVRAT = {"size": 16, "restarts": 2, "share": 0.15, "breaks_weight": 0.5}

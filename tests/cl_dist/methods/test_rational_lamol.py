@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cl_dist.contract import tiny
 from cl_dist.data.rows import Row
 from cl_dist.errors import CheckpointError, ConfigError, DataError
 from cl_dist.parallel.gradients import frozen_entries
@@ -23,7 +24,6 @@ from cl_dist.stages.predict import Predictor
 from cl_dist.stages.shards import sharded
 from cl_dist.stages.stage_job import Job
 from cl_dist.stages.voting_shards import Shard
-from tests import tiny
 from tests.parity import train_here
 
 FINAL = StageRef(task=1, stage="train")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.data.rows import Row
 from cl_dist.data.tasks import TaskConfig
 from cl_dist.errors import ConfigError, DataError
@@ -17,7 +18,6 @@ from cl_dist.stage import StageRef, ref
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.evaluate import score_answers
 from cl_dist.stages.weights import ShardedWeights
-from tests import tiny
 from tests.architectures import TINY
 from tests.parity import train_here
 

@@ -8,10 +8,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.errors import ConfigError, DataError
 from cl_dist.models.backbone import load_backbone, load_config, load_tokenizer, lower, replace
 from cl_dist.models.config import ModelConfig
-from tests import tiny
 from tests.encoders import KINDS, batch_of, encoder
 
 

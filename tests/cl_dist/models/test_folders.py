@@ -11,6 +11,7 @@ import torch
 
 from cl_dist import session
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.errors import ClDistError, ConfigError, DataError
 from cl_dist.models.backbone import load_backbone, load_config, load_tokenizer
 from cl_dist.models.config import ModelConfig
@@ -18,7 +19,6 @@ from cl_dist.models.digest import model_digest
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.run_folder import reopen, save
-from tests import tiny
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123\n"
 

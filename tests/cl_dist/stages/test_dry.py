@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.data.language import SpecialTokens
 from cl_dist.learners.base import Progress
 from cl_dist.methods import METHODS
@@ -20,7 +21,6 @@ from cl_dist.models.config import ModelConfig
 from cl_dist.planning.live import LiveTensorBytes, tensors_of
 from cl_dist.planning.trace import TracedLearner
 from cl_dist.stages.build import new_learner
-from tests import tiny
 
 Sizes = dict[str, Any]
 LENGTH, ROWS = 16, 4

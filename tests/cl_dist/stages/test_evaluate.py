@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.run import Run
 from cl_dist.run_config import ClusterConfig
 from cl_dist.stage import StageRef
 from cl_dist.stages.evaluate import EvaluateWorker, Shard, merge, shards
 from cl_dist.stages.stage_job import Job
-from tests import tiny
 
 LAST = StageRef(task=1, stage="evaluate")
 

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.data.classify import ClassifyRows
 from cl_dist.errors import CheckpointError, ConfigError
 from cl_dist.methods import METHODS
@@ -37,7 +38,6 @@ from cl_dist.stages.build import build_learner
 from cl_dist.stages.export import BACKBONE, CARD, PARTS, README, export, load_exported
 from cl_dist.stages.predict import Predictor
 from cl_dist.stages.stage_job import Job
-from tests import tiny
 from tests.architectures import TINY
 
 TASKS = ("food", "topic")

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cl_dist.contract import tiny
 from cl_dist.data.language import QA, LanguageRows, TextCodec
 from cl_dist.data.rows import Row, TaskData
 from cl_dist.models.backbone import load_tokenizer
@@ -22,7 +23,6 @@ from cl_dist.stage import Evaluate
 from cl_dist.stages.export import README, export
 from cl_dist.stages.export_text import Example, count_mismatches, text_tokenizer
 from cl_dist.stages.predict import Predictor
-from tests import tiny
 
 QUESTION = "which one ?"
 OLD = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[assistant]"

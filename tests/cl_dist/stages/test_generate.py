@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.data.language import SpecialTokens, TextCodec
 from cl_dist.data.samples import read_samples
 from cl_dist.errors import CheckpointError, TrainingError
@@ -21,7 +22,6 @@ from cl_dist.stages.build import build_learner
 from cl_dist.stages.stage_job import Job
 from cl_dist.stages.vote import RecordWorker
 from cl_dist.stages.weights import ShardedWeights
-from tests import tiny
 
 LAST = StageRef(task=2, stage="generate")
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cl_dist.contract import tiny
 from cl_dist.data.rows import Row
 from cl_dist.run import Run
 from cl_dist.stage import StageRef
 from cl_dist.stages.predict import Predictor
 from cl_dist.stages.weights import ShardedWeights
-from tests import tiny
 
 LAST = StageRef(task=1, stage="evaluate")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cl_dist.contract import tiny
 from cl_dist.data.classify import ClassifyRows
 from cl_dist.data.sampler import global_batch, num_steps, share
 from cl_dist.errors import StoppedError
@@ -20,7 +21,6 @@ from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.prefetch import Prefetch, Split, micro_batches
 from cl_dist.stages.stage_job import Job
-from tests import tiny
 
 CPU = torch.device("cpu")
 

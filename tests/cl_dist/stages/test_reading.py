@@ -8,12 +8,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import StageRef
 from cl_dist.stages import build
 from cl_dist.stages.build import build_learner, to_inference
-from tests import parity, tiny
+from tests import parity
 from tests.architectures import TINY
 
 METHODS: dict[str, Any] = {

@@ -12,6 +12,7 @@ import pytest
 from torch import nn
 
 from cl_dist.config import parse
+from cl_dist.contract import tiny
 from cl_dist.dispatch_ray.cluster import WorkerSlot
 from cl_dist.dispatch_ray.pool import group_slots
 from cl_dist.errors import ClusterError, ConfigError
@@ -21,7 +22,6 @@ from cl_dist.run_config import ClusterConfig
 from cl_dist.stage import StageRef
 from cl_dist.stages import build
 from cl_dist.stages.shards import sharded
-from tests import tiny
 
 METHODS: dict[str, Any] = {
     "rational_lamol": tiny.METHODS["rational_lamol"],

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from cl_dist.contract import tiny
+from cl_dist.contract.ranks import Ranks
 from cl_dist.data.sampler import global_batch
 from cl_dist.errors import StoppedError, TrainingError
 from cl_dist.learners.base import Progress
@@ -22,8 +24,6 @@ from cl_dist.stages import train
 from cl_dist.stages.build import build_learner
 from cl_dist.stages.save_policy import SavePolicy
 from cl_dist.stages.stage_job import Job
-from tests import tiny
-from tests.pool import Ranks
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.timeout(300)]
 Event = dict[str, Any]
