@@ -46,7 +46,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_page_of_methods_shows_the_skeleton() -> None:
     page = (ROOT / "cl_dist/methods/README.md").read_text(encoding="utf8")
     shown = [block.text for block in blocks("cl_dist/methods/README.md", page) if block.language == "python"]
-    assert shown == [(SKELETON / "my_pkg" / name).read_text(encoding="utf8") for name in ("probe.py", "probe_learner.py")]
+    assert shown == [
+        (SKELETON / "my_pkg" / name).read_text(encoding="utf8") for name in ("probe.py", "probe_learner.py")
+    ]
 
 
 def contract(package: Path, *options: str) -> "subprocess.CompletedProcess[str]":

@@ -1,4 +1,4 @@
-"""The commands of the front page and of the page of commands, and the calls of the library's page, run as they stand."""
+"""The commands of the front page and of the page of commands, and the calls of the library's page, run as printed."""
 
 import csv
 import json
