@@ -2,8 +2,10 @@
 
 import logging
 from collections.abc import Iterator
+from errno import EACCES, EPERM, EROFS
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cl_dist.data.load import load_task
@@ -33,6 +35,7 @@ class Run:
         self._plans: dict[int, list[Stage]] = {}
         self._facts: dict[StageRef, dict[str, Any]] = {}
         self._data: dict[int, TaskData] = {}
+        self._scratch: TemporaryDirectory[str] | None = None
 
     @property
     def science(self) -> Science:
@@ -78,14 +81,25 @@ class Run:
     def publish(self, task: int) -> Path:
         """Write the checked rows of a task to the run folder for workers to map, and return their folder.
 
+        If this user may not write there, as when a finished run of another user is scored, the folder is a temporary
+        one that lives as long as this object.
+
         Raises:
             DataError: With every fault, by file, line and field.
-            OSError: If the run folder cannot be written.
+            OSError: If the disk is full.
         """
         loaded, config = self.data(task), self.tasks.tasks[task]
         key = source_key(config, self.science.data) or digest_of([config.model_dump(mode="json"), loaded.digests])
         folder = self._rows / f"{config.id}-{key[:16]}"
-        publish(loaded, folder)
+        try:
+            publish(loaded, folder)
+        except OSError as error:
+            if error.errno not in (EACCES, EPERM, EROFS):
+                raise
+            if self._scratch is None:
+                self._scratch = TemporaryDirectory(prefix="cl-dist-rows-")
+            folder = Path(self._scratch.name) / folder.name
+            publish(loaded, folder)
         return folder
 
     @property

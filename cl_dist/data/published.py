@@ -5,7 +5,8 @@ in constant memory, whatever the number of rows. `datasets.Dataset.from_file` ca
 
     rows/TASK-KEY/  task.json  train.arrow  dev.arrow  test.arrow
 
-KEY is a digest of the task's settings and of the bytes of its raw files: a changed file is read and checked again.
+KEY is a digest of the task's settings and of the bytes of its raw files, wherever they are: a changed file is read and
+checked again.
 """
 
 import json
@@ -99,16 +100,18 @@ class MappedRows(Sequence[Row]):
 def source_key(task: TaskConfig, data: DataConfig) -> str | None:
     """Return the digest of a task's settings and raw files; None if a file is missing or the source is on a hub."""
     source = task.source
+    settings = [task.model_dump(mode="json", exclude={"train"}), data.model_dump(mode="json")]
+    if source.kind == "planted":
+        return digest_of([FORMAT, settings])
     files: dict[str, Any] = {}
-    if source.kind != "planted":
-        for path in [*source.paths.values()] or [source.path]:
-            try:
-                found = resolve(path)
-                parts = sorted(p for p in found.rglob("*") if p.is_file()) if found.is_dir() else [found]
-                files[path] = [[str(p.relative_to(found)), sha256(p)] for p in parts]
-            except (OSError, ValueError):
-                return None
-    settings = [task.model_dump(mode="json"), data.model_dump(mode="json")]
+    for split, path in {str(split): path for split, path in source.paths.items()}.items() or [("", source.path)]:
+        try:
+            found = resolve(path)
+            parts = sorted(p for p in found.rglob("*") if p.is_file()) if found.is_dir() else [found]
+            files[split] = [[str(p.relative_to(found)), sha256(p)] for p in parts]
+        except (OSError, ValueError):
+            return None
+    settings[0]["source"] |= {"path": "", "paths": {}}  # rows stay the same where files are moved
     return digest_of([FORMAT, settings, files])
 
 

@@ -151,13 +151,13 @@ class ModelEstimate:
     @classmethod
     def of(cls, inputs: PlanInputs) -> ModelEstimate | None:
         """Build the model on fake tensors, or return None if its sizes are not available."""
+        model = inputs.model()
+        if model is None:
+            return None
         from cl_dist.parallel.files import MEGABYTE, num_buffers
         from cl_dist.planning.trace import TracedLearner
         from cl_dist.stages.build import loads_partitioned
 
-        model = inputs.model()
-        if model is None:
-            return None
         run, is_text = inputs.run, inputs.run.output == "lm"
         vocabulary, answer = inputs.vocabulary(model) if is_text else (None, 1)
         labels, method = inputs.labels(), run.config.science.method

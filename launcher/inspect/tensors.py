@@ -1,4 +1,4 @@
-"""Tensors in .safetensors files, read without torch: where they lie, how they group, what packed masks say."""
+"""Tensors in .safetensors files, read without torch: position, groups of equal shape, and packed masks."""
 
 import json
 import math
@@ -12,28 +12,28 @@ from cl_dist.config import Tree
 from cl_dist.errors import CheckpointError
 
 WHOLE, PIECES = "trainable.safetensors", "trainable-*-of-*.safetensors"
-"""Weights of a Train stage: one file, or one a rank."""
+"""Weights of a Train stage: one file, or one per rank."""
 BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8"), 8),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("F64", "I64", "U64"), 64),
 }
-"""Size of an element of each type that this project stores or meets in backbones."""
+"""Bits of an element of each type that cl-dist or backbones store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor of a .safetensors file, as the file's header describes it; of pieces, where the first of them is."""
+    """A tensor as the header of its .safetensors file describes it; for a partitioned tensor, its first part."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
     start: int
-    """Where its bytes begin in the file."""
+    """Offset of its bytes in the file."""
     size: int
-    """How many there are."""
+    """Number of bytes."""
 
     @property
     def elements(self) -> int:
@@ -45,7 +45,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     """Return the tensors of a .safetensors file by name: 8 bytes of length, a JSON header, then the tensors' bytes.
 
     Raises:
-        CheckpointError: If header and file do not fit together.
+        CheckpointError: If the header does not match the file.
     """
     begin, head = _head(path)
     try:
@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def read_weights(folder: Path) -> dict[str, Stored]:
-    """Return what a Train stage has trained, by name: of a gang's pieces (stages/weights.py), the whole tensors.
+    """Return the trained tensors of a Train stage by name; parts of several ranks count as one tensor.
 
     Raises:
         CheckpointError: If files are missing or damaged, or do not cover a tensor.
@@ -72,7 +72,7 @@ def read_weights(folder: Path) -> dict[str, Stored]:
         return read_header(folder / WHOLE)
     files = sorted(folder.glob(PIECES))
     if not files or len(files) != int(files[0].stem.rpartition("-")[2]):
-        raise CheckpointError(f"{folder}: holds no {WHOLE}, and {len(files)} pieces of it, which are not all")
+        raise CheckpointError(f"{folder}: has no {WHOLE}, and {len(files)} parts of it, which are not all")
     whole: dict[str, Stored] = {}
     found: dict[str, int] = {}
     for path in files:
@@ -88,7 +88,7 @@ def read_weights(folder: Path) -> dict[str, Stored]:
 
 
 def _head(path: Path) -> tuple[int, Tree]:
-    """Return where the tensors begin, and the header."""
+    """Return the offset of the tensors, and the header."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         head = file.read(length) if 8 + length <= path.stat().st_size else b""
@@ -107,7 +107,7 @@ def _stored(path: Path, begin: int, name: str, entry: Mapping[str, Any]) -> Stor
 
 
 def groups(tensors: Mapping[str, Stored]) -> list[Tree]:
-    """Return the tensors in groups of one type and shape whose names differ in numbers alone."""
+    """Return the tensors in groups of equal type and shape whose names differ only in numbers."""
     found: dict[tuple[str, str, tuple[int, ...]], list[Stored]] = {}
     for tensor in tensors.values():
         found.setdefault((re.sub(r"\d+", "#", tensor.name), tensor.dtype, tensor.shape), []).append(tensor)
@@ -130,9 +130,9 @@ def _common_name(names: Sequence[str]) -> str:
 
 
 def masks(tensors: Mapping[str, Stored], facts: Mapping[str, Any] | None) -> Tree | None:
-    """Return how many units each finished task uses, from masks of a bit per unit, a row per task; None without any.
+    """Return the number of units that each finished task uses, from packed masks (a bit per unit, a row per task).
 
-    The number of all units is known from the learner's facts; the bits that fill up a byte are 0.
+    The total number of units comes from the learner's part of train.json; padding bits are 0. None without masks.
     """
     packed = [t for t in tensors.values() if t.dtype == "U8" and len(t.shape) == 2 and re.search(r"\.mask\d*$", t.name)]
     if not packed:

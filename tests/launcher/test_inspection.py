@@ -116,7 +116,7 @@ def test_pieces_that_a_gang_has_written_count_as_the_tensors_they_make_up(tmp_pa
     ]
     assert dict(ShardedWeights(tmp_path)).keys() == tensors.keys()  # what loads them reads the same files
     (tmp_path / "trainable-00002-of-00004.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="3 pieces of it, which are not all"):
+    with pytest.raises(CheckpointError, match="3 parts of it, which are not all"):
         read_weights(tmp_path)
 
 
@@ -254,7 +254,7 @@ def gone(run: Path) -> str:
 def edited(run: Path) -> str:
     path = run / "stages/01-film/train/manifest.json"
     path.write_text(path.read_text("utf8").replace('"seed": 0', '"seed": 1'), "utf8")
-    return f"{path}: damaged: its fingerprint is does not match its facts"
+    return f"{path}: damaged: its fingerprint does not match its facts"
 
 
 def half_written(run: Path) -> str:
@@ -266,7 +266,7 @@ def half_written(run: Path) -> str:
 def of_another_run(run: Path) -> str:
     shutil.rmtree(run / "stages/00-food/train")
     shutil.copytree(run / "baselines/plain/stages/00-food/train", run / "stages/00-food/train")
-    return f"{run / 'stages/01-film/train'}: was made from another 00-food/train than is here"
+    return f"{run / 'stages/01-film/train'}: was made from a different 00-food/train"
 
 
 def without_its_predecessor(run: Path) -> str:
@@ -291,7 +291,7 @@ def test_damage_is_named_and_exits_6(cli: Cli, copy: Path, spoil: Any) -> None:
 def test_damage_is_named_for_a_stage_and_for_a_file_too(cli: Cli, copy: Path) -> None:
     message = flipped(copy)
     stage = copy / "stages/00-food/train"
-    for path, expected in ((stage, message), (stage / "trainable.safetensors", "does not match its manifest")):
+    for path, expected in ((stage, message), (stage / "trainable.safetensors", "its digest differs")):
         ended = cli("inspect", path)
         assert ended.code == 6
         assert expected in ended.err

@@ -167,7 +167,7 @@ def test_a_full_disk_under_a_report_is_told(
     run = shutil.copytree(finished / "runs" / "tiny", tmp_path / "tiny")
     monkeypatch.setattr(call, full)
     ended = cli("report", run)
-    told(ended, 6, str(run), "No space left on device", "Make room")
+    told(ended, 6, str(run), "No space left on device", "Free space")
     assert "tiny (ctr)" in ended.out
 
 

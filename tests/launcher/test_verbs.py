@@ -104,7 +104,7 @@ def test_a_task_without_rows_of_the_split_is_refused(cli: Cli, run: Path, tmp_pa
     save_run(folder / "config.yaml", tree)
     ended = cli("eval", folder, "--split", "dev", "--after", "food")
     assert ended.code == 2
-    assert "--split dev: task food has no dev rows" in ended.err
+    assert "split dev: task food has no dev rows" in ended.err
     ended = cli("eval", folder, "--after", "food")
     assert ended.code == 6
     assert "00-food/train has not been computed; `cl-dist resume` computes what is missing" in ended.err
@@ -120,7 +120,10 @@ def test_damaged_weights_are_named_and_exit_6(cli: Cli, run: Path, tmp_path: Pat
     options = {"eval": (), "predict": ("--task", "film"), "export": ("--task", "film", tmp_path / "x")}[verb]
     ended = cli(verb, folder, *options)
     assert ended.code == 6
-    assert f"{weights}: missing or damaged; remove the folder {weights.parent} and resume" in ended.err
+    assert (
+        f"{weights}: missing or damaged: it does not match its manifest; remove the folder {weights.parent} and"
+        in ended.err
+    )
     assert not (tmp_path / "x").exists()
 
 
@@ -167,7 +170,7 @@ def test_predict_names_the_line_of_what_it_cannot_read(cli: Cli, run: Path, monk
     monkeypatch.setattr("cl_dist.stages.predict.num_embeddings", lambda config: 10)
     ended = cli("predict", run, "--task", "food", stdin=b'{"text": "the gripping soup"}')
     assert (ended.code, ended.out) == (3, "")
-    assert "line 1: field text: holds " in ended.err
+    assert "line 1: field text: contains " in ended.err
 
 
 def test_predict_never_writes_scores_that_are_no_numbers(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

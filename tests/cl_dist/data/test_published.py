@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from errno import EACCES
 from pathlib import Path
 
 import datasets
@@ -86,8 +87,12 @@ def test_the_key_follows_the_bytes_and_the_settings(tmp_path: Path) -> None:
     with (tmp_path / "food.jsonl").open("a") as file:
         file.write(json.dumps(tiny.rows("food", 21)[20] | {"pair": "", "split": "train"}) + "\n")
     assert source_key(task, DataConfig()) != first
-    (tmp_path / "food.jsonl").unlink()
+    moved = tmp_path / "moved.jsonl"
+    now = source_key(task, DataConfig())
+    (tmp_path / "food.jsonl").rename(moved)
     assert source_key(task, DataConfig()) is None
+    source = task.source.model_copy(update={"path": str(moved)})
+    assert source_key(task.model_copy(update={"source": source}), DataConfig()) == now
 
 
 def test_a_worker_parses_no_raw_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,3 +112,17 @@ def test_a_second_run_object_maps_what_the_first_has_published(tmp_path: Path, m
     second = Run(first.config)
     assert second.data(0) == first.data(0)
     assert second.facts(second.plan(0)[0]) == first.facts(first.plan(0)[0])
+
+
+def test_a_run_folder_of_another_user_needs_no_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny.make_run(tmp_path, tasks=("food",))
+
+    def refused(loaded: TaskData, folder: Path) -> None:
+        if folder.is_relative_to(run.config.folder):
+            raise PermissionError(EACCES, "Permission denied", str(folder))
+        publish(loaded, folder)
+
+    monkeypatch.setattr("cl_dist.run.publish", refused)
+    job = run.job(run.plan(0)[0])
+    assert list(task_data(job, 0).train) == list(run.data(0).train)
+    assert not (run.config.folder / "rows").exists()
