@@ -15,6 +15,7 @@ from typing import Any
 
 from cl_dist.config import did_you_mean
 from cl_dist.data.planted import THEMES, planted
+from cl_dist.data.readers import read_with
 from cl_dist.data.rows import SPLITS, Unit
 from cl_dist.data.tasks import Source
 from cl_dist.data.values import json_fields
@@ -99,6 +100,10 @@ def _read_path(
         if path not in THEMES:
             raise DataError(f"unknown theme{did_you_mean(path, list(THEMES))}")
         for number, values in enumerate(planted(path)):
+            yield Record(path, number, f"{prefix}{number}", split, values, unit="row")
+        return
+    if source.reader is not None:
+        for number, values in enumerate(read_with(source.reader, path)):
             yield Record(path, number, f"{prefix}{number}", split, values, unit="row")
         return
     if source.kind in ("parquet", "datasets"):

@@ -45,11 +45,11 @@ class Source(Section):
     importing it. With `split.by: files`, `path` is empty and `paths` has one file per split.
     """
 
-    kind: Literal["jsonl", "csv", "tsv", "parquet", "lines", "datasets", "planted"]
+    kind: Literal["jsonl", "csv", "tsv", "parquet", "lines", "datasets", "planted", "reader"]
     """Format of the rows."""
     path: ConfigPath = ""
     """File, also .gz; for `datasets` a folder written by `save_to_disk`, or the name of a data set on the hub; for
-    `planted` the theme of synthetic texts with known rationales: food, film or place."""
+    `planted` the theme of synthetic texts with known rationales: food, film or place; for `reader` what it expects."""
     paths: dict[SplitName, ConfigPath] = {}
     """One file per split (split.by: files)."""
     config: str | None = None
@@ -58,6 +58,10 @@ class Source(Section):
     """Commit of a hub data set; set one so that the data cannot change during a run."""
     encoding: str = "utf-8"
     """Text encoding of the file."""
+    reader: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.-]*(:[A-Za-z_]\w*)?$")] | None = None
+    """For `reader`: a function of another package, `package.module:FUNCTION` or an entry point of the group
+    `cl_dist.sources`. It takes the path and yields one mapping of column names to values per row. Only the driver calls
+    it, at every start of the run."""
     pattern: str | None = None
     r"""For `lines`: a regular expression with named groups, such as '(?P<label>\w+):\S+ (?P<text>.*)'."""
     where: dict[str, str | Annotated[list[str], Field(min_length=1)]] = {}
@@ -110,6 +114,8 @@ class Source(Section):
     def _is_complete(self) -> "Source":
         if (self.kind == "lines") != (self.pattern is not None):
             raise ValueError("kind: lines needs `pattern`; other kinds do not take it")
+        if (self.kind == "reader") != (self.reader is not None):
+            raise ValueError("kind: reader needs `reader`; other kinds do not take it")
         if self.split.by == "files" and set(self.paths) != {"train", "dev", "test"}:
             raise ValueError("split.by=files needs paths: {train: ..., dev: ..., test: ...}")
         if self.split.by != "files" and (not self.path or self.paths):

@@ -45,7 +45,7 @@ class PlanInputs:
         """
         inputs, faults = cls(run), []
         for number, task in enumerate(run.tasks.tasks):
-            is_local = task.source.kind not in ("planted", "datasets")
+            is_local = task.source.kind not in ("planted", "datasets", "reader")
             paths = [*task.source.paths.values(), task.source.path] if is_local else []
             absent = [path for path in paths if path and not resolve(path).exists()]
             if absent:

@@ -15,6 +15,7 @@ from cl_dist.methods import descriptions, get_method
 from cl_dist.methods import registry as lookup
 from cl_dist.run_config import RunConfig
 from cl_dist.stage import ref
+from tests.pages.markdown import blocks
 
 ROOT = Path(__file__).parents[2]
 SKELETON = Path(__file__).parent / "skeleton"
@@ -40,6 +41,14 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in sys.modules if name.partition(".")[0] == "my_pkg"]:
         monkeypatch.delitem(sys.modules, name)
     return folder
+
+
+def test_the_page_of_methods_shows_the_skeleton() -> None:
+    page = (ROOT / "cl_dist/methods/README.md").read_text(encoding="utf8")
+    shown = [block.text for block in blocks("cl_dist/methods/README.md", page) if block.language == "python"]
+    assert shown == [
+        (SKELETON / "my_pkg" / name).read_text(encoding="utf8") for name in ("probe.py", "probe_learner.py")
+    ]
 
 
 def contract(package: Path, *options: str) -> "subprocess.CompletedProcess[str]":

@@ -1,4 +1,4 @@
-"""The commands of the front page and of the page of commands, run as they stand on the front page's run file."""
+"""The commands of the front page and of the page of commands, and the calls of the library's page, run as printed."""
 
 import csv
 import json
@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from cl_dist.contract import tiny
@@ -46,15 +47,20 @@ def front_page() -> Any:
     return yaml.safe_load(found)
 
 
-def test_the_commands_run_in_the_order_of_the_pages(cli: Cli, tmp_path: Path) -> None:
-    write_data(tmp_path)
-    small = tiny.tree(tmp_path / "tiny")
+def write_run(folder: Path) -> None:
+    """Write the front page's run file with a tiny model, and its data."""
+    write_data(folder)
+    small = tiny.tree(folder / "tiny")
     tree = front_page()
     tree["science"]["model"] = small["science"]["model"]  # in the place of MiniLM
     tree["science"]["train"] |= {"max_length": 16, "global_batch": 8}
     tree["science"]["method"] |= {"tsm_size": 24, "capsule_mid": 6, "filters": 5}
     tree["cluster"] = {"dispatcher": "local", "engine": "torch"}  # in the place of two Ray workers
-    save_run(tmp_path / "reviews.yaml", tree)
+    save_run(folder / "reviews.yaml", tree)
+
+
+def test_the_commands_run_in_the_order_of_the_pages(cli: Cli, tmp_path: Path) -> None:
+    write_run(tmp_path)
     assert [block.page for block in BLOCKS] == ["README.md", "launcher/README.md"]
     found = [tuple(words) for block in BLOCKS[::-1] for words in commands(block.text) if program(words) == "cl-dist"]
     for words in dict.fromkeys(found):  # what both pages have runs once
@@ -65,3 +71,19 @@ def test_the_commands_run_in_the_order_of_the_pages(cli: Cli, tmp_path: Path) ->
             assert [key >= {"prediction", "scores"} for key in keys] == [True] * 3
     assert (tmp_path / "runs/reviews/report/index.html").is_file()
     assert (tmp_path / "exported/README.md").is_file()
+
+
+def test_the_calls_of_the_library_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = "cl_dist/README.md"
+    (calls,) = [block.text for block in blocks(page, pages()[page]) if block.language == "python" and MARK in block.by]
+    write_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(calls, names)
+    assert names["run"].tasks == ["laptop", "restaurant"]
+    assert [line.status for line in names["run"].progress()] == ["finished", "finished"]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] in ("good", "bad") for line in printed] == [True, True]
+    assert (tmp_path / "exported" / "README.md").is_file()

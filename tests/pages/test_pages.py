@@ -25,6 +25,7 @@ BANNED = re.compile(
     flags=re.I,
 )
 PATH = re.compile(rf"(?:{'|'.join(markdown.FOLDERS)})/[\w./-]+")
+NAMED = re.compile(rf"((?:{'|'.join(markdown.FOLDERS)})/[\w/-]+\.py)::([\w.]+)")
 PICTURES = ("launcher/pictures/report.png", "launcher/pictures/terminal.svg")
 
 
@@ -82,6 +83,51 @@ def test_every_path_in_inline_code_exists(page: str) -> None:
     found = ((line, path.rstrip(".")) for line, code in inline_code(pages()[page]) for path in PATH.findall(code))
     named = ((line, path) for line, path in found if "NAME" not in path)
     assert [f"{page}:{line}: {path}" for line, path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith(HISTORY)])
+def test_every_name_in_a_module_exists(page: str) -> None:
+    found = ((line, *match) for line, code in inline_code(pages()[page]) for match in NAMED.findall(code))
+    assert [f"{page}:{line}: {path}::{name}" for line, path, name in found if not defines(path, name)] == []
+
+
+def defines(path: str, name: str) -> bool:
+    """Return whether a module of the repository defines a name, such as `Class.method`."""
+    names, body = name.split("."), ast.parse((ROOT / path).read_text(encoding="utf8")).body
+    for each in names:
+        nodes = [node for node in body if each in names_of(node)]
+        if not nodes:
+            return False
+        body = getattr(nodes[0], "body", [])
+    return True
+
+
+def names_of(node: ast.stmt) -> list[str]:
+    """Return the names that a statement defines."""
+    match node:
+        case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
+            return [node.name]
+        case ast.Assign():
+            return [target.id for target in node.targets if isinstance(target, ast.Name)]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [name]
+    return []
+
+
+def test_a_missing_name_is_found() -> None:
+    assert defines("cl_dist/run.py", "Run.facts")
+    assert defines("cl_dist/kinds.py", "KINDS")
+    assert not defines("cl_dist/run.py", "Run.fact")
+    assert not defines("cl_dist/run.py", "Runs.facts")
+
+
+def test_the_page_has_every_name_of_telemetry() -> None:
+    source = (ROOT / "cl_dist/stages/telemetry.py").read_text(encoding="utf8")
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    (text,) = [ast.get_docstring(node) or "" for node in classes if node.name == "Telemetry"]
+    names = re.findall(r"\b(?:train|memory)/[\w<>]+", text)
+    assert len(names) == 9
+    assert [name for name in names if f"`{name}`" not in pages()["launcher/README.md"]] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

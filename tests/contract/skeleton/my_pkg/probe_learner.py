@@ -1,4 +1,4 @@
-"""What runs in a worker."""
+"""The learner of the probe: imported by workers."""
 
 from cl_dist.learners.base import Learner, Loss
 from cl_dist.models.classifier import Classifier, cross_entropy, freeze
