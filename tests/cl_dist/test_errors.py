@@ -19,6 +19,7 @@ def test_exit_codes_are_those_of_the_command_line() -> None:
         "ClusterError": 4,
         "TrainingError": 5,
         "ProtectionError": 5,
+        "EmptiedParameterError": 5,
         "CheckpointError": 6,
         "StorageError": 6,
         "OrderError": 6,

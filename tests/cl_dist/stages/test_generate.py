@@ -242,7 +242,7 @@ def test_labels_are_chosen_by_number_and_not_by_which_sample_ends_first(
             waiting.remove(line)
             yield line
 
-    monkeypatch.setattr(generate, "write", written)
+    monkeypatch.setattr(generate, "generate", written)
     found = generate.GenerateWorker(job).run(generate.Shard(0, 0, 8))
     assert found["faults"] == {"surplus_label": 4}
     assert {s["number"]: s["label"] for s in found["samples"]} == {n: "good" if n < 4 else "bad" for n in range(8)}

@@ -134,7 +134,7 @@ def test_no_thread_outlives_the_stage(job: Job, tmp_path: Path, monkeypatch: pyt
             return collate(self, places, *args)  # type: ignore[arg-type]
 
         monkeypatch.setattr(ClassifyRows, "batch", broken)
-    monkeypatch.setattr("cl_dist.stages.save_policy.ASK_S", 0.0)
+    monkeypatch.setattr("cl_dist.stages.save_policy.POLL_S", 0.0)
     error = {"stops": StoppedError, "raises": KeyError, "cannot collate": IndexError}.get(how)
     if error is None:
         train.run(job, tmp_path, lambda event: None, heartbeat=heartbeat)
