@@ -45,7 +45,7 @@ def get_method(name: str) -> Method:
         return _loaded(found[name])
     hint = did_you_mean(name, [*METHODS, *found])
     other = "" if hint.endswith("?") else ", or 'package.module:METHOD' of another package"
-    raise ConfigError(f"name={name!r} is no method{hint}{other}")
+    raise ConfigError(f"name={name!r} is not a method{hint}{other}")
 
 
 def method_config(name: str, settings: object) -> MethodConfig:

@@ -78,7 +78,7 @@ def test_texts_that_cannot_be_read_are_named(stored: StoredRun) -> None:
         stored.predict("fod", ["a"])
     with pytest.raises(DataError, match="row 1: field text"):
         stored.predict("food", ["the soup", ""])
-    with pytest.raises(DataError, match="row 0: field text_pair: task food reads a single text"):
+    with pytest.raises(DataError, match="row 0: field text_pair: task food has no text_pair"):
         stored.predict("food", ["the soup"], ["the cake"])
     with pytest.raises(DataError, match="1 texts and 2 pairs"):
         stored.predict("food", ["the soup"], ["the cake", "the film"])
