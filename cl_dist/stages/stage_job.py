@@ -83,7 +83,9 @@ def task_data(job: Job, task: int) -> TaskData:
     """
     loaded = _mapped(job.rows[task])
     if loaded.digests != job.digests[task]:
-        raise DataError(f"task {loaded.id}: {job.rows[task]} holds other rows than the driver published; resume")
+        raise DataError(
+            f"task {loaded.id}: {job.rows[task]} contains other rows than the driver published; resume the run"
+        )
     return loaded
 
 
