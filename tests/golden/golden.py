@@ -68,6 +68,8 @@ SCIENCE: Mapping[str, Any] = {"train": {"epochs": 1, "min_round_steps": 2, "weig
 def needs(recipe: str) -> list[str]:
     """Return what a recipe reads and this machine lacks: environment variables and packages."""
     text = recipes()[recipe].read_text()
+    for base in re.findall(r"^extends: *(\S+)\.yaml", text, re.M):
+        text += recipes()[base].read_text()
     variables = {name for name in re.findall(r"\$\{env:(\w+)", text) if name not in os.environ}
     packages = {name for name in re.findall(r"package:(\w+)", text) if find_spec(name) is None}
     return sorted(variables | packages)
