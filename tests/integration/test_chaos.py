@@ -92,7 +92,7 @@ def test_an_unharmed_copy_ends_as_the_run_did(run: Run, finished: Run) -> None:
 
 HARM: Mapping[str, tuple[str, Callable[[Path], None], str]] = {
     "weights, one bit flipped": ("00-food/train/trainable.safetensors", flip, "does not match its manifest"),
-    "weights cut off": ("00-food/train/trainable.safetensors", lambda p: os.truncate(p, 100), "not the file"),
+    "weights cut off": ("00-food/train/trainable.safetensors", lambda p: os.truncate(p, 100), "does not match"),
     "weights gone": ("00-food/train/trainable.safetensors", Path.unlink, "missing"),
     "samples, one bit flipped": ("01-film/generate/samples.jsonl", flip, "does not match its manifest"),
     "manifest cut off": ("00-food/train/manifest.json", lambda p: os.truncate(p, 50), "damaged"),
@@ -155,7 +155,7 @@ def test_a_damaged_shard_is_computed_again(
     run: Run, finished: Run, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object]
 ) -> None:
     shutil.rmtree(run.config.folder / "stages/01-film/generate")
-    merge = "cl_dist.stages.shards.Finished.merge"
+    merge = "cl_dist.stages.shards.ShardStore.merge"
 
     def stopped(self: Any) -> None:
         raise ClDistError("killed before the merge")

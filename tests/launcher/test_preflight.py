@@ -271,7 +271,7 @@ def test_a_table_for_people_has_a_line_and_a_remedy_for_each_fault(cli: Cli, run
     ended = cli("check", run_file, "science.model.source=./nowhere")
     assert ended.code == 4
     assert "fail  model" in ended.out
-    assert "-> name a folder" in ended.out
+    assert "-> use a folder" in ended.out
 
 
 def test_a_tokenizer_that_does_not_fit_is_found_and_its_settings_are_wrong(cli: Cli, run_file: Path) -> None:
