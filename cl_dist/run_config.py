@@ -88,7 +88,7 @@ class Science(Section):
             return given
         name = given.get("name")
         if not isinstance(name, str):
-            raise ValueError(f"name={name!r} is no method{did_you_mean(str(name), list(METHODS))}")
+            raise ValueError(f"name={name!r} is not a method{did_you_mean(str(name), list(METHODS))}")
         try:
             return method_config(name, given)
         except ConfigError as error:
