@@ -80,7 +80,7 @@ def test_a_run_with_a_method_of_another_package_is_computed(tmp_path: Path, pack
         ("my_pkg.probe:METOD", "has no attribute 'METOD'; expected 'package.module:METHOD'"),
         ("my_pkg.probe:ProbeConfig", "expected an instance of cl_dist.methods.base.Method"),
         ("my_pkg.broken:METHOD", "importing 'my_pkg.broken' failed: RuntimeError: no licence"),
-        ("prob", "is no method; did you mean 'probe'?"),
+        ("prob", "is not a method; did you mean 'probe'?"),
     ],
 )
 def test_a_method_that_cannot_be_used_is_refused_with_the_reason(

@@ -262,7 +262,7 @@ def of_a_later_version(folder: Path) -> str:
 
 def of_an_unknown_method(folder: Path) -> str:
     edited_card(folder, method={"name": "crt"})
-    return "name='crt' is no method; did you mean 'ctr'"
+    return "name='crt' is not a method; did you mean 'ctr'"
 
 
 def with_a_strange_key(folder: Path) -> str:
