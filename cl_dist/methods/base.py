@@ -49,7 +49,7 @@ class Capabilities:
     """The learner keeps a copy of the backbone as it was before the task."""
     takes_partitioned: bool = False
     """The learner builds on a backbone that ZeRO-3 has partitioned while it was loaded. It then reads none of the
-    backbone's weights before training, except those that it copies by `partition.whole`."""
+    backbone's weights before training, except the ones that it copies by `partition.gathered`."""
     takes_quantized: bool = False
     """The learner works on linear layers with quantized weights: it neither trains nor wraps them."""
     end_rows: int = 0

@@ -41,7 +41,7 @@ def rank(folder: Path, model: Path) -> dict[str, float]:
 
 
 def published_rows(folder: Path, count: int) -> tuple[Path, float]:
-    """Return the folder of so many published rows, and the seconds that checking and writing took."""
+    """Return the folder of `count` published rows, and the seconds that checking and writing took."""
     path = folder / f"{count}.jsonl"
     with path.open("w") as file:
         for number in range(count):

@@ -61,7 +61,7 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
     "low_rank": {**tiny.METHODS["lamol"], "lora": {"r": 2}},
     "distilled": {**tiny.METHODS["lamol"], "distill": 0.5},
 }
-"""Methods with their settings: each one, and those that have more kinds of stages or learners."""
+"""Methods with their settings: each one, and variants with more kinds of stages or learners."""
 SCIENCE: Mapping[str, Any] = {"train": {"epochs": 1, "min_round_steps": 2, "weight_decay": 0.05, "max_grad_norm": 0.5}}
 
 

@@ -58,7 +58,7 @@ def run(place: Path, finished: Path) -> Path:
     return folder
 
 
-def told(ended: Ended, code: int, *words: str) -> None:
+def assert_refused(ended: Ended, code: int, *words: str) -> None:
     assert ended.code == code, ended.err
     assert "Traceback" not in ended.err
     for word in words:
@@ -69,7 +69,7 @@ def test_a_report_that_cannot_be_written_shows_its_table_and_exits_6(cli: Cli, r
     os.chdir(place)
     with another_user():
         ended, document = cli("report", run), cli("report", run, "--json", "--fail-if", "cl/avg_acc<2")
-    told(ended, 6, str(run / "metrics"), "cannot be written", "move the run folder")
+    assert_refused(ended, 6, str(run / "metrics"), "cannot be written", "move the run folder")
     assert "tiny (ctr)" in ended.out
     assert document.code == 6
     assert document.json()["report"] is None
@@ -81,14 +81,16 @@ def test_a_report_that_cannot_be_written_shows_its_table_and_exits_6(cli: Cli, r
 def test_a_broken_gate_is_told_beside_a_report_that_cannot_be_written(cli: Cli, run: Path, place: Path) -> None:
     os.chdir(place)
     with another_user():
-        told(cli("report", run, "--fail-if", "cl/avg_acc<2"), 6, "cannot be written", "--fail-if 'cl/avg_acc<2'")
+        assert_refused(
+            cli("report", run, "--fail-if", "cl/avg_acc<2"), 6, "cannot be written", "--fail-if 'cl/avg_acc<2'"
+        )
 
 
 @pytest.mark.parametrize("verb", ["resume {run}", "train all/tiny.yaml", "train all/tiny.yaml run.dir=/proc/x"])
 def test_a_run_that_cannot_be_written_is_not_begun(cli: Cli, run: Path, place: Path, verb: str) -> None:
     os.chdir(place)
     with another_user():
-        told(cli(*verb.replace("{run}", str(run)).split()), 6, "cannot be written", "run.dir=...")
+        assert_refused(cli(*verb.replace("{run}", str(run)).split()), 6, "cannot be written", "run.dir=...")
 
 
 def test_what_writes_nothing_works_without_a_place_to_write(cli: Cli, run: Path, place: Path) -> None:
@@ -104,8 +106,8 @@ def test_what_writes_nothing_works_without_a_place_to_write(cli: Cli, run: Path,
 def test_an_export_or_a_manifest_that_cannot_be_written_is_told(cli: Cli, run: Path, place: Path) -> None:
     os.chdir(place)
     with another_user():
-        told(cli("export", run, place / "new", "--task", "food"), 6, str(place / "new"))
-        told(
+        assert_refused(cli("export", run, place / "new", "--task", "food"), 6, str(place / "new"))
+        assert_refused(
             cli("render", "slurm", "all/tiny.yaml", "cluster.dispatcher=ray", "-o", place / "manifests"),
             6,
             str(place / "manifests"),
@@ -138,7 +140,7 @@ def test_what_may_not_be_read_is_named(cli: Cli, run: Path, place: Path, hidden:
     (place / "all" / hidden).chmod(0)
     with another_user():
         ended = cli(*verb.replace("{run}", str(run)).replace("{place}", str(place)).split())
-    told(ended, code, hidden.rpartition("/")[2])
+    assert_refused(ended, code, hidden.rpartition("/")[2])
 
 
 def test_a_run_needs_no_place_but_its_own(cli: Cli, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +169,7 @@ def test_a_full_disk_under_a_report_is_told(
     run = shutil.copytree(finished / "runs" / "tiny", tmp_path / "tiny")
     monkeypatch.setattr(call, full)
     ended = cli("report", run)
-    told(ended, 6, str(run), "No space left on device", "Free space")
+    assert_refused(ended, 6, str(run), "No space left on device", "Free space")
     assert "tiny (ctr)" in ended.out
 
 
@@ -179,7 +181,7 @@ def test_a_report_whose_place_is_taken_is_told(
 ) -> None:
     run = shutil.copytree(finished / "runs" / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("report"))
     spoil(run / "report")
-    told(cli("report", run), 6, str(run / "report"))
+    assert_refused(cli("report", run), 6, str(run / "report"))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT])
@@ -190,7 +192,7 @@ def test_any_refusal_of_the_file_system_is_told_whatever_the_verb(
         raise OSError(number, os.strerror(number), "/tmp/somewhere")
 
     monkeypatch.setattr(runs, "recipes", refuse)
-    told(cli("list", "recipes"), 6, "/tmp/somewhere", os.strerror(number))
+    assert_refused(cli("list", "recipes"), 6, "/tmp/somewhere", os.strerror(number))
     assert refused(FileNotFoundError(errno.ENOENT, "x")) is None
     assert "['/tmp']" in str(
         refused(FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"))
