@@ -20,6 +20,7 @@ cluster_configs/GPU.md. --small runs the same with tiny models on a CPU and writ
 
 import argparse
 import gc
+import gzip
 import json
 import os
 import statistics
@@ -436,6 +437,7 @@ def of_ray(name: str, small: bool) -> Iterator[Line]:
         tree = tree_of(Path(folder), name, sizes, method, rows, cluster, small, batches=2)
         if name == "ctr":
             tree["science"]["tasks"] = tree["science"]["tasks"][:1]
+            tree["cluster"]["profile"] = {"steps": [1, 2]}
         path = Path(folder) / f"{name}.yaml"
         path.write_text(yaml.safe_dump(tree), encoding="utf8")
         began = time.perf_counter()
@@ -444,14 +446,18 @@ def of_ray(name: str, small: bool) -> Iterator[Line]:
             raise RuntimeError(command.output[-6000:])
         took = time.perf_counter() - began
         summary = json.loads((Path(folder) / "runs" / name / "metrics/summary.json").read_text(encoding="utf8"))
-        stages = ", ".join(f"{stage['stage']} {stage['seconds']:.1f}" for stage in summary["stages"])
+        stages = ", ".join(f"{stage['key']} {stage['seconds']:.1f}" for stage in summary["stages"])
         yield line(f"seconds of `cl-dist train`, {name}, through Ray", took, f"{{:.0f}} ({stages})", "ends", True)
+        for trace in sorted((Path(folder) / "runs" / name / "profile").glob("*.json.gz")):
+            events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+            kernels = sum(event.get("cat") == "kernel" for event in events)
+            yield line(f"GPU kernels in {trace.name.split('.')[0]}'s profile of one step", kernels, "{:,.0f}")
 
 
 SECTIONS: dict[str, tuple[Callable[[bool], Iterator[Line]], float]] = {
     "encoders": (partial(of_train, "encoders"), 60.0),
     "decoders": (partial(of_train, "decoders"), 120.0),
-    "offload": (partial(of_train, "offload"), 120.0),
+    "offload": (partial(of_train, "offload"), 200.0),
     "steps": (of_steps, 60.0),
     "votes": (of_votes, 60.0),
     "writing": (of_writing, 70.0),
