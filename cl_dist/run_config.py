@@ -10,7 +10,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from cl_dist.config import Section, Tree, apply_overrides, did_you_mean, merged, parse, read_yaml
 from cl_dist.data.orders import check_order, read_orders
-from cl_dist.data.tasks import DataConfig, TaskConfig
+from cl_dist.data.tasks import DataConfig, RowLimits, TaskConfig
 from cl_dist.errors import ConfigError, DataError
 from cl_dist.methods import METHODS, capabilities_of, get_method, installed, method_config
 from cl_dist.methods.base import MethodConfig, TaskSequence
@@ -76,6 +76,9 @@ class Science(Section):
     """File of orders: one task id per line, or, as in PyContinual, one order per line; named row0, row1, ..."""
     order: list[str] | str | None = None
     """Task ids in learning order, or the name of an order; None uses the order of `tasks`."""
+    rows: RowLimits = RowLimits()
+    """Maximum number of rows per split, for every task: {train: 80, test: 30}. A task's own `rows` take precedence, key
+    by key."""
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     generate: GenerateConfig = GenerateConfig()
@@ -102,6 +105,7 @@ class Science(Section):
         output = get_method(self.method.name).output(self.model.output)
         for task in self.tasks:
             self.train_of(task)
+            self._with_rows(task)
             if task.output == "text" and output == "classifier":
                 raise ValueError(f"tasks.{task.id}.output='text': method {self.method.name!r} predicts labels only")
         return self
@@ -114,15 +118,25 @@ class Science(Section):
             raise ValueError(f"tasks.{task.id}.train: {error}") from None
 
     def sequence(self) -> TaskSequence:
-        """Return the tasks in learning order.
+        """Return the tasks in learning order, with the row limits that apply to them.
 
         Raises:
             ConfigError: If the order has an unknown or a repeated task.
         """
-        by_id = {task.id: task for task in self.tasks}
+        by_id = {task.id: self._with_rows(task) for task in self.tasks}
         order = self._order(list(by_id))
         check_order(order, list(by_id))
         return TaskSequence(tuple(by_id[name] for name in order))
+
+    def _with_rows(self, task: TaskConfig) -> TaskConfig:
+        """Return a task whose row limits are those of all tasks, updated with its own."""
+        if not self.rows.model_fields_set:
+            return task
+        try:
+            rows = self.rows.updated(task.rows.model_dump(mode="json", exclude_unset=True))
+        except ConfigError as error:
+            raise ValueError(f"tasks.{task.id}.rows: {error}") from None
+        return task.model_copy(update={"rows": rows})
 
     def named_orders(self) -> dict[str, list[str]]:
         """Return the orders of the run file and of its order file."""

@@ -139,8 +139,12 @@ def base(folder: Path) -> Tree:
     return tiny.tree(folder, {"cluster": {"dispatcher": "ray", "engine": "deepspeed"}})
 
 
+def opened(tree: Mapping[str, Any]) -> Run:
+    return Run(parse(RunConfig, tree))
+
+
 def fingerprints(tree: Mapping[str, Any]) -> dict[str, str]:
-    run = Run(parse(RunConfig, tree))
+    run = opened(tree)
     stages = [stage for task in range(len(run.tasks)) for stage in run.plan(task)]
     return {run.ledger.key(ref(stage)): run.ledger.fingerprint(stage) for stage in stages}
 
@@ -261,6 +265,28 @@ def test_data_rules_that_change_no_row_change_no_fingerprint(base: Tree) -> None
     assert changed(base, {"science": {"data": {"overlap": "error"}}}) == []
 
 
+def test_row_limits_of_all_tasks_are_those_written_in_each_task(base: Tree) -> None:
+    limits = {"train": 12, "dev": 4, "test": 6}
+    each = merged(base, with_tasks(base, lambda tasks: [task.update(rows=limits) for task in tasks]))
+    once = merged(base, {"science": {"rows": limits}})
+    assert fingerprints(once) == fingerprints(each) != fingerprints(base)
+    sizes = [[len(data.train), len(data.dev), len(data.test)] for t in range(3) for data in [opened(once).data(t)]]
+    assert sizes == [[12, 4, 6]] * 3
+
+
+def test_row_limits_of_a_task_replace_those_of_all_tasks_key_by_key(base: Tree) -> None:
+    edit = partial(update_second, values={"rows": {"train": 8, "test": None}})
+    run = opened(merged(merged(base, {"science": {"rows": {"train": 12, "test": 6}}}), with_tasks(base, edit)))
+    assert [(len(run.data(t).train), len(run.data(t).test)) for t in range(3)] == [(12, 6), (8, 10), (12, 6)]
+    assert run.config.tree()["science"]["tasks"][1]["rows"] == {"train": 8, "test": None}
+
+
+def test_row_limits_of_all_tasks_apply_to_baselines(base: Tree) -> None:
+    over: Tree = {"science": {"rows": {"train": 12}}, "baselines": {"b": {"rows": {"train": 8}}, "c": {"seed": 1}}}
+    config = parse(RunConfig, merged(base, over))
+    assert [Run(config.baseline(name)).tasks.tasks[0].rows.train for name in "bc"] == [8, 12]
+
+
 def test_tasks_in_another_order_change_what_comes_from_there_on(base: Tree) -> None:
     before = fingerprints(base)
     after = fingerprints(merged(base, {"science": {"order": ["food", "topic", "film"]}}))
@@ -292,7 +318,7 @@ def test_defaults_written_out_change_no_fingerprint(base: Tree) -> None:
 
 def test_every_field_of_science_is_decided_upon() -> None:
     """A field that is added needs a test here: of what it changes, or that it changes nothing."""
-    tested = "schema_version seed model method tasks orders order_file order train evaluate generate data"
+    tested = "schema_version seed model method tasks orders order_file order rows train evaluate generate data"
     assert set(Science.model_fields) == set(tested.split())
 
 

@@ -46,6 +46,8 @@ def test_the_settings_of_a_method_are_those_of_its_name() -> None:
         ("science.method.tsm_sise=3", r"unknown key 'tsm_sise'; did you mean 'tsm_size'\?"),
         ("science.method={name: joint, sparsity: 1}", r"unknown key 'sparsity'"),
         ("science.method.sparsity=-1", r"sparsity.*greater than or equal to 0"),
+        ("science.rows={train: 0}", r"^science.rows.train=0: .*greater than 0"),
+        ("science.rows={tran: 9}", r"^science.rows: unknown key 'tran'; did you mean 'train'\?$"),
         ("science.methd=1", r"^science: unknown key 'methd'; did you mean 'method'\?$"),
         ("cluster.worker=2", r"^cluster: unknown key 'worker'; did you mean 'workers'\?$"),
         ("run.name=../x", r"^run.name='../x'"),
