@@ -1,7 +1,10 @@
 """Dispatcher that runs stages in this process, on one worker; for debugging and tests."""
 
+import os
 import signal
 from pathlib import Path
+
+import torch
 
 from cl_dist.errors import StoppedError
 from cl_dist.kinds import kind_of
@@ -17,6 +20,16 @@ class LocalDispatcher:
 
     _stop: signal.Signals | None = None
     """Signal that arrived while a stage finished; raised before the next stage."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        """Set torch's threads until `close`; None, or OMP_NUM_THREADS in the environment, leaves their number as it is.
+
+        On a busy machine, torch's default of a thread per core slows a small run down many times.
+        """
+        self._threads = torch.get_num_threads()
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # as in Ray's workers: see dispatch_ray.cluster
+        if threads is not None and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(threads)
 
     def run(self, job: Job, out: str, tracker: Tracker) -> None:
         """Run a stage; see sequence.Dispatcher."""
@@ -42,4 +55,6 @@ class LocalDispatcher:
         finished.merge()
 
     def close(self) -> None:
-        """Do nothing: no state persists between stages."""
+        """Restore the number of threads."""
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)

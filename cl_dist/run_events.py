@@ -35,8 +35,10 @@ Watcher = Callable[[Mapping[str, Any]], None]
 class Tracker:
     """Writes run.json, metrics/ and events during a run; a watcher receives the same events, for a terminal."""
 
-    def __init__(self, run: Run, command: str = "", watch: Watcher = lambda event: None) -> None:
-        self._run, self._command, self._watch = run, command, watch
+    def __init__(
+        self, run: Run, command: str = "", watch: Watcher = lambda event: None, baselines: bool = True
+    ) -> None:
+        self._run, self._command, self._watch, self._baselines = run, command, watch, baselines
         self._folder = run.config.folder
         self._stage: Stage | None = None
         self._state: dict[str, Any] = {}
@@ -58,6 +60,8 @@ class Tracker:
             "git": _git(),
             "attempts": [*state.get("attempts", []), attempt],
         }
+        if not self._baselines:
+            self._state["baselines"] = False  # `resume` leaves them out too
         write_json(self._folder / "run.json", self._state)
         self.event({"event": "begin", "stages": len(stages), "done": len(done)})
 
@@ -126,6 +130,13 @@ def _append(path: Path, line: str) -> None:
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else f"\n{line}"
         file.write(f"{line}\n".encode())
+
+
+def remember_baselines(folder: Path, chosen: bool) -> None:
+    """Note in run.json of a run that has begun whether its baselines run along, for `resume`."""
+    state = read_state(folder)
+    if state and (state.get("baselines") is not False) is not chosen:
+        write_json(folder / "run.json", state | {"baselines": chosen})
 
 
 def read_state(folder: Path) -> dict[str, Any]:

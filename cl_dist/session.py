@@ -14,9 +14,11 @@ from cl_dist.logs import driver_log, log_event
 from cl_dist.mirror import Mirror, Mirroring
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig, parse_run, read_run_file
-from cl_dist.run_events import Tracker, Watcher, read_state
+from cl_dist.run_events import Tracker, Watcher, read_state, remember_baselines
 from cl_dist.run_folder import reopen, save
 from cl_dist.sinks import Trackers
+from cl_dist.small_runs import smoke as smoke_run
+from cl_dist.small_runs import without_ray
 from cl_dist.stage import flat
 from cl_dist.storage import run_lock
 from cl_dist.stored_run import StoredRun
@@ -29,6 +31,8 @@ def train(
     *,
     overrides: Sequence[str] = (),
     baselines: bool = True,
+    local: bool = False,
+    smoke: bool = False,
     watch: Watcher | None = None,
     report: Callable[[StoredRun], object] = StoredRun.write_summaries,
     command: str = "cl_dist.train",
@@ -39,6 +43,8 @@ def train(
         source: The path of a run file, its content as plain data, or a RunConfig.
         overrides: Settings that replace those of the source, as on the command line: "science.train.epochs=3".
         baselines: Also run the baselines that the run file names.
+        local: Run in this process with one worker, without Ray.
+        smoke: Run at most 30 rows of each split for one epoch, under the name NAME-smoke.
         watch: Called with every event; a context manager is entered while stages are computed. None logs the events.
         report: Called with the finished run. The command line passes a function that also writes the HTML page.
         command: The text that run.json notes as the command.
@@ -54,6 +60,8 @@ def train(
     else:
         file = Path(source)
         config = read_run_file(file, overrides)
+    config = smoke_run(config) if smoke else config
+    config = without_ray(config) if local else config
     return _execute(config, file, baselines, watch, report, command)
 
 
@@ -62,7 +70,8 @@ def resume(
     *,
     overrides: Sequence[str] = (),
     add_tasks: Path | str | None = None,
-    baselines: bool = True,
+    baselines: bool | None = None,
+    local: bool = False,
     watch: Watcher | None = None,
     report: Callable[[StoredRun], object] = StoredRun.write_summaries,
     command: str = "cl_dist.resume",
@@ -73,7 +82,8 @@ def resume(
         folder: The run folder.
         overrides: Settings that replace those of the run; `cluster` settings may change at any time.
         add_tasks: A YAML file of tasks to append: `tasks: [...]`.
-        baselines: As for `train`; so are watch, report and command.
+        baselines: Also run the baselines; None does what the last `train` or `resume` of the run did.
+        local: Go on in this process with one worker, without Ray; also for later calls of `resume`.
         watch: See `train`.
         report: See `train`.
         command: See `train`.
@@ -82,6 +92,9 @@ def resume(
         ClDistError: As for `train`.
     """
     config = reopen(Path(folder), overrides, None if add_tasks is None else Path(add_tasks))
+    config = without_ray(config) if local else config
+    if baselines is None:
+        baselines = read_state(config.folder).get("baselines") is not False
     return _execute(config, None, baselines, watch, report, command)
 
 
@@ -111,14 +124,14 @@ def _execute(
     with _locked(configs):
         for each in configs:
             save(each, source if each is config else None)
-        summaries = _compute(runs, missing, watch or log_event, command)
+        summaries = _compute(runs, missing, watch or log_event, command, baselines)
     stored = StoredRun(runs[0], runs[1:], summaries)
     report(stored)
     return stored
 
 
 def _compute(
-    runs: Sequence[Run], missing: Sequence[bool], watch: Watcher, command: str
+    runs: Sequence[Run], missing: Sequence[bool], watch: Watcher, command: str, baselines: bool
 ) -> dict[Path, Mapping[str, Any]]:
     """Compute the missing stages of some runs, the main run first; return the summaries that this has computed."""
     main, dispatcher = runs[0].config, None
@@ -126,11 +139,12 @@ def _compute(
     summaries: dict[Path, Mapping[str, Any]] = {}
     with driver_log(main.folder):
         try:
+            remember_baselines(main.folder, baselines)
             with shown:
                 if any(missing):
                     dispatcher = _dispatcher(main)
                 for run, is_missing in zip(runs, missing, strict=True):
-                    tracker = Tracker(run, command, _watchers(run.config, watch))
+                    tracker = Tracker(run, command, _watchers(run.config, watch), baselines)
                     if is_missing:
                         _run(run, dispatcher, tracker)
                     elif read_state(run.config.folder).get("status") != "finished":
@@ -207,7 +221,7 @@ def _dispatcher(config: RunConfig) -> Any:
     if config.cluster.dispatcher == "local":
         from cl_dist.dispatch_local import LocalDispatcher
 
-        return LocalDispatcher()
+        return LocalDispatcher(threads=max(1, int(config.cluster.cpus_per_worker)))
     from cl_dist.dispatch_ray.dispatcher import RayDispatcher
 
     return RayDispatcher(config.cluster, config.folder)

@@ -31,6 +31,19 @@ Address = Annotated[
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of a job, as `job submit` and `job list` print it.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print the log to stderr, and tracebacks of errors.")]
 Baselines = Annotated[bool, typer.Option(help="Also run the baselines that the run file names.")]
+BaselinesOrLast = Annotated[
+    bool | None,
+    typer.Option(
+        "--baselines/--no-baselines", help="Also run the baselines. Default: as in the last `train` or `resume`."
+    ),
+]
+Local = Annotated[
+    bool, typer.Option("--local", help="Run in this process with one worker and plain torch, without Ray.")
+]
+Smoke = Annotated[
+    bool,
+    typer.Option("--smoke", help="Test run under the name NAME-smoke: at most 30 rows of each split, one epoch."),
+]
 FailIf = Annotated[
     list[str] | None,
     typer.Option(

@@ -13,7 +13,19 @@ from cl_dist.run_folder import latest
 from cl_dist.stopping import stop_on_signals
 from cl_dist.stored_run import load_run
 from launcher import console, runs
-from launcher.options import AddTasks, AsJson, Baselines, Config, FailIf, Overrides, RunOrLast, Verbose
+from launcher.options import (
+    AddTasks,
+    AsJson,
+    Baselines,
+    BaselinesOrLast,
+    Config,
+    FailIf,
+    Local,
+    Overrides,
+    RunOrLast,
+    Smoke,
+    Verbose,
+)
 from launcher.verbs.quality import parse_gates
 from launcher.verbs.report import conclude
 
@@ -25,6 +37,8 @@ def train(
     config: Config,
     overrides: Overrides = None,
     baselines: Baselines = True,
+    local: Local = False,
+    smoke: Smoke = False,
     fail_if: FailIf = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -37,17 +51,22 @@ def train(
         source,
         overrides=overrides or [],
         baselines=baselines,
+        local=local,
+        smoke=smoke,
         watch=console.Watch(),
         report=partial(conclude, gates=gates, as_json=as_json),
         command=_command(),
     )
+    if smoke:
+        console.err.print("smoke run: a few rows, one epoch; its scores mean nothing", soft_wrap=True)
 
 
 def resume(
     run: RunOrLast = None,
     overrides: Overrides = None,
     add_tasks: AddTasks = None,
-    baselines: Baselines = True,
+    baselines: BaselinesOrLast = None,
+    local: Local = False,
     fail_if: FailIf = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -64,6 +83,7 @@ def resume(
         overrides=settings,
         add_tasks=add_tasks,
         baselines=baselines,
+        local=local,
         watch=console.Watch(),
         report=partial(conclude, gates=gates, as_json=as_json),
         command=_command(),
