@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args, get_origin
 from unicodedata import normalize
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -34,7 +34,9 @@ class Section(BaseModel):
             known = list(cls.model_fields)
             for key in given:
                 if key not in known:
-                    raise ValueError(f"unknown key {key!r}{did_you_mean(str(key), known)}")
+                    below = _path_to(cls, str(key))
+                    hint = f"; did you mean {below!r}?" if below else did_you_mean(str(key), known)
+                    raise ValueError(f"unknown key {key!r}{hint}")
         return given
 
     def changed(self) -> Tree:
@@ -53,6 +55,22 @@ class Section(BaseModel):
     def updated(self, changes: Mapping[str, Any]) -> Self:
         """Return a copy with these fields replaced, after checking it."""
         return parse(type(self), merged(self.model_dump(mode="json", exclude_unset=True), changes))
+
+
+def _path_to(kind: type[Section], key: str) -> str | None:
+    """Return the dotted path of a key in the sections of a section, the shortest first; None if none has it."""
+    waiting = [(kind, "")]
+    for section, path in waiting:
+        for name, field in section.model_fields.items():
+            if name == key and path:
+                return f"{path}{name}"
+            below = f"{path}{name}.ID." if get_origin(field.annotation) is list else f"{path}{name}."
+            kinds: list[Any] = [field.annotation]
+            for each in kinds:
+                if isinstance(each, type) and issubclass(each, Section):
+                    waiting.append((each, below))
+                kinds += get_args(each)
+    return None
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -318,7 +318,7 @@ def _progress(run: Run) -> Progress:
     unfinished = (stage for stage, manifest in zip(stages, manifests, strict=True) if manifest is None)
     return Progress(
         run=run.config.run.name,
-        status=_status(state),
+        status=status_of(state),
         done=len(finished),
         stages=len(stages),
         next=next((run.ledger.key(ref(stage)) for stage in unfinished), None),
@@ -327,7 +327,7 @@ def _progress(run: Run) -> Progress:
     )
 
 
-def _status(state: Mapping[str, Any]) -> str:
+def status_of(state: Mapping[str, Any]) -> str:
     """Return a run's status; "killed" where run.json says "running" and its driver process is gone."""
     if state.get("status") != "running" or not state.get("attempts"):
         return str(state.get("status", "not begun"))

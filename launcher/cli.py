@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 import cl_dist
 from launcher import console
-from launcher.verbs import check, data, job, plan, reference, render, report, results, train
+from launcher.verbs import check, data, init, job, plan, reference, render, report, results, train
 
 EXIT_CODES = {
     0: "ok",
@@ -30,9 +30,9 @@ EXIT_CODES = {
     75: "stopped early; can be resumed",
     console.INTERRUPTED: "interrupted",
 }
-PREPARE, TRAIN, RESULTS, CLUSTER, HELP = "Prepare", "Train", "Results", "Cluster", "Environment"
+START, RUN, LOOK, USE, CLUSTER, HELP = "Start", "Run", "Look", "Use", "Cluster", "Environment"
 GROUPS = {
-    "data": ("Check a run's data, or show it as the model reads it.", PREPARE),
+    "data": ("Check a run's data, or show it as the model reads it.", START),
     "render": ("Write manifests for KubeRay or Slurm.", CLUSTER),
     "job": ("Submit, watch, stop and resume runs as jobs of a Ray cluster.", CLUSTER),
 }
@@ -50,20 +50,23 @@ class Verb:
 
 
 VERBS = (
-    Verb("data check", data.check, PREPARE, "cl-dist data check run.yaml"),
-    Verb("data show", data.show, PREPARE, "cl-dist data show run.yaml"),
-    Verb("plan", plan.plan, PREPARE, "cl-dist plan run.yaml --device-gib 24"),
-    Verb("check", check.check, PREPARE, "cl-dist check run.yaml cluster.workers=2"),
-    Verb("list", reference.list_, PREPARE, "cl-dist list recipes"),
-    Verb("schema", reference.schema, PREPARE, "cl-dist schema > run.schema.json"),
-    Verb("train", train.train, TRAIN, "cl-dist train run.yaml science.seed=1 run.name=seed1"),
-    Verb("resume", train.resume, TRAIN, "cl-dist resume runs/seed1 cluster.workers=4"),
-    Verb("status", train.status, TRAIN, "cl-dist status runs/seed1"),
-    Verb("report", report.report, RESULTS, "cl-dist report runs/seed1 runs/seed2"),
-    Verb("predict", results.predict, RESULTS, "cl-dist predict runs/seed1 --task movies < texts.jsonl"),
-    Verb("eval", results.eval_, RESULTS, "cl-dist eval runs/seed1 --split dev"),
-    Verb("inspect", results.inspect, RESULTS, "cl-dist inspect runs/seed1"),
-    Verb("export", results.export, RESULTS, "cl-dist export runs/seed1 exported --task movies"),
+    Verb("init", init.init, START, "cl-dist init data/laptop.csv data/restaurant.csv --out run.yaml"),
+    Verb("list", reference.list_, START, "cl-dist list recipes"),
+    Verb("show", reference.show, START, "cl-dist show ctr-demo > run.yaml"),
+    Verb("schema", reference.schema, START, "cl-dist schema --for science.method.ctr"),
+    Verb("data check", data.check, START, "cl-dist data check run.yaml"),
+    Verb("data show", data.show, START, "cl-dist data show run.yaml"),
+    Verb("check", check.check, START, "cl-dist check run.yaml cluster.workers=2"),
+    Verb("plan", plan.plan, START, "cl-dist plan run.yaml --device-gib 24"),
+    Verb("train", train.train, RUN, "cl-dist train run.yaml --local science.seed=1 run.name=seed1"),
+    Verb("resume", train.resume, RUN, "cl-dist resume runs/seed1 cluster.workers=4"),
+    Verb("status", train.status, LOOK, "cl-dist status runs/seed1"),
+    Verb("runs", reference.runs_, LOOK, "cl-dist runs runs"),
+    Verb("report", report.report, LOOK, "cl-dist report runs/seed1 runs/seed2"),
+    Verb("eval", results.eval_, LOOK, "cl-dist eval runs/seed1 --split dev"),
+    Verb("inspect", results.inspect, LOOK, "cl-dist inspect runs/seed1"),
+    Verb("predict", results.predict, USE, "cl-dist predict runs/seed1 --task movies < texts.jsonl"),
+    Verb("export", results.export, USE, "cl-dist export runs/seed1 exported --task movies"),
     Verb("render kuberay", render.kuberay, CLUSTER, "cl-dist render kuberay run.yaml --out manifests"),
     Verb("render slurm", render.slurm, CLUSTER, "cl-dist render slurm run.yaml > run.sbatch"),
     Verb("job submit", job.submit, CLUSTER, "cl-dist job submit run.yaml --address http://HOST:8265"),

@@ -80,7 +80,7 @@ def read(source: Source, faults: list[Fault], wanted: Collection[str] | None = N
     wanted are None: their types may have no Python values.
     """
     paths = {str(split): path for split, path in source.paths.items()}
-    for split in SPLITS if paths else (None,):
+    for split in (name for name in SPLITS if name in paths) if paths else (None,):
         path = paths[split] if split else source.path
         try:
             yield from _read_path(source, split, path, faults, wanted)
@@ -275,6 +275,23 @@ def _header_fault(cells: list[str], tabs: bool) -> str | None:
             remedy = f"set kind: {kind}" if mark == other else f"convert it to {'tabs' if tabs else 'commas'}"
             return f"the header is one cell, {line!r:.100}: cells seem to be separated by {_SEPARATORS[mark]}; {remedy}"
     return None
+
+
+def parquet_columns(path: str) -> list[str]:
+    """Return the columns of a parquet file whose types `read` supports.
+
+    Raises:
+        DataError: If it is not a parquet file.
+    """
+    ((_, _, table),) = _tables(Source(kind="parquet", path=path), path, None)
+    names = []
+    for field in table.schema:
+        try:
+            _check_type(field)
+        except DataError:
+            continue
+        names.append(field.name)
+    return names
 
 
 def _tables(source: Source, path: str, wanted: Collection[str] | None) -> Iterator[tuple[str, str | None, Any]]:

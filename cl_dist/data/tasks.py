@@ -51,7 +51,7 @@ class Source(Section):
     """File, also .gz; for `datasets` a folder written by `save_to_disk`, or the name of a data set on the hub; for
     `planted` the theme of synthetic texts with known rationales: food, film or place; for `reader` what it expects."""
     paths: dict[SplitName, ConfigPath] = {}
-    """One file per split (split.by: files)."""
+    """One file per split (split.by: files); without `dev`, set split.dev: 0."""
     config: str | None = None
     """Configuration of a hub data set."""
     revision: str | None = None
@@ -116,7 +116,8 @@ class Source(Section):
             raise ValueError("kind: lines needs `pattern`; other kinds do not take it")
         if (self.kind == "reader") != (self.reader is not None):
             raise ValueError("kind: reader needs `reader`; other kinds do not take it")
-        if self.split.by == "files" and set(self.paths) != {"train", "dev", "test"}:
+        required = {"train", "test"} if self.split.dev == 0 else {"train", "dev", "test"}
+        if self.split.by == "files" and not required <= set(self.paths):
             raise ValueError("split.by=files needs paths: {train: ..., dev: ..., test: ...}")
         if self.split.by != "files" and (not self.path or self.paths):
             raise ValueError("needs `path` (or split: {by: files} together with `paths`)")

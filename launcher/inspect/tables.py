@@ -8,8 +8,8 @@ from cl_dist.config import Tree
 from launcher.inspect.contents import OK
 
 
-def tables(document: Tree) -> Iterator[Table | str]:
-    """Yield tables and lines of text that describe an inspected path."""
+def tables(document: Tree, with_tensors: bool = False) -> Iterator[Table | str]:
+    """Yield tables and lines of text that describe an inspected path; the tensors of stages and runs come on demand."""
     if document["what"] == "tensors":
         digest = {OK: "matches its manifest", "unknown": "no manifest"}.get(document["digest"], "damaged")
         yield f"{document['path']}: {document['bytes']:,} bytes, {document['state']} ({digest})"
@@ -18,6 +18,16 @@ def tables(document: Tree) -> Iterator[Table | str]:
         yield from _stage_tables(document)
     else:
         yield from _run_tables(document)
+    yield from _plugin_tables(document)
+    for title, found in _tensor_groups(document):
+        if with_tensors:
+            yield _groups_table(title, found)
+        else:
+            count, size = (sum(line[key] for line in found) for key in ("count", "bytes"))
+            yield f"{title}: {count:,} tensors, {size:,} bytes; --tensors lists them"
+
+
+def _plugin_tables(document: Tree) -> Iterator[Table | str]:
     plugin = document.get("plugins")
     if plugin and "unknown" in plugin:
         yield f"plugins: {plugin['unknown']}"
@@ -35,6 +45,14 @@ def tables(document: Tree) -> Iterator[Table | str]:
         yield table
 
 
+def _tensor_groups(document: Tree) -> Iterator[tuple[str, Sequence[Tree]]]:
+    """Yield title and tensors of each model in a stage or run."""
+    if document["what"] == "run" and document["model"]:
+        yield f"model after {document['model']}", document["groups"]
+    elif document["what"] == "stage":
+        yield from document.get("tensors", {}).items()
+
+
 def _stage_tables(document: Tree) -> Iterator[Table | str]:
     yield f"{document['stage']}: {document['kind']}, {document['state']}"
     if document["kind"] is None:
@@ -46,8 +64,6 @@ def _stage_tables(document: Tree) -> Iterator[Table | str]:
     for file in document["files"]:
         table.add_row(file["name"], "-" if file["bytes"] is None else f"{file['bytes']:,}", file["state"])
     yield table
-    for name, found in document["tensors"].items():
-        yield _groups_table(name, found)
 
 
 def _run_tables(document: Tree) -> Iterator[Table | str]:
@@ -62,8 +78,6 @@ def _run_tables(document: Tree) -> Iterator[Table | str]:
         yield f"unfinished: {name}"
     if document["baselines"]:
         yield f"baselines, each a run of its own: {', '.join(document['baselines'])}"
-    if document["model"]:
-        yield _groups_table(f"model after {document['model']}", document["groups"])
 
 
 def _groups_table(title: str, found: Sequence[Tree]) -> Table:

@@ -1,6 +1,7 @@
 """The verb `plan`: tables of a run's plan."""
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Annotated
 
 import typer
@@ -88,9 +89,11 @@ def _show_memory(plan: Plan, found: MemoryPlan) -> None:
         listed = ", ".join(f"{each.kind} {_size(each.bytes)}" for each in parts)
         console.out.print(f"{kind}: {_size(total)} on each worker ({listed})", soft_wrap=True)
     for quantity in (*found.host, *plan.disk):
-        console.out.print(f"{quantity.kind}: {_size(quantity.bytes)}", soft_wrap=True)
-    for device in plan.clusters:
-        console.out.print(_device_line(device), soft_wrap=True)
+        if quantity.bytes:
+            console.out.print(f"{quantity.kind}: {_size(quantity.bytes)}", soft_wrap=True)
+    for line, devices in groupby(plan.clusters, _device_line):
+        sizes = [f"{device.device_gib:g}" for device in devices]
+        console.out.print(f"devices of {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} GiB: {line}", soft_wrap=True)
 
 
 def _show_scaling(costs: Sequence[scaling.StepCost]) -> None:
@@ -111,11 +114,10 @@ def _show_stages(costs: Sequence[scaling.StageCost]) -> None:
 
 
 def _device_line(found: DevicePlan) -> str:
-    """Return a line about a size of device."""
-    line = f"devices of {found.device_gib:g} GiB: "
+    """Return what a size of device is good for."""
     if found.fit is None:
-        return f"{line}too small for {WORKERS[-1]} workers under ZeRO-3"
-    line += f"{found.fit.workers} worker(s), ZeRO-{found.fit.zero_stage}, micro_batch: {found.fit.micro_batch}"
+        return f"too small for {WORKERS[-1]} workers under ZeRO-3"
+    line = f"{found.fit.workers} worker(s), ZeRO-{found.fit.zero_stage}, micro_batch: {found.fit.micro_batch}"
     line += f" ({_size(found.fit.peak_bytes)})"
     if found.too_small_for:
         small = ", ".join(found.too_small_for)

@@ -1,5 +1,6 @@
-"""The verbs `list`, `schema` and `env`."""
+"""The verbs `list`, `show`, `schema`, `runs` and `env`."""
 
+import dataclasses
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -8,13 +9,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from cl_dist.errors import ConfigError
 from cl_dist.methods import descriptions
 from cl_dist.metrics import FORMULAS
 from cl_dist.run_config import json_schema
-from launcher import console, runs
-from launcher.options import AsJson
+from cl_dist.run_list import list_runs
+from launcher import console, runs, settings
+from launcher.options import AsJson, Config
 
 LISTS: dict[str, Callable[[], Mapping[str, str]]] = {
     "methods": descriptions,
@@ -43,9 +46,59 @@ def _first_comment(path: Path) -> str:
     return path.read_text(encoding="utf8").splitlines()[0].removeprefix("#").strip()
 
 
-def schema() -> None:
+def show(config: Config) -> None:
+    """Print a recipe or run file with its comments."""
+    path = runs.run_file(config)
+    try:
+        text = path.read_text(encoding="utf8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    console.write(text if text.endswith("\n") else f"{text}\n")
+
+
+def schema(
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="KEY",
+            help="Print a table of one section or setting: science.train, science.method.ctr, cluster.zero_stage.",
+        ),
+    ] = None,
+) -> None:
     """Print the JSON Schema of run files: every setting with its type, default and description."""
-    console.document(json_schema())
+    if part is None:
+        console.document(json_schema())
+        return
+    for key, found in settings.sections(part):
+        table = Table("setting", "default", "value", "meaning", title=key, title_justify="left")
+        for each in found:
+            table.add_row(each.name, each.default, each.value, each.meaning)
+        console.out.print(table)
+
+
+def runs_(
+    folder: Annotated[Path, typer.Argument(help="A folder of run folders.")] = Path("runs"), as_json: AsJson = False
+) -> None:
+    """List the runs below a folder: method, finished tasks, average score, status and age; the latest first."""
+    found = list_runs(folder)
+    if as_json:
+        console.document([dataclasses.asdict(line) for line in found])
+        return
+    table = Table("run", "method", "tasks", "score", "status", "age")
+    for line in found:
+        tasks = "-" if line.tasks is None else f"{line.tasks_done}/{line.tasks}"
+        score = "-" if line.score is None else f"{line.score:.4f}"
+        status = line.status if line.fault is None else f"{line.status}: {line.fault}"
+        table.add_row(line.run, line.method or "-", tasks, score, status, _age(line.age_s))
+    console.out.print(table)
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def env(as_json: AsJson = False) -> None:

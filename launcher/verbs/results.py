@@ -109,6 +109,7 @@ def export(
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="A run folder, a stage folder or a .safetensors file.")],
+    with_tensors: Annotated[bool, typer.Option("--tensors", help="Also list the tensors of a stage or run.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show stored files and tensors, and verify them. Exits with 6 if something is damaged."""
@@ -116,7 +117,7 @@ def inspect(
     if as_json:
         console.document(document)
     else:
-        for part in tables(document):
+        for part in tables(document, with_tensors):
             console.out.print(part, soft_wrap=isinstance(part, str))
     if document["faults"] and as_json:
         raise typer.Exit(CheckpointError.exit_code)  # the document names them

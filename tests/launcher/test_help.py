@@ -15,7 +15,7 @@ from cl_dist import __version__
 from launcher.cli import EXIT_CODES, GROUPS, VERBS, app
 from tests.launcher.commands import ROOT, Cli, fresh
 
-PANELS = ("Prepare", "Train", "Results", "Cluster", "Environment")
+PANELS = ("Start", "Run", "Look", "Use", "Cluster", "Environment")
 
 
 def command(name: str) -> Any:

@@ -1,22 +1,18 @@
 """References of settings, metrics and recipes, from the classes and tables that define them."""
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import takewhile
-from typing import Any, get_args
-
-from pydantic.fields import FieldInfo
 
 from cl_dist.config import Section
 from cl_dist.methods import METHODS
 from cl_dist.metrics import FORMULAS
 from cl_dist.run_config import RunConfig, Science
 from launcher import runs
+from launcher.settings import default_text, description, inner, value_text
 from tests.pages.markdown import anchor, table
 
 METHODS_PAGE = "../cl_dist/methods/README.md"
-OPERATORS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
 
 def run_file_settings() -> str:
@@ -86,57 +82,12 @@ def _sections(kind: type[Section], path: str, skip: tuple[str, ...] = ()) -> Ite
             text = " ".join(filter(None, [text, f"See [`{below}`](#{anchor(below)})."]))
         elif name == "method":
             text = f"Name and settings of the method: see [methods]({METHODS_PAGE})."
-        rows.append([f"`{name}`", _default(field), _type(properties[name]), text])
+        rows.append([f"`{name}`", default_text(field, _code), value_text(properties[name], _code), text])
     yield table(["key", "default", "value", "meaning"], rows)
     for section, below in nested:
         yield f"{'####' if path.startswith('method') else '###'} `{below}`\n"
         yield from _sections(section, below)
 
 
-def description(kind: type[Section], name: str) -> str:
-    """Return the description of a setting in one line; a class that only changes the default inherits it."""
-    found = (base.model_fields.get(name) for base in kind.__mro__ if issubclass(base, Section))
-    text = next((field.description for field in found if field is not None and field.description), "")
-    return " ".join(text.split())
-
-
-def inner(field: FieldInfo) -> type[Section] | None:
-    """Return the section that a field holds, alone, in a list or in a union; None for a plain field."""
-    waiting: list[Any] = [field.annotation]
-    while waiting:
-        kind = waiting.pop()
-        if isinstance(kind, type) and issubclass(kind, Section):
-            return kind
-        waiting += get_args(kind)
-    return None
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True)
-    if isinstance(value, Section):
-        return "see below"
-    if value is None:
-        return "-"
-    return f"`{json.dumps(value)}`".replace('"', "")
-
-
-def _type(schema: Mapping[str, Any]) -> str:
-    """Return which values a property of a JSON Schema takes."""
-    if "anyOf" in schema:
-        each = [part for part in schema["anyOf"] if part.get("type") != "null"]
-        return " or ".join(dict.fromkeys(map(_type, each)))
-    if "enum" in schema or "const" in schema:
-        return ", ".join(
-            f"`{json.dumps(value)}`".replace('"', "") for value in schema.get("enum", [schema.get("const")])
-        )
-    if "$ref" in schema or "oneOf" in schema or "allOf" in schema:
-        return "mapping"
-    kind = schema.get("type", "any")
-    if kind == "array":
-        items = schema.get("items") or (schema.get("prefixItems") or [{}])[0]
-        return f"list of {_type(items)}" if items else "list"
-    name = {"object": "mapping", "string": "text", "boolean": "true, false"}.get(kind, kind)
-    bounds = [f"{sign} {schema[key]:g}" for key, sign in OPERATORS.items() if key in schema]
-    return " ".join([name, ", ".join(bounds)]).strip()
+def _code(text: str) -> str:
+    return f"`{text}`"
