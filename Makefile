@@ -10,7 +10,7 @@ FAULTS := $(addprefix tests/cl_dist/test_, hostile.py ledger.py watchdog.py stor
 	tests/integration/, test_chaos.py test_step_checkpoints.py test_cli_ray.py test_ray.py test_ray_jobs.py \
 	test_ray_recovery.py test_hosts.py test_signals_ray.py)
 
-.PHONY: help setup setup-all demo test test-long test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables docs clean
+.PHONY: help setup setup-all quick demo test test-long test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ $(ALL): $(STAMP) $(PACKAGES)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev,text,tracking,quantize]'
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps $(PACKAGES:%=-r %)
 	@touch $@ $(DEMO)
+
+quick: $(DEMO)  ## train the recipe ctr-quick: two tasks of the demo without Ray, under a minute once installed
+	$(BIN)/cl-dist train ctr-quick
 
 demo: $(DEMO)  ## train the recipe ctr-demo on a local Ray with CPU workers, to its report
 	$(BIN)/cl-dist train ctr-demo

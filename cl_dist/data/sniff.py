@@ -110,13 +110,13 @@ def find_files(paths: Sequence[Path]) -> list[Files]:
             alone.setdefault(path.parent, []).append(path)
     for folder, files in alone.items():
         found += _tasks_of(files, folder)
-    tasks, taken = [], set[str]()
-    for name, files in found:
+    tasks, taken = list[Files](), set[str]()
+    for name, splits in found:
         task = _task_id(name, len(tasks))
         if task in taken:
             task = next(f"{task[:60]}-{n}" for n in range(2, len(found) + 2) if f"{task[:60]}-{n}" not in taken)
         taken.add(task)
-        tasks.append(Files(task, files))
+        tasks.append(Files(task, splits))
     return tasks
 
 
@@ -193,8 +193,8 @@ def guess(files: Files, asked: Asked, *, free_text: bool = False) -> Guess:
     _guess_id(records, columns, asked, task, where)
     _guess_label(records, columns, asked, task, notes, where, seen, free_text=free_text)
     _guess_text(records, columns, asked, task, where, seen)
-    text, pair = task.get("text", "text"), task.get("text_pair")
-    keys = Counter((_folded(r.values.get(text)), _folded(r.values.get(pair)) if pair else None) for r in records)
+    text, pair = task.get("text", "text"), task.get("text_pair", "")
+    keys = Counter((_folded(r.values.get(text)), _folded(r.values.get(pair))) for r in records)
     if copies := len(records) - len(keys):
         source["dedupe"] = True
         notes["dedupe"] = f"{copies} of {len(records)} rows repeat the text of another"
@@ -370,7 +370,8 @@ def _guess_label(
             f"name another column with --label COLUMN ({seen})"
         )
     if column.distinct == 0:
-        fault = next((why for value in _values(records, name) if (why := label_fault(value)) is not None), "is empty")
+        faults = (label_fault(value) for value in _values(records, name))
+        fault = next((each for each in faults if each is not None), "is empty")
         raise DataError(f"{where}: column {name!r} {fault}; name the label with --label COLUMN ({seen})")
     if column.distinct > limit:
         if not free_text:

@@ -92,8 +92,9 @@ def _show_memory(plan: Plan, found: MemoryPlan) -> None:
         if quantity.bytes:
             console.out.print(f"{quantity.kind}: {_size(quantity.bytes)}", soft_wrap=True)
     for line, devices in groupby(plan.clusters, _device_line):
-        sizes = [f"{device.device_gib:g}" for device in devices]
-        console.out.print(f"devices of {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} GiB: {line}", soft_wrap=True)
+        first, *_, last = [f"{device.device_gib:g}" for device in devices] * 2
+        span = first if first == last else f"{first} to {last}"
+        console.out.print(f"devices of {span} GiB: {line}", soft_wrap=True)
 
 
 def _show_scaling(costs: Sequence[scaling.StepCost]) -> None:

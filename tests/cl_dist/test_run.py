@@ -267,7 +267,7 @@ def test_data_rules_that_change_no_row_change_no_fingerprint(base: Tree) -> None
 
 def test_row_limits_of_all_tasks_are_those_written_in_each_task(base: Tree) -> None:
     limits = {"train": 12, "dev": 4, "test": 6}
-    each = merged(base, with_tasks(base, lambda tasks: [task.update(rows=limits) for task in tasks]))
+    each = merged(base, {"science": {"tasks": [{**task, "rows": limits} for task in base["science"]["tasks"]]}})
     once = merged(base, {"science": {"rows": limits}})
     assert fingerprints(once) == fingerprints(each) != fingerprints(base)
     sizes = [[len(data.train), len(data.dev), len(data.test)] for t in range(3) for data in [opened(once).data(t)]]

@@ -1,6 +1,7 @@
 """The command line as a person meets it: exit codes, one clear message, JSON; runs are computed in this process."""
 
 import json
+import os
 import platform
 import shutil
 from importlib import import_module
@@ -12,6 +13,7 @@ import yaml
 
 from cl_dist.contract import tiny
 from cl_dist.errors import StoppedError
+from launcher.runs import recipes
 from tests.launcher.commands import TASKS, Cli, fresh, save_run, stamps
 
 
@@ -186,6 +188,107 @@ def test_schema_is_a_json_schema_that_accepts_what_the_program_accepts(cli: Cli,
     assert validator(schema).is_valid(tree)
     tree["science"]["train"]["epoch"] = 3
     assert not validator(schema).is_valid(tree)
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ("science.method.ctr", ["science.method.ctr", "tsm_size", "2000", "integer > 0", "Gated units"]),
+        ("ctr", ["science.method.ctr", "mask_mean"]),
+        ("science.train", ["epochs", "5", "Passes over the train rows"]),
+        ("cluster.zero_stage", ["cluster.zero_stage", "0, 1, 2, 3", "ZeRO"]),
+        ("science.tasks.source.split", ["by", "field, id_hash, files"]),
+        ("science.method", ["lamol", "see --for science.method.lamol"]),
+        ("science.rows", ["train", "balance"]),
+        ("science", ["science.train", "science.tasks.source", "min_yield"]),
+    ],
+)
+def test_schema_for_a_section_is_a_table(cli: Cli, key: str, shown: list[str]) -> None:
+    ended = cli("schema", "--for", key)
+    assert ended.code == 0, ended.err
+    assert [word for word in shown if word not in ended.out] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("science.trian", "--for 'science.trian': science has no 'trian'; did you mean 'train'?"),
+        ("scince", "--for 'scince': a run file has no 'scince'; did you mean 'science'?"),
+        ("science.method.crt", "science.method has no 'crt'; did you mean 'ctr'?"),
+        ("science.train.epoch", "science.train has no 'epoch'; did you mean 'epochs'?"),
+    ],
+)
+def test_schema_for_anything_else_is_refused(cli: Cli, key: str, message: str) -> None:
+    ended = cli("schema", "--for", key)
+    assert ended.code == 2
+    assert message in ended.err
+
+
+def test_show_prints_a_recipe_with_its_comments_unchanged(cli: Cli, run_file: Path) -> None:
+    assert cli("show", "ctr-demo").out == recipes()["ctr-demo"].read_text(encoding="utf8")
+    assert cli("show", run_file).out == run_file.read_text(encoding="utf8")
+    ended = cli("show", "ctr-dmo")
+    assert (ended.code, "did you mean 'ctr-demo'?" in ended.err) == (2, True)
+
+
+def test_a_key_at_the_wrong_place_is_shown_its_place(cli: Cli, run_file: Path) -> None:
+    ended = cli("plan", run_file, "train.lr=1e-3")
+    assert ended.code == 2
+    assert "unknown key 'train'; did you mean 'science.train'?" in ended.err
+    assert "did you mean 'train.lr'?" in cli("plan", run_file, "science.lr=1e-3").err
+
+
+def test_plan_shows_equal_devices_once_and_no_zeros(cli: Cli, run_file: Path) -> None:
+    lines = [line for line in cli("plan", run_file).out.splitlines() if line.startswith("devices of ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("devices of 8 to 192 GiB: 1 worker(s)")
+    assert " 0.0 KiB" not in cli("plan", run_file).out
+
+
+def test_runs_lists_runs_and_baselines_the_latest_first(cli: Cli, finished: Path, tmp_path: Path) -> None:
+    for name in ("a", "b/c"):
+        shutil.copytree(finished / "runs" / "tiny", tmp_path / "all" / name)
+    shutil.rmtree(tmp_path / "all/b/c/stages/01-film")
+    os.utime(tmp_path / "all/a/run.json", (1, 1))
+    os.utime(tmp_path / "all/a/config.yaml", (1, 1))
+    (tmp_path / "all/broken").mkdir()
+    (tmp_path / "all/broken/config.yaml").write_text("run: {name: x}\n", encoding="utf8")
+    lines = {line["run"]: line for line in cli("runs", tmp_path / "all", "--json").json()}
+    assert list(lines)[-3:] == ["a", "a/baselines/individual", "a/baselines/plain"]
+    assert set(lines) == {
+        "broken",
+        *(f"{n}{b}" for n in ("a", "b/c") for b in ("", "/baselines/individual", "/baselines/plain")),
+    }
+    assert [lines["a"][key] for key in ("method", "tasks_done", "tasks", "status")] == ["ctr", 2, 2, "finished"]
+    summary = json.loads((finished / "runs/tiny/metrics/summary.json").read_text("utf8"))
+    assert lines["a"]["score"] == summary["metrics"]["cl/avg_acc"]["value"]
+    assert lines["a"]["updated"] == "1970-01-01T00:00:01Z"
+    assert lines["b/c"]["tasks_done"] == 1
+    assert (lines["broken"]["status"], lines["broken"]["method"]) == ("unreadable", None)
+    table = cli("runs", tmp_path / "all").out
+    assert "2/2" in table
+    assert f"{lines['a']['score']:.4f}" in table
+    assert "unreadable: " in table
+    assert cli("runs", tmp_path / "all" / "a", "--json").json()[0]["run"] == "a"
+
+
+def test_runs_of_a_folder_that_does_not_exist_is_refused(cli: Cli) -> None:
+    ended = cli("runs")
+    assert ended.code == 2
+    assert "FOLDER='runs': expected a folder of run folders, such as runs" in ended.err
+
+
+def test_runs_imports_nothing_heavy(finished: Path) -> None:
+    ended, modules = fresh("runs", finished / "runs", cwd=finished)
+    assert (ended.code, modules) == (0, []), ended.err
+
+
+def test_inspect_lists_tensors_on_demand(cli: Cli, finished: Path) -> None:
+    short, whole = (cli("inspect", finished / "runs/tiny", *more).out for more in ((), ("--tensors",)))
+    assert "model after 01-film/train: " in short
+    assert "--tensors lists them" in short
+    assert len(whole.splitlines()) > len(short.splitlines()) + 10
+    assert short.index("plugins: ") < short.index("model after")
 
 
 def test_env_tells_versions(cli: Cli) -> None:

@@ -17,7 +17,9 @@ from cl_dist.data.tasks import DataConfig, TaskConfig
 from cl_dist.errors import DataError
 
 TEXTS = [f"the waiter number {n} was {word}" for n in range(30) for word in ("friendly", "rude")]
-ROWS = [{"id": n, "review": text, "stars": "good" if "friendly" in text else "bad"} for n, text in enumerate(TEXTS)]
+ROWS: list[dict[str, Any]] = [
+    {"id": n, "review": text, "stars": "good" if "friendly" in text else "bad"} for n, text in enumerate(TEXTS)
+]
 
 
 def save(path: Path, rows: list[dict[str, Any]] = ROWS, **options: Any) -> Path:
@@ -36,7 +38,7 @@ def save(path: Path, rows: list[dict[str, Any]] = ROWS, **options: Any) -> Path:
     return path
 
 
-def guessed(*paths: Path, free_text: bool = False, **asked: str) -> Guess:
+def guessed(*paths: Path, free_text: bool = False, **asked: Any) -> Guess:
     (files,) = find_files(paths)
     return guess(files, Asked(**asked), free_text=free_text)
 
@@ -190,7 +192,7 @@ def test_free_text_answers_are_taken_when_asked_for(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_guessed_names_file_columns_and_option(
-    tmp_path: Path, rows: list[dict[str, Any]], asked: dict[str, str], message: str
+    tmp_path: Path, rows: list[dict[str, Any]], asked: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
         guessed(save(tmp_path / "a.jsonl", rows), **asked)
