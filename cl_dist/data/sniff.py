@@ -362,7 +362,7 @@ def _guess_label(
             why = f"several columns may be the label: {found}" if fitting else "no column looks like a label"
             raise DataError(f"{where}: {why}; name it with --label COLUMN ({seen})")
         name = fitting[0].name
-        columns[name].why = f"the only column of few values ({columns[name].distinct} in {len(records)} rows)"
+        columns[name].why = f"few values: {columns[name].distinct} in {len(records)} rows"
     column = columns[name]
     if column.distinct == 1:
         raise DataError(
@@ -406,7 +406,7 @@ def _guess_text(
         name, why = named[0], "its name"
     else:
         name = max(texts, key=texts.__getitem__)
-        why = f"the longest texts ({texts[name]:.0f} characters on average)"
+        why = f"longest texts ({texts[name]:.0f} characters)"
     if name != "text":
         task["text"] = name
     columns[name].use, columns[name].why = "text", why

@@ -85,12 +85,17 @@ def runs_(
     if as_json:
         console.document([dataclasses.asdict(line) for line in found])
         return
-    table = Table("run", "method", "tasks", "score", "status", "age")
+    table = Table()
+    for heading in ("run", "method", "tasks", "score", "status", "age"):
+        table.add_column(heading, overflow="fold")
     for line in found:
+        _, is_baseline, name = line.run.rpartition("/baselines/")
         tasks = "-" if line.tasks is None else f"{line.tasks_done}/{line.tasks}"
         score = "-" if line.score is None else f"{line.score:.4f}"
         status = line.status if line.fault is None else f"{line.status}: {line.fault}"
-        table.add_row(line.run, line.method or "-", tasks, score, status, _age(line.age_s))
+        table.add_row(
+            f"  {name}" if is_baseline else line.run, line.method or "-", tasks, score, status, _age(line.age_s)
+        )
     console.out.print(table)
 
 

@@ -50,7 +50,7 @@ def test_the_run_file_is_commented_and_trains_enough_steps(cli: Cli, tmp_path: P
         assert 100 <= steps <= 250
     text = (tmp_path / "mine.yaml").read_text(encoding="utf8")
     assert "text: review  # its name" in text
-    assert "label: stars  # the only column of few values (2 in 60 rows)" in text
+    assert "label: stars  # few values: 2 in 60 rows" in text
     assert config.science.train.max_length == 32  # the tiny model reads no more
 
 
