@@ -205,7 +205,7 @@ def _line(indent: int, key: str, value: Any, note: str) -> str:
 
 
 def _comment(text: str) -> str:
-    return re.sub(r"[^\x20-\x7e\xa1-\uffff]+", " ", text)[:120]
+    return "".join(char if char.isprintable() else " " for char in text)[:120]
 
 
 def _flow(value: Any) -> str:
@@ -222,7 +222,8 @@ def _scalar(value: Any) -> str:
         return f"{value:.1e}".replace("e-0", "e-") if 0 < value < 0.01 else repr(value)
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_./-]*", value) and not _is_special(value):
         return value
-    return json.dumps(value, ensure_ascii=False)
+    quoted = json.dumps(value, ensure_ascii=False)
+    return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in quoted)  # YAML has more line ends
 
 
 def _is_special(text: str) -> bool:

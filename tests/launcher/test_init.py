@@ -7,6 +7,7 @@ import yaml
 
 from cl_dist.contract import tiny
 from cl_dist.run_config import read_run_file
+from cl_dist.strict_yaml import parse_yaml
 from launcher import starter
 from launcher.runs import recipes
 from tests.cl_dist.data.test_sniff import ROWS, save
@@ -160,6 +161,30 @@ def test_texts_of_the_data_cannot_break_the_run_file(cli: Cli, tmp_path: Path, m
     (task,) = read_run_file(tmp_path / "run.yaml").science.tasks
     assert (task.label, task.source.path) == (odd, "d: #é/x'.jsonl")
     assert cli("data", "check", "run.yaml").code == 0
+
+
+ODD = [
+    "a: b # c\u2028{*&'\"",
+    "\x85x",
+    "\U0001f600 y",
+    "\ufeffq",
+    "5",
+    "yes",
+    "n",
+    "a\nb",
+    "1e5",
+    "-",
+    "~",
+    "null",
+    "=",
+    "\\U1",
+]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_any_text_is_written_as_yaml_that_reads_back_equal(text: str) -> None:
+    line = f"k: {starter._flow({text: [text, None, True, 0.001, 5]})}  # {starter._comment(text)}\n"
+    assert parse_yaml(line, "") == {"k": {text: [text, None, True, 0.001, 5]}}
 
 
 def test_init_imports_nothing_heavy(tmp_path: Path) -> None:
