@@ -29,7 +29,12 @@ STEPS = 100
 BATCH, SMALL_BATCH, SMALL = 32, 16, 500
 """Rows of an optimizer step; fewer where tasks have few train rows."""
 LENGTHS = (32, 64, 128, 256, 512)
-METHOD_SETTINGS: Mapping[str, Tree] = {"ctr": {"tsm_size": 512}, "hat": {"tsm_size": 512}, "lamol": {"gamma": 0.2}}
+METHOD_SETTINGS: Mapping[str, Tree] = {
+    "ctr": {"tsm_size": 512},
+    "hat": {"tsm_size": 512},
+    "lamol": {"gamma": 0.2},
+    "rational_lamol": {"gamma": 0.2, "rationales": "gradient"},  # which needs none in the data
+}
 BASELINES = ("individual", "sequential")
 
 
@@ -115,8 +120,8 @@ def settings(
     baselines = {}
     for each in BASELINES:
         if each != method:
-            settings: Tree = {"name": each} if is_lm else {"name": each, "tune": "layers"}
-            baselines[each] = tuned | {"method": settings} | ({} if is_lm else {"train": {"lr": 1e-4}})
+            plain: Tree = {"name": each} if is_lm else {"name": each, "tune": "layers"}
+            baselines[each] = tuned | {"method": plain} | ({} if is_lm else {"train": {"lr": 1e-4}})
     science: Tree = {
         "seed": 0,
         "model": backbone,

@@ -75,7 +75,7 @@ def test_a_decoder_gets_questions_and_baselines_that_answer_in_text(cli: Cli, tm
     assert ended.json()["columns"]["a"][1]["use"] == "text"
 
 
-@pytest.mark.parametrize("method", ["hat", "sequential", "individual", "replay", "ewc", "lamol_real"])
+@pytest.mark.parametrize("method", ["hat", "sequential", "individual", "replay", "ewc", "lamol_real", "rational_lamol"])
 def test_every_kind_of_method_gets_a_run_file_that_parses(cli: Cli, tmp_path: Path, method: str, model: Path) -> None:
     save(tmp_path / "a.csv")
     ended = cli("init", "a.csv", "--method", method, "--model", model)
