@@ -52,6 +52,8 @@ class Capabilities:
     backbone's weights before training, except the ones that it copies by `partition.gathered`."""
     takes_quantized: bool = False
     """The learner works on linear layers with quantized weights: it neither trains nor wraps them."""
+    start_rows: int = 0
+    """Train rows of a later task that `nearest` reads before training, on rank 0."""
     end_rows: int = 0
     """Train rows that `end_task` reads; above 0 it gets the finished model, whole on every rank."""
 

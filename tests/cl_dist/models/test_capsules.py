@@ -329,7 +329,7 @@ def test_capsule_parameters_are_maps_and_routing_row() -> None:
 def test_inherit_copies_estimator_up_projection_and_routing_row_but_no_capsule_and_no_gate(routing: str) -> None:
     module = sharing(3, routing=routing)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    module.inherit(2)
+    module.inherit(2, source=1)
     for name, parameter in module.named_parameters():
         copied = name == "route2" or (name.startswith(("routers.2.", "ups.2.")) and ".gate." not in name)
         source = name.replace("2", "1", 1) if copied else name

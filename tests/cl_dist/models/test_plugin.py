@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cl_dist.learners.base import Progress
 from cl_dist.learners.ctr import Ctr
 from cl_dist.methods.ctr import CtrConfig
-from cl_dist.models.config import ModelConfig, plugin_sizes
+from cl_dist.models.config import ModelConfig
 from cl_dist.models.noise import gumbel
 from cl_dist.models.plugin import CtrClassifier, pack, unpack
 from cl_dist.models.plugin_layer import Plugin
@@ -291,7 +291,7 @@ def test_the_router_learns_from_the_second_task_on() -> None:
 
 
 def test_with_inherit_a_task_starts_from_its_predecessor_with_a_capsule_of_its_own() -> None:
-    learner = learner_of(num_tasks=2, inherit=True)
+    learner = learner_of(num_tasks=2, inherit="previous")
     train(learner, 0, [batch_of(seed=seed) for seed in range(3)])
     learner.start_task(1, (1,))
     for sharing, norms in zip(learner.model.sharings, learner.model.norms, strict=True):
@@ -475,15 +475,3 @@ def test_a_plugin_takes_as_many_operations_for_any_number_of_tasks(routing: str)
     assert counts[5] == counts[10] == counts[19]
     assert counts[5] - counts[2] in (0, 1)
     assert 50 < counts[10] < 700  # the release: 692 for two tasks, 2716 for ten
-
-
-@pytest.mark.parametrize("change", [{}, {"capsule_layers": 1}, {"routing": "dynamic"}, {"share": False}])
-def test_sizes_known_without_a_model_are_those_of_the_model(change: dict[str, Any]) -> None:
-    shape = SHAPE.model_copy(update=change)
-    model = CtrClassifier(encoder("bert"), shape)
-    for _ in range(3):
-        model.add_task(2)
-    own, shared = plugin_sizes(shape, 32, num_tasks=3)
-    for plugin in model.plugins:
-        found = [p.numel() for name, p in plugin.named_parameters() if not name.startswith("inner.")]
-        assert sorted(found) == sorted(own + shared)
