@@ -61,10 +61,11 @@ class Hat(Learner):
         for candidate in (None, *range(task)):
             self.activate(task if candidate is None else candidate)
             model.context.plain = candidate is None
-            scores[candidate] = logme(torch.cat([model.vectors(batch).float() for batch in rows]), labels_N)
+            vectors_NH = torch.cat([model.vectors(batch).float() for batch in rows])
+            scores[candidate] = round(logme(vectors_NH, labels_N), 4)  # less is rounding, and no reason to inherit
         model.context.plain = False
         self.activate(task)
-        log.info("nearest task=%d logme=%s", task, {str(key): round(value, 4) for key, value in scores.items()})
+        log.info("nearest task=%d logme=%s", task, scores)
         return max(scores, key=lambda candidate: scores[candidate])
 
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:

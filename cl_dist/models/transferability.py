@@ -2,7 +2,8 @@
 
 Axes: N rows, H features, K classes, R rank.
 Source: You et al. 2021, "LogME: Practical Assessment of Pre-trained Models for Transfer Learning", ICML, algorithm 1.
-Departs from it: features and one-hot labels are centred, which stands for a bias that is not regularised.
+Departs from it: features and one-hot labels are centred, which stands for a bias that is not regularised, and the
+evidence is that of the N - 1 contrasts between rows, since the mean of a target is used up by that bias.
 """
 
 import torch
@@ -37,7 +38,7 @@ def logme(features_NH: Tensor, labels_N: Tensor) -> float:
 def _evidence(target_N: Tensor, left_NR: Tensor, square_R: Tensor, width: int) -> float:
     """Return the maximum log evidence per row for one target."""
     target_N = target_N - target_N.mean()
-    num = len(target_N)
+    num = len(target_N) - 1
     along_R = (left_NR.T @ target_N) ** 2
     outside = (target_N**2).sum() - along_R.sum()  # what no linear map of the features explains
     alpha = beta = torch.ones((), dtype=torch.float64)
@@ -46,7 +47,8 @@ def _evidence(target_N: Tensor, left_NR: Tensor, square_R: Tensor, width: int) -
         gamma = (square_R / (square_R + ratio)).sum()
         weight = (square_R * along_R / (square_R + ratio) ** 2).sum()
         residual = (along_R * (ratio / (square_R + ratio)) ** 2).sum() + outside.clamp(min=0)
-        alpha, beta = gamma / (weight + 1e-12), (num - gamma).clamp(min=1e-6) / (residual + 1e-12)
+        alpha = (gamma / (weight + 1e-12)).clamp(1e-9, 1e9)
+        beta = ((num - gamma) / (residual + 1e-12)).clamp(1e-9, 1e9)
         if abs(alpha / beta - ratio) <= TOLERANCE * ratio:
             break
     logdet = torch.log(alpha + beta * square_R).sum() + (width - len(square_R)) * torch.log(alpha)
