@@ -74,8 +74,8 @@ class Method:
     capabilities: Capabilities | Callable[[Any, ModelConfig], Capabilities] = Capabilities()
     """What the learner of the run's output can do; a function of (config, model) where settings decide that."""
     version: str = ""
-    """Enters the fingerprint of Train stages unless it is empty. A method outside this package raises it when its code
-    changes results; fingerprints do not hold code."""
+    """Enters the fingerprint of Train stages unless it is empty. Raise it when the method's code changes results;
+    fingerprints do not contain code."""
 
     def output(self, wanted: str | None) -> str:
         """Return what a run of this method puts on the backbone: "classifier" or "lm" (a language-model head).

@@ -51,5 +51,6 @@ METHOD = Method(
     plan=plan,
     learners={"classifier": "cl_dist.learners.ctr:Ctr"},
     about="capsule CL-plugins with transfer routing and task masks in a frozen backbone",
+    version="2",
     capabilities=capabilities,
 )

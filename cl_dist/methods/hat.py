@@ -51,5 +51,6 @@ METHOD = Method(
     plan=plan_sequential,
     learners={"classifier": "cl_dist.learners.hat:Hat"},
     about="task masks over adapters in a frozen backbone",
+    version="2",
     capabilities=lambda config, model: masked_capabilities(config),
 )
