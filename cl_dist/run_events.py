@@ -281,6 +281,14 @@ def _sections(run: Run) -> dict[str, Any]:
     return sections
 
 
+WITHOUT = {
+    "sharing": "accuracy_without_ksm",
+    "earlier": "accuracy_without_earlier",
+    "gates": "accuracy_with_coin_gates",
+}
+"""Part that an Evaluate stage switches off -> its name in the summary."""
+
+
 def _plugin_summary(run: Run) -> dict[str, Any]:
     """Return statistics of the masks and routers of finished tasks; empty for methods without them."""
     plugins: dict[str, Any] = {}
@@ -297,8 +305,8 @@ def _plugin_summary(run: Run) -> dict[str, Any]:
             scores = run.ledger.read(score, "scores.json")
             opened = scores["tasks"][str(t)]["observed"].get("gate_open", [])
             plugins.setdefault("gate_open", []).append(opened or None)
-            without = scores["without"].get("sharing", {}).get("accuracy")
-            plugins.setdefault("accuracy_without_ksm", []).append(without)
+            for part, name in WITHOUT.items():
+                plugins.setdefault(name, []).append(scores["without"].get(part, {}).get("accuracy"))
     return plugins
 
 

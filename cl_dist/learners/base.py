@@ -113,6 +113,17 @@ class Learner(ABC):
     def activate(self, task: int, without: str | None = None) -> None:
         """Prepare for scoring a task (its head, masks, adapters), with one part switched off if named."""
 
+    source: int | None = None
+    """The earlier task that the stage's task starts from, as `nearest` has found it."""
+
+    def nearest(self, batches: Iterable[Batch]) -> int | None:
+        """Return the earlier task from whose parts the stage's task should start; None for none of them.
+
+        Called before `start_task` if `Capabilities.start_rows` is above 0, on rank 0, whose answer all ranks take.
+        batches are train rows of the stage's task. The model has its stored weights and is on this rank's device.
+        """
+        return None
+
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
         """Choose the parameters that this stage trains, after stored weights are loaded.
 

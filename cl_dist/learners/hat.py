@@ -3,9 +3,11 @@
 The mathematics is in models/gates and models/plugin. CTR builds on this learner.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,7 +16,11 @@ from cl_dist.methods.hat import MaskedConfig
 from cl_dist.models.classifier import Batch, cross_entropy
 from cl_dist.models.gates import slope
 from cl_dist.models.plugin import CtrClassifier
+from cl_dist.models.transferability import logme
 from cl_dist.parallel.gradients import GradientTransform, GradScale
+from cl_dist.parallel.seeds import seeded
+
+log = logging.getLogger(__name__)
 
 
 class Hat(Learner):
@@ -28,12 +34,45 @@ class Hat(Learner):
         self.model = CtrClassifier(backbone, self.config, self.pooling)
         for count in self.num_labels:
             self.model.add_task(count)
+        self._draw(task)
         return self.model
+
+    def _draw(self, task: int) -> None:
+        """Draw a task's gates and head anew, keyed on seed, task and name alone.
+
+        So methods that insert different parts besides them start from the same masks and heads: CTR and HAT are pairs.
+        """
+        shape = self.model.shape
+        weight = self.model.heads[task].get_parameter("weight")
+        for name, plugin in zip(self.model.plugin_names, self.model.plugins, strict=True):
+            for number, gate in enumerate(plugin.gates(task)):
+                with seeded(self.seed, "gate", task, name, number), torch.no_grad():
+                    gate.normal_(shape.mask_mean, shape.mask_std)
+        with seeded(self.seed, "head", task), torch.no_grad():
+            weight.normal_(std=0.02)
+
+    @torch.no_grad()
+    def nearest(self, batches: Iterable[Batch]) -> int | None:
+        """Compare the backbone alone and with each earlier task's parts, by LogME of their sentence vectors."""
+        model, task = self.model.eval(), len(self.num_labels) - 1
+        rows = list(batches)
+        labels_N = torch.cat([batch["label"] for batch in rows])
+        scores: dict[int | None, float] = {}
+        for candidate in (None, *range(task)):
+            self.activate(task if candidate is None else candidate)
+            model.context.plain = candidate is None
+            vectors_NH = torch.cat([model.vectors(batch).float() for batch in rows])
+            scores[candidate] = round(logme(vectors_NH, labels_N), 4)  # less is rounding, and no reason to inherit
+        model.context.plain = False
+        self.activate(task)
+        log.info("nearest task=%d logme=%s", task, scores)
+        return max(scores, key=lambda candidate: scores[candidate])
 
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
         """Start what the task inherits, if it does; freeze what is not its own."""
-        if task and self.config.inherit:
-            self.model.inherit(task)
+        source = task - 1 if task and self.config.inherit == "previous" else self.source
+        if source is not None:
+            self.model.inherit(task, source)
         self.model.start_task(task, protect=False)  # the engine does it, by gradient_transforms, under any ZeRO stage
 
     def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:
@@ -50,7 +89,7 @@ class Hat(Learner):
     def activate(self, task: int, without: str | None = None) -> None:
         """Score with binary masks."""
         self.model.activate(task)
-        self.model.context.slope = None
+        self.model.context.slope = self.model.context.noise_PBU2 = None
 
     def gradient_transforms(self) -> Mapping[str, GradientTransform]:
         """Protect the units that earlier tasks use; bring gate gradients to the scale of the others.
@@ -92,6 +131,7 @@ class Hat(Learner):
         return {
             "layers": self.model.plugin_names,
             "units": [[p.mask1.shape[1], p.mask2.shape[1]] for p in plugins],
+            "inherited_from": self.source,
             "mask_use": [[_mean(m[task]) for m in (p.mask1, p.mask2)] for p in plugins],
             "mask_shared": [[_shared(m, task) for m in (p.mask1, p.mask2)] for p in plugins],
             "free_units": [[1 - _mean(m.any(0)) for m in (p.mask1, p.mask2)] for p in plugins],

@@ -52,6 +52,8 @@ class Capabilities:
     backbone's weights before training, except the ones that it copies by `partition.gathered`."""
     takes_quantized: bool = False
     """The learner works on linear layers with quantized weights: it neither trains nor wraps them."""
+    start_rows: int = 0
+    """Train rows of a later task that `nearest` reads before training, on rank 0."""
     end_rows: int = 0
     """Train rows that `end_task` reads; above 0 it gets the finished model, whole on every rank."""
 
@@ -72,8 +74,8 @@ class Method:
     capabilities: Capabilities | Callable[[Any, ModelConfig], Capabilities] = Capabilities()
     """What the learner of the run's output can do; a function of (config, model) where settings decide that."""
     version: str = ""
-    """Enters the fingerprint of Train stages unless it is empty. A method outside this package raises it when its code
-    changes results; fingerprints do not hold code."""
+    """Enters the fingerprint of Train stages unless it is empty. Raise it when the method's code changes results;
+    fingerprints do not contain code."""
 
     def output(self, wanted: str | None) -> str:
         """Return what a run of this method puts on the backbone: "classifier" or "lm" (a language-model head).

@@ -24,6 +24,22 @@ class MaskedConfig(MethodConfig, MaskShape):
     """Learning rate of the task's head; None takes train.lr."""
 
 
+START_ROWS = 128
+"""Train rows that decide which earlier task is the nearest."""
+
+
+def masked_capabilities(config: MaskedConfig, *, isolated: bool = True) -> Capabilities:
+    """Return what a method with task masks can do: to find the nearest task it reads the backbone before training."""
+    is_nearest = config.inherit == "nearest"
+    return Capabilities(
+        freezes_backbone=True,
+        isolated=isolated,
+        takes_partitioned=not is_nearest,
+        takes_quantized=True,
+        start_rows=START_ROWS if is_nearest else 0,
+    )
+
+
 class HatConfig(MaskedConfig):
     """Settings of HAT."""
 
@@ -35,5 +51,6 @@ METHOD = Method(
     plan=plan_sequential,
     learners={"classifier": "cl_dist.learners.hat:Hat"},
     about="task masks over adapters in a frozen backbone",
-    capabilities=Capabilities(freezes_backbone=True, isolated=True, takes_partitioned=True, takes_quantized=True),
+    version="2",
+    capabilities=lambda config, model: masked_capabilities(config),
 )

@@ -88,10 +88,13 @@ class Router(nn.Module):
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
 
-    def forward(self, u_BULD: Tensor, token_mask_BL: Tensor, noise_BU2: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, u_BULD: Tensor, token_mask_BL: Tensor, noise_BU2: Tensor | None, fixed_BU: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return v (B, L, D), the sum of the outputs of the open gates, and the gates delta (B, U) in {0, 1}.
 
-        noise_BU2 is the Gumbel noise of the U - 1 earlier tasks' gates; None decides by argmax.
+        noise_BU2 is the Gumbel noise of the U - 1 earlier tasks' gates; None decides by argmax. fixed_BU replaces the
+        decisions of these gates.
         """
         batch, num_tasks, length, width = u_BULD.shape
         u_XDL = (u_BULD * token_mask_BL[:, None, :, None].to(u_BULD.dtype)).reshape(-1, length, width).transpose(1, 2)
@@ -103,7 +106,7 @@ class Router(nn.Module):
         z_XZ = torch.cat([F.relu(self._pool("sim", k, u_XDL, mask_XL) + q_XC) for k in self.kernels], -1)
         z_BUZ = z_XZ.unflatten(0, (batch, num_tasks))
         contrast_BUZ = z_BUZ[:, :-1] - z_BUZ.mean(1, keepdim=True)
-        delta_BU = hard_gate(self.gate(contrast_BUZ).float(), noise_BU2)
+        delta_BU = hard_gate(self.gate(contrast_BUZ).float(), noise_BU2) if fixed_BU is None else fixed_BU
         delta_BU = torch.cat([delta_BU, torch.ones_like(z_BUZ[:, :1, 0], dtype=torch.float32)], 1)
         passed_BUD = self.amount(z_BUZ) * delta_BU[..., None].to(z_BUZ.dtype)
         return (passed_BUD[:, :, None, :] * u_BULD).sum(1), delta_BU
@@ -139,42 +142,52 @@ class Sharing(nn.Module):
     def add_task(self) -> None:
         """Append a capsule, a row of routing matrices, a router and an up-projection for the next task."""
         shape, task = self.shape, self.num_tasks
+        self.num_tasks += 1
         size, num = shape.capsule_size, shape.transfer_capsules
         widths = [self.hidden, size] if shape.capsule_layers == 1 else [self.hidden, shape.capsule_mid, size]
         for layer, (fan_in, fan_out) in enumerate(pairwise(widths)):
             weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(fan_out, fan_in)))
             self.register_parameter(f"capsule{task}_weight{layer}", weight)
             self.register_parameter(f"capsule{task}_bias{layer}", nn.Parameter(torch.zeros(fan_out)))
+        if self._owner(task) != task:
+            return
         route = nn.Parameter(torch.empty(num, size, size))
         nn.init.normal_(route, std=size**-0.5)
         self.register_parameter(f"route{task}", route)
         if shape.routing == "transfer":
             self.routers[str(task)] = Router(shape, self.hidden)
         up = nn.Linear(size * num, self.hidden)
-        nn.init.normal_(up.weight, std=0.02)  # small, so that an untrained module changes little
+        # small, so that an untrained module changes little
+        nn.init.normal_(up.weight, std=0.02) if shape.up_init == "normal" else nn.init.zeros_(up.weight)
         nn.init.zeros_(up.bias)
         self.ups[str(task)] = up
-        self.num_tasks += 1
 
-    def inherit(self, task: int) -> None:
-        """Initialize the router, up-projection and routing row of a task with the previous task's.
+    def _owner(self, task: int) -> int:
+        """Return the task whose router, routing row and up-projection a task uses."""
+        return 0 if self.shape.routing_scope == "shared" else task
 
-        The gate is not copied: capsules that helped the previous task need not help this one, and a saturated gate gets
+    def inherit(self, task: int, source: int) -> None:
+        """Initialize the router, up-projection and routing row of a task with an earlier task's; shared ones stay.
+
+        The gate is not copied: capsules that helped the earlier task need not help this one, and a saturated gate gets
         almost no gradient.
         """
-        previous = task - 1
+        if self._owner(task) != task:
+            return
         with torch.no_grad():
-            getattr(self, f"route{task}").copy_(getattr(self, f"route{previous}"))
-        self.ups[str(task)].load_state_dict(self.ups[str(previous)].state_dict())
+            getattr(self, f"route{task}").copy_(getattr(self, f"route{source}"))
+        self.ups[str(task)].load_state_dict(self.ups[str(source)].state_dict())
         if self.shape.routing == "transfer":
-            state = self.routers[str(previous)].state_dict()
+            state = self.routers[str(source)].state_dict()
             inherited = {name: value for name, value in state.items() if not name.startswith("gate.")}
             self.routers[str(task)].load_state_dict(inherited, strict=False)
 
     def task_parameters(self, task: int) -> list[nn.Parameter]:
-        """Return the parameters that belong to one task."""
-        modules = [group[str(task)] for group in (self.routers, self.ups) if str(task) in group]
-        return self.capsule_parameters(task) + [p for module in modules for p in module.parameters()]
+        """Return the parameters that a task trains: its own, and the ones that all tasks share."""
+        owner = self._owner(task)
+        modules = [group[str(owner)] for group in (self.routers, self.ups) if str(owner) in group]
+        routes = [] if owner == task else [getattr(self, f"route{owner}")]
+        return self.capsule_parameters(task) + routes + [p for module in modules for p in module.parameters()]
 
     def capsule_parameters(self, task: int) -> list[nn.Parameter]:
         """Return one task's capsule and routing row, which `backward_transfer` lets later tasks train."""
@@ -199,15 +212,29 @@ class Sharing(nn.Module):
         return weight, bias
 
     def forward(
-        self, x_BLH: Tensor, task: int, token_mask_BL: Tensor, noise_BU2: Tensor | None
+        self,
+        x_BLH: Tensor,
+        task: int,
+        token_mask_BL: Tensor,
+        noise_BU2: Tensor | None,
+        fixed_BU: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the shared knowledge of the seen tasks (B, L, H), and the gates (B, U) or None without gates."""
+        """Return the shared knowledge of the seen tasks (B, L, H), and the gates (B, U) or None without gates.
+
+        fixed_BU opens (1) and closes (0) the U - 1 earlier tasks' capsules by hand, with any routing.
+        """
         weight_UdH, bias_Ud = self._composed(task + 1)
-        route_UJde = self._stacked("route{}", task + 1)
+        owner = str(self._owner(task))
         p_BULd = task_capsules(x_BLH, weight_UdH, bias_Ud)
-        u_BULJd = torch.einsum("buld,ujde->bulje", p_BULd, route_UJde)
+        if self.shape.routing_scope == "shared":
+            u_BULJd = torch.einsum("buld,jde->bulje", p_BULd, self.get_parameter(f"route{owner}"))
+        else:
+            u_BULJd = torch.einsum("buld,ujde->bulje", p_BULd, self._stacked("route{}", task + 1))
         if self.shape.routing != "transfer":
+            if fixed_BU is not None:
+                open_BU = F.pad(fixed_BU, (0, 1), value=1.0)
+                u_BULJd = u_BULJd * open_BU[:, :, None, None, None].to(u_BULJd.dtype)
             v_BLJd = dynamic_routing(u_BULJd) if self.shape.routing == "dynamic" else u_BULJd.sum(1)
-            return self.ups[str(task)](v_BLJd.flatten(-2)), None
-        v_BLD, delta_BU = self.routers[str(task)](u_BULJd.flatten(-2), token_mask_BL, noise_BU2)
-        return self.ups[str(task)](v_BLD), delta_BU
+            return self.ups[owner](v_BLJd.flatten(-2)), None
+        v_BLD, delta_BU = self.routers[owner](u_BULJd.flatten(-2), token_mask_BL, noise_BU2, fixed_BU)
+        return self.ups[owner](v_BLD), delta_BU

@@ -55,14 +55,21 @@ class Classifier(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits (B, K) of the active task."""
-        output = self.backbone(**self._inputs(batch))
-        vector_BH = output.pooler_output if self.pooling == "pooler" else self._pooled(output.last_hidden_state, batch)
+        vector_BH = self.vectors(batch)
         if self.task is not None:
             return self.heads[self.task](vector_BH)
         outputs = [head(vector_BH) for head in self.heads]
         widest = max(logits_BK.shape[1] for logits_BK in outputs)
         padded = [F.pad(logits_BK, (0, widest - logits_BK.shape[1]), value=-1e9) for logits_BK in outputs]
         return torch.stack(padded, 1)[torch.arange(len(vector_BH), device=vector_BH.device), batch["task"]]
+
+    def vectors(self, batch: Batch) -> Tensor:
+        """Return the sentence vectors (B, H)."""
+        output = self.backbone(**self._inputs(batch))
+        if self.pooling == "pooler":
+            pooled: Tensor = output.pooler_output
+            return pooled
+        return self._pooled(output.last_hidden_state, batch)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Return the backbone's arguments. A decoder counts positions from a row's first token, after any padding."""

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +120,11 @@ class SharingShape(Section):
     routing: Literal["transfer", "dynamic", "none"] = "transfer"
     """transfer: estimator and router of CTR; dynamic: three rounds of routing by agreement, as in B-CL; none: the plain
     sum over the seen tasks, an ablation."""
+    routing_scope: Literal["task", "shared"] = "task"
+    """task: each task has a router, a routing row and an up-projection of its own, which no later task changes. shared:
+    one for all tasks, trained by each of them, as in the CTR release for similar tasks; earlier tasks then change."""
+    up_init: Literal["normal", "zero"] = "normal"
+    """Initial up-projection: N(0, 0.02), or zero, so that an untrained module changes nothing."""
 
 
 class MaskShape(Section):
@@ -134,9 +138,12 @@ class MaskShape(Section):
     """Mean of a new task's gate embeddings."""
     mask_std: float = Field(1.0, ge=0)
     """A new task's gate embeddings are drawn from N(mask_mean, mask_std); units with e > 0 are open."""
-    inherit: bool = False
-    """Whether a task's norms, router, up-projection and routing row are initialized from the previous task's, instead
-    of from the backbone's norms and random values."""
+    inherit: Literal["none", "previous", "nearest"] = "none"
+    """Earlier task whose masks, norms, head, router, up-projection and routing row initialize a task's: none (random
+    values, the backbone's norms), the previous one, or the nearest one. nearest measures, before any training step, how
+    well the sentence vectors of the backbone with each earlier task's parts, and of the backbone alone, predict the
+    labels of the task's train rows (LogME), and takes the best; if that is the backbone alone, nothing is inherited. A
+    head is inherited if the numbers of labels are equal."""
 
 
 class PluginShape(MaskShape, SharingShape):
@@ -144,24 +151,3 @@ class PluginShape(MaskShape, SharingShape):
 
     share: bool = True
     """Knowledge sharing (KSM); False is the ablation that leaves masks only, which is HAT on adapters."""
-
-
-def plugin_sizes(shape: MaskShape, hidden: int, num_tasks: int) -> tuple[list[int], list[int]]:
-    """Return the elements of every tensor of one plugin: task-specific ones, and shared ones.
-
-    Layer norms and heads are not counted.
-    """
-    shared = [shape.tsm_size * hidden, shape.tsm_size, hidden * shape.tsm_size, hidden]
-    own = [shape.tsm_size, hidden]  # gates
-    if isinstance(shape, PluginShape) and shape.share:
-        size, num, filters = shape.capsule_size, shape.transfer_capsules, shape.filters
-        widths = [hidden, size] if shape.capsule_layers == 1 else [hidden, shape.capsule_mid, size]
-        for fan_in, fan_out in pairwise(widths):
-            own += [fan_in * fan_out, fan_out]
-        own += [num * size * size, size * num * hidden, hidden]  # routing row, up-projection
-        if shape.routing == "transfer":
-            for kernel in shape.kernels:
-                own += [filters * size * num * kernel, filters] * 2
-            read = filters * len(shape.kernels)
-            own += [read * filters, read * size * num, size * num, read * 2, 2]
-    return own * num_tasks, shared

@@ -18,6 +18,7 @@ from cl_dist.models.capsules import Sharing
 from cl_dist.models.classifier import Batch, Classifier, freeze
 from cl_dist.models.config import MaskShape
 from cl_dist.models.gates import slope, sparsity
+from cl_dist.models.noise import gumbel
 from cl_dist.models.plugin_layer import Context, Plugin
 from cl_dist.models.task_modules import TaskNorms, insert_modules
 from cl_dist.partition import full_shape
@@ -54,6 +55,8 @@ class CtrClassifier(Classifier):
         self.shape, self.context = shape, Context()
         self._training_task: int | None = None
         self._progress: tuple[int, int] | None = None
+        self.earlier = "routed"
+        """How the gates of earlier tasks' capsules are decided: routed, or for ablations closed or by a coin."""
         self.plugins: list[Plugin] = []
 
         def plugin(inner: nn.Module) -> nn.Module:
@@ -159,12 +162,21 @@ class CtrClassifier(Classifier):
                 for parameter in sharing.capsule_parameters(task):
                     parameter.requires_grad_(True)
 
-    def inherit(self, task: int) -> None:
-        """Initialize the router, up-projection, routing row and norms of a task with the previous task's."""
+    def inherit(self, task: int, source: int) -> None:
+        """Initialize the masks, norms, router, up-projection and routing row of a task with an earlier task's.
+
+        So is the head, if both have the same number of labels.
+        """
         for sharing in self.sharings:
-            sharing.inherit(task)
+            sharing.inherit(task, source)
         for norms in self.norms:
-            norms.norms[task].load_state_dict(norms.norms[task - 1].state_dict())
+            norms.norms[task].load_state_dict(norms.norms[source].state_dict())
+        with torch.no_grad():
+            for plugin in self.plugins:
+                for gate, earlier in zip(plugin.gates(task), plugin.gates(source), strict=True):
+                    gate.copy_(earlier)
+        if self.heads[task].weight.shape == self.heads[source].weight.shape:
+            self.heads[task].load_state_dict(self.heads[source].state_dict())
 
     def activate(self, task: int) -> None:
         """Select the task for the next forward passes: its masks, capsules, norms and head."""
@@ -197,11 +209,24 @@ class CtrClassifier(Classifier):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits (B, K) of the active task."""
-        self.context.token_mask_BL = batch["attention_mask"].bool()
-        self.context.masks, self.context.gates = [], []
         if self._training_task is not None:
             self._prepare(batch["attention_mask"])
         return super().forward(batch)
+
+    def vectors(self, batch: Batch) -> Tensor:
+        """Return the sentence vectors (B, H) of the active task."""
+        self.context.token_mask_BL = batch["attention_mask"].bool()
+        self.context.masks, self.context.gates = [], []
+        self.context.fixed_PBU = None if self.earlier == "routed" else self._fixed(batch)
+        return super().vectors(batch)
+
+    def _fixed(self, batch: Batch) -> Tensor:
+        """Return gates of earlier tasks' capsules (P, B, U) that no router has decided."""
+        rows_B, num = batch["row"], len(self.plugins)
+        if self.earlier == "closed":
+            return torch.zeros(num, len(rows_B), self.context.task, device=rows_B.device)
+        noise_PBU2 = gumbel(0, 0, rows_B, num, self.context.task)
+        return (noise_PBU2[..., 0] > noise_PBU2[..., 1]).float()
 
     def _prepare(self, rows_BL: Tensor) -> None:
         """Set slope and noise for the current progress and mode; raise if a training step would be invalid."""

@@ -31,6 +31,10 @@ class Context(ActiveTask):
     """Slope of the gates during training; None uses binary masks."""
     share: bool = True
     """Whether knowledge sharing is on; False is the ablation."""
+    plain: bool = False
+    """Whether plugins pass the sub-blocks' outputs on unchanged: the backbone alone."""
+    fixed_PBU: Tensor | None = None
+    """Gates of earlier tasks' capsules, 0 or 1, in place of the routers' decisions: an ablation."""
     noise_PBU2: Tensor | None = None
     """Gumbel noise of the routers; None decides by argmax."""
     token_mask_BL: Tensor | None = None
@@ -165,12 +169,16 @@ class Plugin(nn.Module):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Return the sub-block's output with the plugin's contribution added: (B, L, H)."""
         x_BLH: Tensor = self.inner(*args, **kwargs)
+        if self.context.plain:
+            return x_BLH
         self.restore()
         context, h_BLH = self.context, x_BLH
         if context.share and self.sharing is not None:
             assert context.token_mask_BL is not None  # set by CtrClassifier.forward
             noise_BU2 = None if context.noise_PBU2 is None else context.noise_PBU2[self.index]
-            shared_BLH, delta_BU = self.sharing(x_BLH, context.task, context.token_mask_BL.to(x_BLH.device), noise_BU2)
+            fixed_BU = None if context.fixed_PBU is None else context.fixed_PBU[self.index]
+            mask_BL = context.token_mask_BL.to(x_BLH.device)
+            shared_BLH, delta_BU = self.sharing(x_BLH, context.task, mask_BL, noise_BU2, fixed_BU)
             h_BLH = x_BLH + shared_BLH
             if delta_BU is not None:
                 context.gates.append(delta_BU.detach())

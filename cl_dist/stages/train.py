@@ -69,12 +69,13 @@ def run(
         report = _ignore
 
     learner = build_learner(job, partitioned=partitions(job.engine, world))
+    rows, dev = _rows(job, stage, learner)
+    learner.source = _nearest(job, learner, rows, world)
     prepare_learner(job, learner)
     # both from the weights that the stage starts with
     transforms, penalties = learner.gradient_transforms(), learner.penalties()
     saved = _resume_weights(out, learner, world, report)
 
-    rows, dev = _rows(job, stage, learner)
     steps_per_epoch = num_steps(len(rows), job.train.global_batch)
     schedule = Schedule(job.train.epochs * steps_per_epoch, steps_per_epoch, job.train.min_round_steps)
     split = Split.of(job, world)
@@ -233,6 +234,22 @@ class _Loop:
         """Return seconds per step of this attempt, and tokens per second over all ranks, without padding."""
         seconds = self._step_seconds
         return {"perf/step_s": seconds / self._steps, "perf/tokens_per_s": self._tokens / seconds}
+
+
+def _nearest(job: Job, learner: Learner, rows: Rows, world: World) -> int | None:
+    """Return the earlier task that the stage's task starts from, if the method looks for one. A collective."""
+    task = job.stage.task
+    count = capabilities_of(job.method, job.model).start_rows
+    if not count or not task:
+        return None
+    found: int | None = None
+    if world.rank == 0:
+        learner.model.to(world.device)
+        chosen = sample(job.seed, job.tasks[task].id, len(rows), count)
+        size = job.evaluate.batch
+        batches = [chosen[first : first + size] for first in range(0, len(chosen), size)]
+        found = learner.nearest(rows.batch(numbers, world.device) for numbers in batches)
+    return world.gather(found)[0]
 
 
 def prepare_learner(job: Job, learner: Learner) -> None:

@@ -125,7 +125,7 @@ CTR: Tree = {
     "gate_lr": 0.03,
     "head_lr": 0.02,
     "share": False,
-    "inherit": True,
+    "inherit": "previous",
 }
 
 

@@ -166,9 +166,12 @@ def test_joint_training_scores_all_tasks_once_at_the_end(undisturbed: Callable[[
     assert len(train["rounds"]) == 2
 
 
-def test_ctr_scores_a_new_task_also_without_knowledge_sharing(undisturbed: Callable[[str], Run]) -> None:
+def test_ctr_scores_a_new_task_also_without_knowledge_sharing_and_without_that_of_earlier_tasks(
+    undisturbed: Callable[[str], Run],
+) -> None:
     run = undisturbed("ctr")
     for task in range(3):
         stage = run.stage(StageRef(task=task, stage="evaluate"))
         assert isinstance(stage, Evaluate)
-        assert list(run.ledger.read(ref(stage), "scores.json")["without"]) == list(stage.without) == ["sharing"]
+        assert list(run.ledger.read(ref(stage), "scores.json")["without"]) == list(stage.without)
+        assert list(stage.without) == ["sharing", *(["earlier", "gates"] if task else [])]

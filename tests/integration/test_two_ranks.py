@@ -32,11 +32,12 @@ pytestmark = [
 ]
 TRAIN = {"epochs": 7, "global_batch": 15, "lr": 1e-3, "weight_decay": 0.01, "min_round_steps": 10}
 ZeroStage = Literal[0, 1, 2, 3]
-SEED = 22
+SEED = 1
 """The router takes maxima over windows. Where two windows differ by less than rounding, each order of summation takes
 another one, and the weights of that filter go apart by whole steps (6e-4 was seen at a margin of 6e-8). Of the seeds 0
-to 24 this is one of the three with the widest margins, about 2e-6; a test below looks that there is one."""
+to 59 this is the one with the widest margins, about 4e-6; a test below looks that there is one."""
 SECOND = StageRef(task=1, stage="train")
+NEAREST = {**tiny.METHODS["hat"], "inherit": "nearest"}
 
 
 def train_here(job: Job, out: Path) -> "Result":
@@ -78,10 +79,10 @@ class Gang:
 
     def _start(self, method: str, select: str) -> Run:
         """Return a run whose first task is trained, on one worker."""
-        settings = dict(tiny.CTR) if method == "ctr" else {"name": method}
+        settings = tiny.CTR if method == "ctr" else NEAREST if method == "nearest" else {"name": method}
         over = {
             "run": {"name": method},
-            "science": {"method": settings, "seed": SEED, "train": TRAIN | {"keep": select}},
+            "science": {"method": dict(settings), "seed": SEED, "train": TRAIN | {"keep": select}},
         }
         run = tiny.make_run(self._folder, over, tasks=("food", "film"), train=39)
         first = StageRef(task=0, stage="train")
@@ -198,3 +199,13 @@ def test_bfloat16_does_not_move_protected_entries_by_one_bit(gang: Gang, tmp_pat
     gate = first.weights["backbone.encoder.layer.0.output.dropout.gate1_0"]
     assert not torch.equal(gate, gate.bfloat16().float()), "the masters are to be kept, not their rounded copies"
     assert_protected(first, second)
+
+
+def test_two_ranks_start_from_the_task_that_one_worker_starts_from(gang: Gang, tmp_path: Path) -> None:
+    expected, found = gang.reference("nearest", "last"), gang.train("nearest", "last", 2, 4)
+    assert expected.facts["learner"]["inherited_from"] == found.facts["learner"]["inherited_from"] == 0
+    assert_same_training(found, expected)
+    start = gang.first("nearest", "last").weights
+    named = {name: value for name, value in found.weights.items() if "gate1_1" in name}
+    moved = [(value - start[name.replace("gate1_1", "gate1_0")]).abs().max().item() for name, value in named.items()]
+    assert 0 < max(moved) < 1  # gates of its own, which were the first task's

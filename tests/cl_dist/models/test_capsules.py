@@ -4,6 +4,7 @@ Axes as in cl_dist.models.capsules.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import count
 
@@ -329,9 +330,59 @@ def test_capsule_parameters_are_maps_and_routing_row() -> None:
 def test_inherit_copies_estimator_up_projection_and_routing_row_but_no_capsule_and_no_gate(routing: str) -> None:
     module = sharing(3, routing=routing)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    module.inherit(2)
+    module.inherit(2, source=1)
     for name, parameter in module.named_parameters():
         copied = name == "route2" or (name.startswith(("routers.2.", "ups.2.")) and ".gate." not in name)
         source = name.replace("2", "1", 1) if copied else name
         torch.testing.assert_close(parameter.detach(), before[source], rtol=0, atol=0, msg=name)
     assert (module.routers["2"] is not module.routers["1"]) if routing == "transfer" else not module.routers
+
+
+# --- one router for all tasks, and gates decided by hand
+
+
+def test_a_shared_router_routing_row_and_up_projection_are_trained_by_every_task() -> None:
+    module = sharing(3, routing_scope="shared")
+    names = {name for name, _ in module.named_parameters() if not name.startswith("capsule")}
+    assert names
+    assert all(re.match(r"route0$|routers\.0\.|ups\.0\.", name) for name in names)
+    trained = {id(parameter) for parameter in module.task_parameters(2)}
+    own = {id(p) for n, p in module.named_parameters() if not n.startswith(("capsule0", "capsule1"))}
+    assert trained == own
+    assert len(module.task_parameters(2)) == len(trained)
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    module.inherit(2, source=0)
+    assert all(torch.equal(before[name], parameter) for name, parameter in module.named_parameters())
+
+
+def test_a_shared_routing_row_is_the_same_as_equal_rows_of_each_task() -> None:
+    one, each = sharing(3, routing_scope="shared"), sharing(3)
+    values = dict(one.named_parameters())
+    with torch.no_grad():
+        for name, parameter in each.named_parameters():
+            shared = re.sub(r"^(routers\.|ups\.|route)\d", r"\g<1>0", name)
+            parameter.copy_(values[shared if shared in values else name])
+    x, mask, noise = torch.randn(2, 5, HIDDEN), tokens(5, 3, width=5), torch.randn(2, 2, 2)
+    for found, expected in zip(one(x, 2, mask, noise), each(x, 2, mask, noise), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_an_up_projection_that_starts_at_zero_adds_nothing() -> None:
+    x, mask = torch.randn(2, 5, HIDDEN), tokens(5, 3, width=5)
+    for kind, adds in (("zero", False), ("normal", True)):
+        module = Sharing(SHAPE.updated({"up_init": kind}), HIDDEN)
+        module.add_task()
+        assert module(x, 0, mask, None)[0].any().item() is adds
+
+
+@pytest.mark.parametrize("routing", ["transfer", "none", "dynamic"])
+def test_gates_decided_by_hand_open_and_close_the_earlier_capsules(routing: str) -> None:
+    module, x, mask = sharing(3, routing=routing), torch.randn(2, 5, HIDDEN), tokens(5, 3, width=5)
+    found = {k: module(x, 2, mask, None, torch.tensor([[k, k], [k, k]]))[0] for k in (0.0, 1.0)}
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.startswith(("capsule0", "capsule1")):
+                parameter.add_(1.0)  # other knowledge in the earlier capsules
+    again = {k: module(x, 2, mask, None, torch.tensor([[k, k], [k, k]]))[0] for k in (0.0, 1.0)}
+    assert (found[1.0] - again[1.0]).abs().max() > 1e-3
+    torch.testing.assert_close(found[0.0], again[0.0], rtol=0, atol=0)

@@ -12,8 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cl_dist.learners.base import Progress
 from cl_dist.learners.ctr import Ctr
+from cl_dist.learners.hat import Hat
 from cl_dist.methods.ctr import CtrConfig
-from cl_dist.models.config import ModelConfig, plugin_sizes
+from cl_dist.methods.hat import HatConfig
+from cl_dist.models.classifier import Classifier
+from cl_dist.models.config import MaskShape, ModelConfig
 from cl_dist.models.noise import gumbel
 from cl_dist.models.plugin import CtrClassifier, pack, unpack
 from cl_dist.models.plugin_layer import Plugin
@@ -23,6 +26,7 @@ from tests.encoders import KINDS, SHAPE, batch_of, encoder, select, snapshot, tr
 
 EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 0.0}
 ROUTINGS = ("transfer", "dynamic")
+MASKS = {name: value for name, value in SHAPE.changed().items() if name in MaskShape.model_fields}
 
 
 def learner_of(kind: str = "bert", num_tasks: int = 2, seed: int = 0, **settings_: Any) -> Ctr:
@@ -291,7 +295,7 @@ def test_the_router_learns_from_the_second_task_on() -> None:
 
 
 def test_with_inherit_a_task_starts_from_its_predecessor_with_a_capsule_of_its_own() -> None:
-    learner = learner_of(num_tasks=2, inherit=True)
+    learner = learner_of(num_tasks=2, inherit="previous")
     train(learner, 0, [batch_of(seed=seed) for seed in range(3)])
     learner.start_task(1, (1,))
     for sharing, norms in zip(learner.model.sharings, learner.model.norms, strict=True):
@@ -304,6 +308,122 @@ def test_with_inherit_a_task_starts_from_its_predecessor_with_a_capsule_of_its_o
         for old, new in pairs:
             torch.testing.assert_close(old, new, **EXACT)
         assert not torch.equal(own["capsule0_weight0"], own["capsule1_weight0"])
+    for plugin in learner.model.plugins:
+        for old, new in zip(plugin.gates(0), plugin.gates(1), strict=True):
+            torch.testing.assert_close(old, new, **EXACT)
+    torch.testing.assert_close(learner.model.heads[0].weight, learner.model.heads[1].weight, **EXACT)
+
+
+def test_the_nearest_task_is_the_one_whose_sentence_vectors_predict_the_labels() -> None:
+    learner = learner_of(num_tasks=3, inherit="nearest")
+    batch = batch_of((9,) * 24)
+    batch["label"] = torch.arange(24) % 2
+    for plugin in learner.model.plugins:  # the last sub-block of task 1 marks a token that label 1 has
+        for layer in (plugin.fc1, plugin.fc2):
+            torch.nn.init.zeros_(layer.weight)
+    batch["input_ids"][:, 0] = torch.where(batch["label"] == 1, 7, 8)
+    for task in (0, 1):
+        learner.model.activate(task)
+        learner.model.finish_task()
+    table = learner.model.backbone.get_input_embeddings()
+    assert isinstance(table, torch.nn.Embedding)
+    signal = torch.nn.functional.normalize(table.weight[7] - table.weight[8], dim=0)
+    last = learner.model.plugins[-1]
+    with torch.no_grad():
+        last.fc1.weight[:] = 6.0 * signal
+        last.fc2.weight[:, 0] = 3.0 * torch.randn(last.fc2.weight.shape[0], generator=torch.Generator().manual_seed(0))
+        last.mask1.fill_(False)
+        last.mask2.fill_(True)
+        last.mask1[1, 0] = True  # of all earlier tasks task 1 alone reads the unit
+    halves = [select(batch, list(range(12))), select(batch, list(range(12, 24)))]
+    assert learner.nearest(halves) == 1
+    last.mask1[1, 0], last.mask1[0, 0] = False, True
+    assert learner.nearest(halves) == 0
+    assert not learner.model.context.plain
+    with torch.no_grad():  # earlier tasks lose what the backbone alone tells
+        for norm in learner.model.norms[-1].norms[:2]:
+            norm.get_parameter("weight").zero_()
+    assert learner.nearest([batch]) is None
+
+
+def test_masks_and_heads_of_ctr_and_hat_start_equal_and_those_of_other_tasks_and_seeds_do_not() -> None:
+    ctr, same = learner_of(num_tasks=2), Hat(HatConfig(**MASKS), (2, 2), ModelConfig(source="."), 0)
+    other, first = learner_of(num_tasks=2, seed=1), learner_of(num_tasks=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)  # whatever has been drawn before
+        same.build(encoder(), 1)
+
+    def drawn(learner: Hat, task: int) -> Tensor:
+        gates = [gate.flatten() for plugin in learner.model.plugins for gate in plugin.gates(task)]
+        return torch.cat([*gates, learner.model.heads[task].get_parameter("weight").flatten()]).detach()
+
+    torch.testing.assert_close(drawn(ctr, 1), drawn(same, 1), **EXACT)
+    assert (drawn(ctr, 1) == drawn(first, 0)).float().mean() < 0.01
+    assert (drawn(ctr, 1) == drawn(other, 1)).float().mean() < 0.01
+
+
+def test_the_noise_of_the_routers_differs_between_tasks_and_ends_where_the_settings_say() -> None:
+    schedule, batch, found = Schedule(total_steps=10, steps_per_epoch=10, min_round_steps=10), batch_of(), {}
+    for task in (1, 2):
+        learner = learner_of(num_tasks=task + 1, noise_share=0.5)
+        for earlier in range(task):
+            learner.model.activate(earlier)
+            learner.model.finish_task()
+        learner.start_task(task, (task,))
+        for step in range(10):
+            learner.loss(learner.model, batch, schedule.at(step))
+            noise = learner.model.context.noise_PBU2
+            assert noise is not None
+            assert bool(noise.any()) == (step < 4)
+            found[task, step] = noise[:, :, 0]
+    assert not torch.equal(found[1, 0], found[2, 0])
+    assert found[1, 0].abs().mean() > 2 * found[1, 3].abs().mean()
+
+
+def test_knowledge_sharing_has_a_learning_rate_of_its_own() -> None:
+    learner = learner_of(num_tasks=2, sharing_lr=0.03, gate_lr=0.02)
+    rates = learner.learning_rates()
+    named = dict(learner.model.named_parameters())
+    assert {name for name, rate in rates.items() if rate == 0.03} == {name for name in named if ".sharing." in name}
+    assert {name for name, rate in rates.items() if rate == 0.02} == {
+        name for name in named if ".gate1_" in name or ".gate2_" in name
+    }
+
+
+def test_earlier_capsules_are_closed_or_opened_by_coins_for_an_ablation() -> None:
+    learner = learner_of(num_tasks=2)
+    train(learner, 0, [batch_of(seed=seed) for seed in range(3)])
+    train(learner, 1, [batch_of(seed=seed) for seed in range(3)])
+    pin_gates(learner.model, 1, is_open=True)
+    for plugin in learner.model.plugins:
+        for layer in (plugin.fc1, plugin.fc2):
+            torch.nn.init.normal_(layer.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    found, opened = {}, {}
+    for without in (None, "earlier", "gates", "sharing"):
+        learner.activate(1, without)
+        with torch.no_grad():
+            found[without] = learner.model(batch_of())
+        opened[without] = learner.observe()
+    assert opened[None]["gate_open"].mean() == 1
+    assert opened["earlier"]["gate_open"].mean() == 0
+    assert 0.2 < opened["gates"]["gate_open"].mean() < 0.8
+    assert not opened["sharing"]
+    learner.activate(1)
+    pin_gates(learner.model, 1, is_open=False)
+    with torch.no_grad():
+        torch.testing.assert_close(learner.model(batch_of()), found["earlier"], **EXACT)
+    assert len({value.sum().item() for value in found.values()}) == 4
+
+
+def test_without_its_plugins_the_backbone_answers_alone() -> None:
+    learner, batch = learner_of(num_tasks=1), batch_of()
+    learner.activate(0)
+    learner.model.context.plain = True
+    with torch.no_grad():
+        found = learner.model.vectors(batch)
+        learner.model.context.plain = False
+        assert not torch.equal(found, learner.model.vectors(batch))
+        torch.testing.assert_close(found, Classifier(encoder(), None).vectors(batch), **EXACT)
 
 
 # --- evaluation
@@ -475,15 +595,3 @@ def test_a_plugin_takes_as_many_operations_for_any_number_of_tasks(routing: str)
     assert counts[5] == counts[10] == counts[19]
     assert counts[5] - counts[2] in (0, 1)
     assert 50 < counts[10] < 700  # the release: 692 for two tasks, 2716 for ten
-
-
-@pytest.mark.parametrize("change", [{}, {"capsule_layers": 1}, {"routing": "dynamic"}, {"share": False}])
-def test_sizes_known_without_a_model_are_those_of_the_model(change: dict[str, Any]) -> None:
-    shape = SHAPE.model_copy(update=change)
-    model = CtrClassifier(encoder("bert"), shape)
-    for _ in range(3):
-        model.add_task(2)
-    own, shared = plugin_sizes(shape, 32, num_tasks=3)
-    for plugin in model.plugins:
-        found = [p.numel() for name, p in plugin.named_parameters() if not name.startswith("inner.")]
-        assert sorted(found) == sorted(own + shared)
