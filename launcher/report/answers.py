@@ -17,7 +17,7 @@ OTHER = "other"
 
 
 def answer_views(details: Details, main: Mapping[str, Any], num_learned: int) -> list[dict[str, Any]]:
-    """Return what the page shows of each task's test rows, answered by the last model; tasks without answers lack."""
+    """Return the view of each task's test rows as the last model answers them, for tasks with stored answers."""
     views = []
     for j, task in enumerate(main["tasks"][:num_learned]):
         if found := details.answers(num_learned - 1, j):

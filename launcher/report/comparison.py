@@ -89,7 +89,7 @@ def names(summaries: Sequence[Summary], details: Mapping[int, Details]) -> list[
 
 
 def groups(summaries: Sequence[Summary], details: Mapping[int, Details]) -> list[list[int]]:
-    """Return the positions of runs, those together that differ by seed or order of tasks alone."""
+    """Return the positions of runs in groups that differ by seed or order of tasks alone."""
     found: dict[Any, list[int]] = {}
     for k, summary in enumerate(summaries):
         learned = num_learned(square(summary, "accuracy"))

@@ -1,7 +1,7 @@
 """Inline SVG and colours of the report: pure functions from numbers to escaped markup.
 
 Every string goes through markupsafe, so a task id cannot leave its text node. Colours come from CSS classes
-with a light and a dark value; the hues are those of Okabe and Ito (2008), told apart by colour-blind readers.
+with a light and a dark value; the hues of Okabe and Ito (2008) suit colour-blind readers.
 """
 
 import math
@@ -120,7 +120,7 @@ def tag(name: str, *body: object, **attributes: object) -> Markup:
 
 
 def svg(width: float, height: float, title: str, *body: object) -> Markup:
-    """Return a drawing at its natural size, with a description for those who do not see it."""
+    """Return a drawing at its natural size, with a description for screen readers."""
     size = f"0 0 {width:g} {height:g}"
     return tag("svg", tag("title", title), *body, width=width, height=height, viewBox=size, role="img")
 
@@ -313,7 +313,7 @@ def arcs(
         names: The tasks in learned order.
         opened: opened[u][i] is how often task u opens the capsule of task i < u.
         width: Of the drawing, in pixels.
-        strongest: Draw at most so many arcs into a task, the strongest ones.
+        strongest: Largest number of arcs into a task; weaker ones are left out.
         least: Draw no arc below this value.
     """
     row = 30

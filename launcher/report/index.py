@@ -58,7 +58,7 @@ def write_index(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
 
 
 def _summaries(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Yield the run folders below a folder with their summaries, also those of baselines; others are passed over."""
+    """Yield the run folders below a folder, baselines included, with their summaries; skip unreadable ones."""
     for path in sorted(folder.rglob("metrics/summary.json")):
         try:
             found = json.loads(path.read_text(encoding="utf8"))

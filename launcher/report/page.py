@@ -52,7 +52,7 @@ from launcher.report.votes import vote_view
 
 SCHEMA_VERSION = 1
 MAX_LINES = 8
-"""More tasks than this get a small chart each: nobody can tell nineteen lines or colours apart."""
+"""More tasks than this get a small chart each: nineteen lines or colours are too many to tell apart."""
 KINDS = ("train", "generate", "rationalise", "record", "vote", "choose", "evaluate", "other")
 
 Summary = Mapping[str, Any]

@@ -26,7 +26,7 @@ class Answer:
     label: str
     prediction: str
     probability: float | None
-    """Probability of the prediction; None for generated text, and for scores of cl-dist 0.1.0."""
+    """Probability of the prediction; None for generated text, and in runs of older versions."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ def verdict(main: Summary, others: Sequence[Summary], learned: int, details: Map
 
     Args:
         main: Summary of the run.
-        others: Those of the runs that it is compared with.
+        others: Summaries of the runs that it is compared with.
         learned: Number of tasks learned.
         details: Details of the runs, by position: 0 is the main run.
     """
