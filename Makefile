@@ -10,7 +10,7 @@ FAULTS := $(addprefix tests/cl_dist/test_, hostile.py ledger.py watchdog.py stor
 	tests/integration/, test_chaos.py test_step_checkpoints.py test_cli_ray.py test_ray.py test_ray_jobs.py \
 	test_ray_recovery.py test_hosts.py test_signals_ray.py)
 
-.PHONY: help setup setup-all demo test test-long test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables shots docs clean
+.PHONY: help setup setup-all demo test test-long test-ray test-gpu gpu-check check fmt bench parity chaos memory scaling fuzz tables docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -91,6 +91,7 @@ fuzz: $(STAMP)  ## hostile run files, rows, manifests and checkpoints, some 40,0
 tables: $(STAMP)  ## write the generated blocks of the pages, from tests/results/*.json and from the code
 	$(BIN)/python -m tests.pages.tables write
 
+.PHONY: shots
 shots: $(STAMP)  ## pictures of the report and the terminal in launcher/pictures, from runs/ctr-demo (`make demo`); needs Chromium
 	$(BIN)/cl-dist report runs/ctr-demo
 	$(BIN)/python -m tests.pages.pictures runs/ctr-demo
