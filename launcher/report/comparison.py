@@ -200,6 +200,7 @@ def _group_row(
         "seed": ", ".join(str(s["seed"]) for s in summaries),
         "learned": num_learned(square(first, "accuracy")),
         "cells": cells,
+        "numbers": dict(zip(columns, cells, strict=True)),
         "seconds": duration(mean(seconds)) if seconds else DASH,
         "is_group": True,
         "is_main": is_main,

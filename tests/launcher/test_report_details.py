@@ -164,6 +164,7 @@ def test_runs_that_differ_by_seed_alone_are_one_group_with_mean_and_deviation(tm
     assert "ctr, 2 seeds" in row[0]
     spread = abs(one - 0.5) / 2**0.5
     assert f"{number((one + 0.5) / 2)}&nbsp;<small>±{spread:.3f}</small>" in row[0]
+    assert f"ctr, 2 seeds: accuracy {number((one + 0.5) / 2)} ±{spread:.3f}, " in html.split("<nav>")[0]
     assert table.count('class="main member"') + table.count('class="member"') == 2
     assert section(html, "time").count('class="band') == 2, "for a desk and for a phone"
 
