@@ -94,6 +94,11 @@ fuzz: $(STAMP)  ## hostile run files, rows, manifests and checkpoints, some 40,0
 tables: $(STAMP)  ## write the generated blocks of the pages, from tests/results/*.json and from the code
 	$(BIN)/python -m tests.pages.tables write
 
+.PHONY: shots
+shots: $(STAMP)  ## pictures of the report and the terminal in launcher/pictures, from runs/ctr-demo (`make demo`); needs Chromium
+	$(BIN)/cl-dist report runs/ctr-demo
+	$(BIN)/python -m tests.pages.pictures runs/ctr-demo
+
 docs: $(STAMP)  ## build the pages as a site in build/site
 	$(BIN)/python -m tests.pages.site build
 

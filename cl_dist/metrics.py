@@ -9,6 +9,7 @@ intransigence; Ke et al. 2021 (CTR) for forgetting_first and fwt_one.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,21 +20,73 @@ Metric = dict[str, Any]
 Scores = ArrayLike | Sequence[float | None] | Sequence[Sequence[float | None]]
 """Scores as an array, or as the nested lists of `summary.json`, where None is a cell that was not measured."""
 
-FORMULAS: dict[str, str] = {
-    "cl/avg_acc": "1/T sum_j a[T,j]",
-    "cl/avg_inc_acc": "1/T sum_t (1/t sum_{j<=t} a[t,j])",
-    "cl/bwt": "1/(T-1) sum_{j<T} (a[T,j] - a[j,j])",
-    "cl/forgetting_max": "1/(T-1) sum_{j<T} (max_{j<=l<T} a[l,j] - a[T,j])",
-    "cl/forgetting_first": "1/(T-1) sum_{j<T} (a[j,j] - a[T,j])",
-    "cl/learning_acc": "1/T sum_j a[j,j]",
-    "cl/f1_macro": "1/T sum_j f1[T,j]",
-    "cl/fwt": "1/(T-1) sum_{j>=2} (a[j-1,j] - b[j])",
-    "cl/fwt_one": "1/T sum_j (a[j,j] - ONE[j])",
-    "cl/intransigence": "1/T sum_j (J[j] - a[j,j])",
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """A metric of a run, as every page, table and terminal names it."""
+
+    word: str
+    """Name of the metric in prose and in table headings."""
+    formula: str
+    meaning: str
+    more_is_better: bool = True
+    is_difference: bool = False
+    """Whether it is a difference of scores, which is printed with its sign."""
+
+
+DEFINITIONS: dict[str, Definition] = {
+    "cl/avg_acc": Definition("accuracy", "1/T sum_j a[T,j]", "Accuracy at the end, averaged over all tasks learned."),
+    "cl/avg_inc_acc": Definition(
+        "incremental accuracy",
+        "1/T sum_t (1/t sum_{j<=t} a[t,j])",
+        "The same average taken after every task, averaged over the sequence.",
+    ),
+    "cl/bwt": Definition(
+        "backward transfer",
+        "1/(T-1) sum_{j<T} (a[T,j] - a[j,j])",
+        "How much old tasks gained (above 0) or lost (below 0) since they were learned.",
+        is_difference=True,
+    ),
+    "cl/forgetting_max": Definition(
+        "forgetting",
+        "1/(T-1) sum_{j<T} (max_{j<=l<T} a[l,j] - a[T,j])",
+        "How far old tasks are below the best score they ever had.",
+        more_is_better=False,
+    ),
+    "cl/forgetting_first": Definition(
+        "forgetting since learned",
+        "1/(T-1) sum_{j<T} (a[j,j] - a[T,j])",
+        "How far old tasks are below their score when they were learned.",
+        more_is_better=False,
+    ),
+    "cl/learning_acc": Definition("when learned", "1/T sum_j a[j,j]", "Accuracy of each task right after learning it."),
+    "cl/f1_macro": Definition("macro F1", "1/T sum_j f1[T,j]", "Macro F1 at the end, averaged over all tasks learned."),
+    "cl/fwt": Definition(
+        "forward transfer",
+        "1/(T-1) sum_{j>=2} (a[j-1,j] - b[j])",
+        "How much training on earlier tasks helps a task before it is learned.",
+        is_difference=True,
+    ),
+    "cl/fwt_one": Definition(
+        "transfer vs. own model",
+        "1/T sum_j (a[j,j] - ONE[j])",
+        "How much better tasks are learned in the sequence than by a model of their own (ONE).",
+        is_difference=True,
+    ),
+    "cl/intransigence": Definition(
+        "intransigence",
+        "1/T sum_j (J[j] - a[j,j])",
+        "How much worse tasks are learned in the sequence than when all are trained together.",
+        more_is_better=False,
+        is_difference=True,
+    ),
 }
-"""Formula of each metric, as in `summary.json`.
+"""The metrics of a run: the only place of their words, formulas and meanings.
 
 forgetting_max ignores scores from before a task is learned, which exist for fwt."""
+
+FORMULAS: dict[str, str] = {name: metric.formula for name, metric in DEFINITIONS.items()}
+"""Formula of each metric, as in `summary.json`."""
 
 
 def summarize(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cl_dist.data.rows import Row
 from cl_dist.data.unlabelled import rows_of_texts
 from cl_dist.errors import ConfigError, DataError
+from cl_dist.html_table import results_html
 from cl_dist.ledger import write_json
 from cl_dist.metrics import majority_accuracy
 from cl_dist.model_lookup import answering, last_learned, number_of
@@ -79,6 +80,13 @@ class StoredRun:
         self._references = {kind: Path(folder) for kind, folder in (references or {}).items()}
         self._summaries: dict[Path, dict[str, Any]] | None = None
         self._loaded: tuple[StageRef | None, Predictor] | None = None
+
+    def __repr__(self) -> str:
+        return f"StoredRun({str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        """Return the accuracy matrix and the metrics, which a notebook shows for the run."""
+        return results_html(self.summary())
 
     @property
     def config(self) -> RunConfig:

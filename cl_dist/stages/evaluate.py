@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cl_dist.data.rows import Row, TaskData
@@ -92,6 +93,7 @@ def merge(job: Job, results: Iterable[tuple[Shard, Scored]], out: Path) -> None:
             scores["without"][without] = numbers
             continue
         output = [text for _, scored in scored_parts for text in scored["logits" if "logits" in scored else "answers"]]
+        certain = [p for _, scored in scored_parts for p in _probabilities(scored)]
         observed = [scored["observed"] for _, scored in scored_parts]
         scores["tasks"][str(task)] = numbers | {
             "rows": len(truth),
@@ -100,8 +102,8 @@ def merge(job: Job, results: Iterable[tuple[Shard, Scored]], out: Path) -> None:
             "observed": {name: _mean(row for part in observed for row in part[name]) for name in observed[0]},
         }
         lines = [
-            json.dumps({"id": row.id, "label": row.label, "prediction": prediction}, ensure_ascii=False)
-            for row, prediction in zip(data.test, predictions, strict=True)
+            json.dumps({"id": row.id, "label": row.label, "prediction": prediction, **p}, ensure_ascii=False)
+            for row, prediction, p in zip(data.test, predictions, certain, strict=True)
         ]
         (out / "predictions" / f"{data.id}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf8")
     (out / SCORES).write_text(json.dumps(scores, indent=1), encoding="utf8")
@@ -134,6 +136,18 @@ def score_answers(task: TaskConfig, labels: Sequence[str], rows: Sequence[Row], 
 def _answers(scored: Scored, data: TaskData) -> list[str]:
     answers: list[str] = scored["answers"] if "answers" in scored else [data.labels[k] for k in scored["predictions"]]
     return answers
+
+
+def _probabilities(scored: Scored) -> list[dict[str, float]]:
+    """Return per row {"probability": that of the prediction}; empty for generated answers and logits that diverged."""
+    if "logits" not in scored:
+        return [{} for _ in scored["answers"]]
+    found: list[dict[str, float]] = []
+    for text in scored["logits"]:
+        logits_K = np.frombuffer(bytes.fromhex(text), dtype=np.float32).astype(np.float64)
+        largest = 1 / np.exp(logits_K - logits_K.max()).sum()
+        found.append({"probability": round(float(largest), 6)} if np.isfinite(logits_K).all() else {})
+    return found
 
 
 def _mean(rows: Iterable[Any]) -> Any:

@@ -1,7 +1,7 @@
 """Inline SVG and colours of the report: pure functions from numbers to escaped markup.
 
 Every string goes through markupsafe, so a task id cannot leave its text node. Colours come from CSS classes
-with a light and a dark value; the hues are those of Okabe and Ito (2008), told apart by colour-blind readers.
+with a light and a dark value; the hues of Okabe and Ito (2008) suit colour-blind readers.
 """
 
 import math
@@ -19,6 +19,8 @@ RAMPS = {  # name: (light mode: low, middle, high), (dark mode: low, middle, hig
     "orange": (("#fdf3e9", "#f0914a", "#6e2a00"), ("#2b231c", "#c2661c", "#ffd9b0")),
     "green": (("#ecf6f2", "#4fb39a", "#00463a"), ("#1b2926", "#23806a", "#b5efdc")),
 }
+MOST_NOTES = 600
+"""A map of more cells has no hover texts, which would make most of the page's size."""
 BIDI = {0x202A, 0x202B, 0x202C, 0x202D, 0x202E, 0x2066, 0x2067, 0x2068, 0x2069}
 MARKERS = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
@@ -37,6 +39,10 @@ class Line:
     shade: int
     is_dashed: bool = False
     is_main: bool = False
+    notes: Sequence[str] = ()
+    """Hover text of each point in addition to its number."""
+    band: Sequence[tuple[float, float]] = ()
+    """(low, high) around each point; empty for a single run."""
 
 
 def clean(text: object) -> str:
@@ -114,7 +120,7 @@ def tag(name: str, *body: object, **attributes: object) -> Markup:
 
 
 def svg(width: float, height: float, title: str, *body: object) -> Markup:
-    """Return a drawing at its natural size, with a description for those who do not see it."""
+    """Return a drawing at its natural size, with a description for screen readers."""
     size = f"0 0 {width:g} {height:g}"
     return tag("svg", tag("title", title), *body, width=width, height=height, viewBox=size, role="img")
 
@@ -152,10 +158,11 @@ def line_chart(lines: Sequence[Line], width: int, title: str) -> Markup:
     label_width = min(max(len(line.name) for line in lines) * 7.8 + 30, width // 3 + 10)
     left, right, top, bottom = 40, width - label_width, 12, height - 42
     last = max(x for line in lines for x, _ in line.points)
-    low, high = score_range([y for line in lines for _, y in line.points])
+    edges = [y for line in lines for pair in line.band for y in pair]
+    low, high = score_range([max(0.0, min(1.0, y)) for y in [y for line in lines for _, y in line.points] + edges])
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - 1) / max(last - 1, 1)
+        across, y = (x - 1) / max(last - 1, 1), max(low, min(high, y))
         return left + 8 + across * (right - left - 16), bottom - (y - low) / (high - low or 1) * (bottom - top)
 
     body = []
@@ -175,14 +182,26 @@ def line_chart(lines: Sequence[Line], width: int, title: str) -> Markup:
         places = [at(*point) for point in line.points]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
         style = f"series s{line.shade % 8}{' dashed' if line.is_dashed else ''}{' main' if line.is_main else ''}"
+        notes = line.notes or [""] * len(places)
         marks = [
-            tag("path", class_="mark", d=MARKERS[line.shade % 4], transform=f"translate({x:.1f} {y:.1f})")
-            for x, y in places
+            tag(
+                "path",
+                tag("title", f"{clean(line.name)}, after {point[0]}: {point[1]:.4f}{note and f' ({note})'}"),
+                class_="mark",
+                d=MARKERS[line.shade % 4],
+                transform=f"translate({x:.1f} {y:.1f})",
+            )
+            for (x, y), point, note in zip(places, line.points, notes, strict=True)
         ]
         leader = f"M{end[0] + 5:.1f} {end[1]:.1f}L{right + 8} {label:.1f}"
         name = shorten(line.name, int((label_width - 14) / 7.8))
         note = f"{clean(line.name)}: {', '.join(f'{y:.3f}' for _, y in line.points)}"
         text = tag("text", name, class_="name", x=right + 12, y=label + 4)
+        if line.band:
+            edge = [at(x, y[1]) for (x, _), y in zip(line.points, line.band, strict=True)]
+            edge += [at(x, y[0]) for (x, _), y in reversed(list(zip(line.points, line.band, strict=True)))]
+            outline = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in edge) + "z"
+            body.append(tag("path", class_=f"band s{line.shade % 8}", d=outline))
         parts = (tag("path", class_="leader", d=leader), tag("path", class_="line", d=path), *marks, text)
         body.append(tag("g", tag("title", note), *parts, class_=style))
     return svg(width, height, title, *body)
@@ -202,9 +221,63 @@ def spark(points: Sequence[tuple[int, float]], last: int, bounds: tuple[float, f
     if base is not None and low <= base <= high:
         body.append(tag("line", class_="base", x1=0, x2=width, y1=at(1, base)[1], y2=at(1, base)[1]))
     body.append(tag("path", class_="line", d="M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)))
-    body += [tag("circle", class_="mark", cx=x, cy=y, r=3) for x, y in (places[0], places[-1])]
+    body += [
+        tag("circle", tag("title", f"after task {t}: {score:.4f}"), class_="mark", cx=x, cy=y, r=3)
+        for (x, y), (t, score) in zip(places, points, strict=True)
+    ]
     note = f"score after each task: {', '.join(f'{y:.3f}' for _, y in points)}"
     return svg(width, height, note, tag("g", *body, class_="series s0"))
+
+
+def curve(
+    losses: Sequence[tuple[int, float]],
+    dev: Sequence[tuple[int, float]],
+    highest: float,
+    bounds: tuple[float, float] | None,
+) -> Markup:
+    """Return a task's learning curves over its optimizer steps: the loss, and below it the dev accuracy.
+
+    Args:
+        losses: (step, training loss).
+        dev: (step, accuracy on dev rows).
+        highest: Top of the loss axis, which begins at 0.
+        bounds: Range of the accuracy axis; None leaves the lower chart out.
+    """
+    width, top, tall, gap, small = 250, 8, 78, 22, 52
+    left, last = 30, max(step for points in (losses, dev) for step, _ in points)
+
+    def across(step: int) -> float:
+        return left + 4 + step / last * (width - left - 12)
+
+    def path(points: Sequence[tuple[float, float]]) -> Markup:
+        return tag("path", class_="line", d="M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points))
+
+    def axis(y: float, text: str) -> list[Markup]:
+        line = tag("line", class_="grid", x1=left, x2=width, y1=y, y2=y)
+        return [line, tag("text", text, class_="tick", x=left - 4, y=y + 4, text_anchor="end")]
+
+    body = [*axis(top, f"{highest:.2g}"), *axis(top + tall, "0")]
+    if losses:
+        places = [(across(step), top + tall * (1 - min(loss / (highest or 1), 1.0))) for step, loss in losses]
+        marks = [
+            tag("circle", tag("title", f"step {step}: loss {loss:.4f}"), class_="spot", cx=x, cy=y, r=4)
+            for (x, y), (step, loss) in zip(places, losses, strict=True)
+        ]
+        shown = marks[:: max(1, len(marks) // 20)]
+        body.append(tag("g", path(places), *shown, class_="series s0"))
+    bottom = top + tall
+    if bounds is not None:
+        low, high = bounds
+        first, bottom = bottom + gap, bottom + gap + small
+        body += [*axis(first, f"{high:.2f}"), *axis(bottom, f"{low:.2f}")]
+        places = [(across(step), bottom - (score - low) / (high - low or 1) * small) for step, score in dev]
+        marks = [
+            tag("circle", tag("title", f"step {step}: dev accuracy {score:.4f}"), class_="mark", cx=x, cy=y, r=3)
+            for (x, y), (step, score) in zip(places, dev, strict=True)
+        ]
+        body.append(tag("g", *([path(places)] if dev else []), *marks, class_="series s1"))
+    body.append(tag("text", f"step {last}", class_="tick", x=width, y=bottom + 15, text_anchor="end"))
+    return svg(width, bottom + 18, f"loss and dev accuracy over {last} optimizer steps", *body)
 
 
 def layer_map(rows: Sequence[tuple[str, Sequence[float | None]]], notes: Sequence[Sequence[str]], ramp: str) -> Markup:
@@ -222,10 +295,11 @@ def layer_map(rows: Sequence[tuple[str, Sequence[float | None]]], notes: Sequenc
         for k, (value, note) in enumerate(zip(values, texts, strict=True)):
             shown = "void" if value is None else heat_class(value, 0, 1, ramp)
             x = left + k * wide
-            box = tag("rect", x=x, y=y, width=wide - 1, height=tall - 1, rx=2)
+            box = tag("rect", x=x, y=y, width=wide - 1, height=tall - 1)
             number = "" if value is None else f"{100 * value:.0f}"
-            text = tag("text", number, x=x + (wide - 1) / 2, y=y + tall / 2 + 3.5, text_anchor="middle")
-            body.append(tag("g", tag("title", note), box, text, class_=f"{style} {shown}"))
+            text = tag("text", number, x=x + (wide - 1) / 2, y=y + tall / 2 + 3.5)
+            hover = [tag("title", note)] if num_tasks * len(rows) <= MOST_NOTES else []
+            body.append(tag("g", *hover, box, text, class_=f"{style} {shown}"))
     height = 18 + len(rows) * tall + 8
     return svg(left + num_tasks * wide, height, "heat map of layers and tasks, in percent", *body)
 
@@ -239,7 +313,7 @@ def arcs(
         names: The tasks in learned order.
         opened: opened[u][i] is how often task u opens the capsule of task i < u.
         width: Of the drawing, in pixels.
-        strongest: Draw at most so many arcs into a task, the strongest ones.
+        strongest: Largest number of arcs into a task; weaker ones are left out.
         least: Draw no arc below this value.
     """
     row = 30

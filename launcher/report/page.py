@@ -1,66 +1,73 @@
 """Run summaries to one self-contained HTML page and a PNG of the accuracy matrix.
 
-The page needs no network and no script, and forbids both to itself: task ids, labels and commands come from
-users. A section whose numbers are not in the summary is left out; a number not measured is a dash, never 0.
+The page needs no network and no script, and forbids both to itself: task ids, labels, texts and commands come from
+users. A section without numbers is left out; a number that was not measured is a dash, never 0.
 """
 
+import base64
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from cl_dist.errors import DataError
+from cl_dist.intervals import wilson
 from cl_dist.ledger import write_text
+from cl_dist.metrics import DEFINITIONS
+from launcher.report.answers import answer_views
+from launcher.report.comparison import (
+    accuracy_interval,
+    at_widths,
+    comparison,
+    full_mean,
+    mean_chart,
+    num_learned,
+    square,
+    value,
+)
 from launcher.report.figures import (
     STEPS,
     Line,
     clean,
+    curve,
     heat_class,
     heat_css,
     heat_step,
     ink,
-    line_chart,
     score_range,
     shade,
     shorten,
     spark,
 )
+from launcher.report.numbers import duration, number, span
 from launcher.report.plugins import plugin_view
+from launcher.report.rehearsal import warnings
+from launcher.report.stored import Details
+from launcher.report.verdict import verdict
 from launcher.report.votes import vote_view
 
 SCHEMA_VERSION = 1
-DASH = "\N{EN DASH}"
 MAX_LINES = 8
-"""More tasks than this get a small chart each: nobody can tell nineteen lines or colours apart."""
+"""More tasks than this get a small chart each: nineteen lines or colours are too many to tell apart."""
 KINDS = ("train", "generate", "rationalise", "record", "vote", "choose", "evaluate", "other")
 
 Summary = Mapping[str, Any]
 Row = Sequence[float | None]
 
-COLUMNS = (  # metric, heading, whether more is better
-    ("cl/avg_acc", "average accuracy", True),
-    ("cl/f1_macro", "macro F1", True),
-    ("cl/learning_acc", "when learned", True),
-    ("cl/bwt", "backward transfer", True),
-    ("cl/forgetting_max", "forgetting", False),
-    ("cl/fwt_one", "forward transfer", True),
-    ("cl/intransigence", "intransigence", False),
+WIDTHS = (640, 350)
+"""Of the line charts, for a desk and for a phone."""
+TILES = (
+    ("cl/avg_acc", ""),
+    ("cl/f1_macro", "mean over the tasks learned"),
+    ("cl/bwt", "change of old tasks; below 0 is forgetting"),
+    ("cl/fwt_one", "against a model per task"),
+    ("cl/learning_acc", "accuracy right after learning a task"),
 )
-MEANING = {
-    "cl/avg_acc": "Accuracy at the end, averaged over all tasks learned.",
-    "cl/avg_inc_acc": "The same average taken after every task, averaged over the sequence.",
-    "cl/bwt": "How much old tasks gained (above 0) or lost (below 0) since they were learned.",
-    "cl/forgetting_max": "How far old tasks are below the best score they ever had.",
-    "cl/forgetting_first": "How far old tasks are below their score when they were learned.",
-    "cl/learning_acc": "Accuracy of each task right after learning it.",
-    "cl/f1_macro": "Macro F1 at the end, averaged over all tasks learned.",
-    "cl/fwt": "How much training on earlier tasks helps a task before it is learned.",
-    "cl/fwt_one": "How much better tasks are learned in the sequence than by a model of their own (ONE).",
-    "cl/intransigence": "How much worse tasks are learned in the sequence than when all are trained together.",
-}
+"""Metrics of the tiles with a remark; the last one stands in for one that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,13 @@ class Cell:
     note: str = ""
 
 
-def write_report(summaries: Sequence[Summary], out_dir: Path) -> Path:
+def write_report(summaries: Sequence[Summary], out_dir: Path, details: Sequence[Details] | None = None) -> Path:
     """Write index.html and matrix.png on the first run, compared with the others; return the page's path.
+
+    Args:
+        summaries: Summaries of the runs.
+        out_dir: Folder of the page.
+        details: Details of the same runs. Without them the page has no settings, learning curves, answers or intervals.
 
     Raises:
         DataError: If there is no summary, or one has another schema version than this report reads.
@@ -87,123 +99,104 @@ def write_report(summaries: Sequence[Summary], out_dir: Path) -> Path:
                 "write it again with this version of cl-dist"
             )
     out_dir.mkdir(parents=True, exist_ok=True)
-    env = Environment(loader=PackageLoader("launcher"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    env.lstrip_blocks = True
-    env.filters |= {"number": number, "duration": duration, "clean": clean, "shorten": shorten}
     page = out_dir / "index.html"
-    write_text(page, env.get_template("report.html.j2").render(view(summaries)))
+    write_text(page, environment().get_template("report.html.j2").render(view(summaries, out_dir, details)))
     _write_png(summaries[0], out_dir / "matrix.png")
     return page
 
 
-def view(summaries: Sequence[Summary]) -> dict[str, Any]:
+def environment() -> Environment:
+    """Return the environment of the templates, which escapes every text."""
+    env = Environment(loader=PackageLoader("launcher"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    env.lstrip_blocks = True
+    env.filters |= {"number": number, "duration": duration, "clean": clean, "shorten": shorten, "span": span}
+    return env
+
+
+def view(summaries: Sequence[Summary], out_dir: Path, details: Sequence[Details] | None = None) -> dict[str, Any]:
     """Return what the template shows; a section without data is None or empty."""
-    main = summaries[0]
-    accuracy = _square(main, "accuracy")
-    num_learned = _num_learned(accuracy)
-    f1 = _square(main, "f1_macro")
+    main, found = summaries[0], dict(enumerate(details or ()))
+    accuracy, f1, own = square(main, "accuracy"), square(main, "f1_macro"), found.get(0)
+    learned = num_learned(accuracy)
+    sentence, on_intervals = verdict(main, summaries[1:], learned, found)
     return {
         "main": main,
         "css": heat_css(),
-        "num_learned": num_learned,
-        "tiles": _tiles(main, num_learned),
-        "runs": _runs(summaries),
-        "matrix": _matrix(main, accuracy, summaries) if num_learned else None,
-        "f1": _matrix({**main, "references": {}}, f1, ()) if _num_learned(f1) else None,
-        "mean_chart": _mean_chart(summaries),
-        "task_chart": _task_chart(main, accuracy, num_learned),
+        "num_learned": learned,
+        "verdict": sentence,
+        "on_intervals": on_intervals,
+        "tiles": _tiles(main, learned, own),
+        "runs": comparison(summaries, found),
+        "matrix": _matrix(main, accuracy, summaries) if learned else None,
+        "f1": _matrix({**main, "references": {}}, f1, ()) if num_learned(f1) else None,
+        "mean_chart": mean_chart(summaries, found, WIDTHS),
+        "task_chart": _task_chart(main, accuracy, learned),
+        "curves": _curves(main, own),
+        "answers": [] if own is None else answer_views(own, main, learned),
         "plugins": plugin_view(main, accuracy) if main.get("plugins") else None,
         "replay": main.get("replay") or [],
+        "untrusted": warnings(main.get("replay") or [], main["tasks"]),
         "votes": [vote_view(vote) for vote in main.get("votes") or []],
         "overlaps": [task for task in main["tasks"] if task.get("overlap")],
         "time": _time(main),
-        "metrics": [(name, MEANING.get(name, ""), metric) for name, metric in main["metrics"].items()],
+        "settings": _settings(own, out_dir),
+        "metrics": [(name, DEFINITIONS.get(name), metric) for name, metric in main["metrics"].items()],
+        "words": {name: definition.word for name, definition in DEFINITIONS.items()},
     }
 
 
-def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
-    """Return a number with a true minus sign, or a dash for one that was not measured."""
-    if value is None:
-        return DASH
-    value = round(value, digits) + 0.0  # + 0.0 turns -0.0 into 0.0
-    return f"{value:{'+' if sign and value else ''}.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def duration(seconds: float | None) -> str:
-    """Return seconds as a person would say them."""
-    if seconds is None:
-        return DASH
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def _square(summary: Summary, name: str) -> list[Row]:
-    """Return a matrix with a row and a column per task, None where nothing was measured."""
-    T = len(summary["tasks"])
-    rows: list[Row] = [[*row, *[None] * T][:T] for row in summary["matrix"].get(name) or []]
-    return [*rows, *[[None] * T for _ in range(T)]][:T]
-
-
-def _num_learned(rows: Sequence[Row]) -> int:
-    return max((t + 1 for t, row in enumerate(rows) if any(x is not None for x in row)), default=0)
-
-
-def _value(summary: Summary, name: str) -> float | None:
-    value: float | None = summary["metrics"].get(name, {}).get("value")
-    return value
-
-
-def _full_mean(values: Row) -> float | None:
-    """Return the mean, or None if a value is missing."""
-    known = [x for x in values if x is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def _tiles(main: Summary, num_learned: int) -> list[tuple[str, str, str]]:
-    """Return (heading, number, remark) of the four results that a reader looks for first."""
-    majority = _full_mean([task.get("majority") for task in main["tasks"][:num_learned]])
-    chance = "" if majority is None else f"majority class: {number(majority)}"
-    tiles = [
-        ("Average accuracy", number(_value(main, "cl/avg_acc")), chance),
-        ("Macro F1", number(_value(main, "cl/f1_macro")), "mean over the tasks learned"),
-        (
-            "Backward transfer",
-            number(_value(main, "cl/bwt"), sign=True),
-            "change of old tasks; below 0 is forgetting",
-        ),
+def _settings(details: Details | None, out_dir: Path) -> dict[str, Any] | None:
+    """Return the resolved run file, links to the run's files that exist, and the matrix as a data address."""
+    if details is None:
+        return None
+    files = (details.folder / name for name in ("config.yaml", "metrics/R.csv", "metrics/summary.json"))
+    links = [
+        (path.name, quote(os.path.relpath(path.resolve(), out_dir.resolve()).replace(os.sep, "/")))
+        for path in files
+        if path.is_file()
     ]
-    if (forward := _value(main, "cl/fwt_one")) is not None:
-        return [*tiles, ("Forward transfer", number(forward, sign=True), "against a model per task")]
-    return [
-        *tiles,
-        ("When learned", number(_value(main, "cl/learning_acc")), "accuracy right after learning a task"),
+    data = base64.b64encode(details.matrix_csv.encode()).decode()
+    return {"text": clean_lines(details.settings), "links": links, "csv": data and f"data:text/csv;base64,{data}"}
+
+
+def clean_lines(text: str) -> str:
+    """Return a text of several lines without control and text-direction characters."""
+    return "\n".join(clean(line) for line in text.splitlines())
+
+
+def _curves(main: Summary, details: Details | None) -> dict[str, Any] | None:
+    """Return a panel per task with its loss and dev accuracy, all on the same axes; None if nothing was logged."""
+    found = [] if details is None else list(zip(main["tasks"], details.curves, strict=False))
+    if not any(len(one.losses) > 1 or len(one.dev) > 1 for _, one in found):
+        return None
+    highest = max((loss for _, one in found for _, loss in one.losses), default=0.0)
+    scores = [score for _, one in found for _, score in one.dev]
+    bounds = score_range(scores) if scores else None
+    panels = [
+        (j, clean(task["id"]), curve(one.losses, one.dev, highest, bounds))
+        for j, (task, one) in enumerate(found, 1)
+        if one.losses or one.dev
     ]
+    return {"panels": panels, "has_dev": bool(scores)}
 
 
-def _runs(summaries: Sequence[Summary]) -> dict[str, Any]:
-    """Return the comparison table, with the columns that any run can fill and the best of each marked."""
-    names = [column for column in COLUMNS if any(_value(s, column[0]) is not None for s in summaries)]
-    learned = [_num_learned(_square(s, "accuracy")) for s in summaries]
-    ids = [[task["id"] for task in s["tasks"]] for s in summaries]
-    alike = len({(tuple(i), n) for i, n in zip(ids, learned, strict=True)}) == 1
-    rows = []
-    for summary, num_learned in zip(summaries, learned, strict=True):
-        cells = []
-        for name, _, more in names:
-            values = [v for s in summaries if (v := _value(s, name)) is not None]
-            own = _value(summary, name)
-            best = alike and len(values) > 1 and own == (max(values) if more else min(values))
-            cells.append((number(own, sign=name in {"cl/bwt", "cl/fwt_one"}), best))
-        seconds = [stage["seconds"] for stage in summary.get("stages") or []]
-        rows.append((summary, num_learned, cells, duration(sum(seconds)) if seconds else DASH))
-    alone = [s["run"] for s in summaries if s["method"] == "individual"]
-    formulas = {n: m["formula"] for s in summaries for n, m in s["metrics"].items()}
-    return {"columns": names, "rows": rows, "alike": alike, "alone": alone, "formulas": formulas}
+def _tiles(main: Summary, learned: int, details: Details | None) -> list[tuple[str, str, str, str]]:
+    """Return (heading, number, remark, interval) of the four results that a reader looks for first."""
+    shown = [name for name, _ in TILES if value(main, name) is not None or name in ("cl/avg_acc", "cl/bwt")][:4]
+    majority = full_mean([task.get("majority") for task in main["tasks"][:learned]])
+    chance = "" if majority is None else f"always the commonest label: {number(majority)}"
+    remarks = dict(TILES) | {"cl/avg_acc": chance}
+    tiles = []
+    for name in shown:
+        interval = main["metrics"].get(name, {}).get("interval")
+        if name == "cl/avg_acc":
+            interval = accuracy_interval(main, details)
+        is_signed = DEFINITIONS[name].is_difference
+        bounds = "" if interval is None else f"95 % interval {span((interval[0], interval[1]), sign=is_signed)}"
+        text = number(value(main, name), sign=DEFINITIONS[name].is_difference)
+        heading = DEFINITIONS[name].word
+        tiles.append((heading[0].upper() + heading[1:], text, remarks[name], bounds))
+    return tiles
 
 
 def _matrix(main: Summary, rows: Sequence[Row], summaries: Sequence[Summary]) -> dict[str, Any]:
@@ -211,35 +204,47 @@ def _matrix(main: Summary, rows: Sequence[Row], summaries: Sequence[Summary]) ->
     tasks, T = main["tasks"], len(main["tasks"])
     digits = 3 if T <= MAX_LINES else 2
     majority = [task.get("majority") for task in tasks]
-    extra: dict[str, Row] = {"majority class": majority} if summaries else {}
+    extra: dict[str, Row] = {"commonest label": majority} if summaries else {}
     for role, label in (("individual", "own model"), ("joint", "joint training")):
         name = (main.get("references") or {}).get(role)
-        extra |= {f"{label} ({clean(s['run'])})": _reference(s, role, tasks) for s in summaries if s["run"] == name}
+        own = next((s for s in summaries if s["run"] == name), None)  # the main run's baselines come first
+        extra |= {} if own is None else {label: _reference(own, role, tasks)}
     known = [x for row in [*rows, *extra.values()] for x in row if x is not None]
     low, high = score_range(known)
 
-    def cell(value: float | None, note: str, style: str = "") -> Cell:
-        if value is None:
+    def cell(score: float | None, note: str, style: str = "", more: str = "") -> Cell:
+        if score is None:
             return Cell("", "void", f"{note}: not measured")
-        return Cell(number(value, digits), f"{style} {heat_class(value, low, high)}", f"{note}: {number(value, 4)}")
+        text = f"{note}: {number(score, 4)}{more}"
+        return Cell(number(score, digits), f"{style} {heat_class(score, low, high)}", text)
+
+    def interval(score: float | None, t: int, j: int) -> str:
+        task, count = tasks[j], tasks[j]["rows"].get("test")
+        stored = ((main.get("intervals") or {}).get("accuracy") or [])[t : t + 1]
+        bounds = stored[0][j] if stored and j < len(stored[0]) else None
+        if score is None or not count or not summaries:
+            return ""
+        if bounds is None and task["labels"]:
+            bounds = wilson(round(score * count), count)
+        return "" if bounds is None else f" (95 % interval {span(bounds)}, {count} rows)"
 
     body = []
     for t, row in enumerate(rows):
         cells = []
-        for j, value in enumerate(row):
-            if value is None and j > t:
+        for j, score in enumerate(row):
+            if score is None and j > t:
                 cells.append(Cell("", "later", f"{clean(tasks[j]['id'])} is not learned yet"))
                 continue
             note = f"after {clean(tasks[t]['id'])}, on {clean(tasks[j]['id'])}"
-            cells.append(cell(value, note, "learned" if j == t else ""))
-        mean = cell(_full_mean(row[: t + 1]), "mean of the tasks learned so far")
+            cells.append(cell(score, note, "learned" if j == t else "", interval(score, t, j)))
+        mean = cell(full_mean(row[: t + 1]), "mean of the tasks learned so far")
         body.append((t + 1, clean(tasks[t]["id"]), cells, mean))
     below = []
     for label, values in extra.items():
         cells = [cell(x, f"{label}, {clean(task['id'])}") for x, task in zip(values, tasks, strict=True)]
-        mean = cell(_full_mean(values), f"{label}, mean")
+        mean = cell(full_mean(values), f"{label}, mean")
         below.append((label, cells, mean))
-    last = max(_num_learned(rows) - 1, 0)
+    last = max(num_learned(rows) - 1, 0)
     change = [_change(rows, j, last, digits) for j in range(T)] if last else []
     return {"rows": body, "below": below, "change": change, "low": low, "high": high, "wide": T <= MAX_LINES}
 
@@ -257,52 +262,21 @@ def _change(rows: Sequence[Row], j: int, last: int, digits: int) -> Cell:
 
 def _reference(summary: Summary, role: str, tasks: Sequence[Summary]) -> Row:
     """Return a reference run's score per task: the diagonal where each has its own model, else the last row."""
-    rows, place = _square(summary, "accuracy"), {task["id"]: k for k, task in enumerate(summary["tasks"])}
+    rows, place = square(summary, "accuracy"), {task["id"]: k for k, task in enumerate(summary["tasks"])}
     where = [place.get(task["id"]) for task in tasks]
     return [None if k is None else rows[k][k] if role == "individual" else rows[-1][k] for k in where]
 
 
-def _means(summary: Summary) -> list[tuple[int, float]]:
-    """Return (tasks learned, mean accuracy over them) where every score that it needs was measured."""
-    rows = _square(summary, "accuracy")
-    alone = summary["method"] == "individual"  # its models never see another task: task j keeps the score a[j,j]
-    points = []
-    for t, row in enumerate(rows):
-        seen = [rows[j][j] for j in range(t + 1)] if alone else row[: t + 1]
-        if (mean := _full_mean(seen)) is not None:
-            points.append((t + 1, mean))
-    return points
-
-
-def _both_widths(lines: Sequence[Line], title: str) -> Markup | None:
-    """Return a chart drawn for a desk and for a phone (CSS shows one), or None if there is no line to draw."""
-    if not any(len(line.points) > 1 for line in lines):
-        return None
-    wide, narrow = (line_chart(lines, width, title) for width in (960, 350))
-    return Markup('<div class="desk">{}</div><div class="phone">{}</div>').format(wide, narrow)
-
-
-def _mean_chart(summaries: Sequence[Summary]) -> Markup | None:
-    lines = [
-        Line(s["run"], points, k, is_dashed=k > 0, is_main=k == 0)
-        for k, s in enumerate(summaries)
-        if (points := _means(s))
-    ]
-    return _both_widths(lines, "mean accuracy over the tasks learned so far, one line per run")
-
-
-def _task_chart(main: Summary, rows: Sequence[Row], num_learned: int) -> dict[str, Any] | None:
+def _task_chart(main: Summary, rows: Sequence[Row], learned: int) -> dict[str, Any] | None:
     """Return one chart with a line per task, or, for many tasks, one small chart each."""
-    tasks = main["tasks"][:num_learned]
-    series = [
-        [(t + 1, score) for t in range(j, num_learned) if (score := rows[t][j]) is not None] for j in range(num_learned)
-    ]
+    tasks = main["tasks"][:learned]
+    series = [[(t + 1, score) for t in range(j, learned) if (score := rows[t][j]) is not None] for j in range(learned)]
     if not any(len(points) > 1 for points in series):
         return None
     named = [(j, task, points) for j, (task, points) in enumerate(zip(tasks, series, strict=True)) if points]
     if len(main["tasks"]) <= MAX_LINES:
         lines = [Line(f"{j + 1} {clean(task['id'])}", points, j) for j, task, points in named]
-        return {"chart": _both_widths(lines, "accuracy of each task over the sequence"), "panels": []}
+        return {"chart": at_widths(lines, "accuracy of each task over the sequence", WIDTHS), "panels": []}
     bounds = score_range([score for points in series for _, score in points])
     panels = [
         (
@@ -311,7 +285,7 @@ def _task_chart(main: Summary, rows: Sequence[Row], num_learned: int) -> dict[st
             points[0][1],
             points[-1][1],
             len(points),
-            spark(points, num_learned, bounds, task.get("majority")),
+            spark(points, learned, bounds, task.get("majority")),
         )
         for j, task, points in named
     ]
@@ -352,7 +326,7 @@ def _write_png(main: Summary, path: Path) -> None:
     from matplotlib.colors import ListedColormap  # here: it costs the command line half a second
     from matplotlib.figure import Figure
 
-    rows, ids = _square(main, "accuracy"), [shorten(task["id"], 28) for task in main["tasks"]]
+    rows, ids = square(main, "accuracy"), [shorten(task["id"], 28) for task in main["tasks"]]
     T, known = len(ids), [x for row in rows for x in row if x is not None]
     low, high = score_range(known) if known else (0.0, 1.0)
     figure = Figure(figsize=(min(3.2 + 0.62 * T, 24), min(2.6 + 0.42 * T, 20)), dpi=150, layout="constrained")

@@ -65,7 +65,7 @@ def _masks(facts: Summary, names: Sequence[str]) -> dict[str, Any]:
                 )
                 row.append(_weighted(pair, weights))
                 both = " and ".join("not measured" if x is None else f"{100 * x:.1f} %" for x in pair)
-                texts.append(f"{clean(layer)}, {name}: {both} (first and second mask)")
+                texts.append(f"{clean(layer)}, {name}: {both}")
             values.append(row)
             notes.append(texts)
         weight = [sum(size) for size in sizes]

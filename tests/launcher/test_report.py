@@ -9,9 +9,13 @@ import pytest
 from matplotlib.image import imread
 
 from cl_dist.errors import DataError
+from cl_dist.metrics import DEFINITIONS
+from launcher import console
 from launcher.report.figures import STEPS, contrast, ink, score_range, shade, shorten, spread
-from launcher.report.page import DASH, duration, number, write_report
+from launcher.report.numbers import DASH, duration, number
+from launcher.report.page import write_report
 from tests.launcher.summaries import NINETEEN, SIX, summaries, unfinished
+from tests.pages.run_tables import COLUMNS as RUN_TABLES
 
 HOSTILE = "</title><script>alert('x')</script>\"'$\\frac{\u202e&amp;" + "long" * 60
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -28,7 +32,7 @@ def page(runs: list[dict[str, Any]], folder: Path) -> str:
 
 
 def section(html: str, name: str) -> str:
-    found = re.search(rf'<section id="{name}">.*?</section>', html, re.DOTALL)
+    found = re.search(rf'<section id="{name}"[^>]*>.*?</section>', html, re.DOTALL)
     return found[0] if found else ""
 
 
@@ -69,7 +73,23 @@ def test_comparison_shows_each_runs_numbers_and_marks_the_best(html: str) -> Non
         ):
             signed = name in {"cl/bwt", "cl/fwt_one"}
             assert number(run["metrics"][name]["value"], sign=signed) in table
-    assert f'<td class="best">{number(ctr["metrics"]["cl/avg_acc"]["value"])}</td>' in table
+    assert 'class="best"' not in table, "a floor and a ceiling are no competitors"
+    for role in ("floor", "ceiling"):
+        assert f'<span class="role">{role}</span>' in table
+
+
+def test_the_best_of_several_methods_is_marked_and_floors_and_ceilings_never_are(tmp_path: Path) -> None:
+    ctr, sequential, individual = summaries()
+    hat = {**ctr, "run": "hat", "method": "hat", "metrics": {**ctr["metrics"], "cl/avg_acc": {"value": 0.1}}}
+    individual["metrics"] = {**individual["metrics"], "cl/avg_acc": {"value": 1.0}}
+    for name, metric in DEFINITIONS.items():
+        for run in (hat, individual):
+            run["metrics"].setdefault(name, {"value": None})["formula"] = metric.formula
+    table = section(page([ctr, hat, sequential, individual], tmp_path), "runs")
+    best = number(ctr["metrics"]["cl/avg_acc"]["value"])
+    assert re.search(rf'<td class="best">{re.escape(best)}</td>', table)
+    rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)
+    assert not [row for row in rows if "role" in row and "best" in row]
 
 
 def test_matrix_shows_measured_scores_references_and_change(html: str) -> None:
@@ -81,6 +101,34 @@ def test_matrix_shows_measured_scores_references_and_change(html: str) -> None:
     alone = individual["matrix"]["accuracy"]
     assert [text for _, text in rows[7][:6]] == [number(alone[t][t]) for t in range(6)]
     assert rows[8][0][1] == number(a[5][0] - a[0][0], sign=True)
+
+
+def test_metrics_have_the_words_of_the_table_of_metrics_everywhere(html: str) -> None:
+    for name in ("cl/avg_acc", "cl/forgetting_max", "cl/bwt", "cl/fwt_one", "cl/learning_acc", "cl/f1_macro"):
+        word = DEFINITIONS[name].word
+        assert f"{word}&nbsp;" in section(html, "runs")
+        assert f"{word} <code>{name}</code>" in section(html, "metrics")
+        assert word in {*console_words(), *RUN_TABLES.values()}
+    assert "forward transfer" not in html.lower().replace("forward transfer <code>cl/fwt</code>", "")
+
+
+def console_words() -> list[str]:
+    """Return the headings of the terminal's table of results."""
+    return [str(column.header) for column in console.comparison(summaries()).columns]
+
+
+def test_a_marker_of_a_chart_says_its_number(html: str) -> None:
+    accuracy = summaries()[0]["matrix"]["accuracy"]
+    found = re.findall(r"<title>([^<]*), after (\d+): ([\d.]+)</title>", section(html, "time"))
+    first = [(int(t), score) for name, t, score in found if name == "1 movies"]
+    assert first[:6] == [(t + 1, f"{accuracy[t][0]:.4f}") for t in range(6)]
+
+
+def test_what_sharing_is_worth_has_the_sign_of_the_change(html: str) -> None:
+    ctr = summaries()[0]
+    bare, own = ctr["plugins"]["accuracy_without_ksm"][1], ctr["matrix"]["accuracy"][1][1]
+    assert f"without it: {number(bare - own, sign=True)}" in section(html, "sharing")
+    assert "drop" not in section(html, "sharing")
 
 
 def test_metrics_stand_beside_their_formulas(html: str) -> None:

@@ -7,13 +7,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from cl_dist.metrics import DEFINITIONS
+
 RESULTS = Path("tests/results")
 COLUMNS = {
-    "cl/avg_acc": "accuracy",
-    "cl/f1_macro": "macro F1",
-    "cl/forgetting_max": "forgetting",
-    "cl/bwt": "backward transfer",
-    "cl/fwt_one": "transfer vs. own model",
+    name: DEFINITIONS[name].word for name in ("cl/avg_acc", "cl/f1_macro", "cl/forgetting_max", "cl/bwt", "cl/fwt_one")
 }
 
 

@@ -6,7 +6,7 @@ from itertools import takewhile
 
 from cl_dist.config import Section
 from cl_dist.methods import METHODS
-from cl_dist.metrics import FORMULAS
+from cl_dist.metrics import DEFINITIONS
 from cl_dist.run_config import RunConfig, Science
 from launcher import runs
 from launcher.settings import default_text, description, inner, value_text
@@ -31,8 +31,9 @@ def method_settings() -> str:
 
 
 def metric_table() -> str:
-    """Return the metrics of a run and their formulas."""
-    return table(["metric", "formula"], [[f"`{name}`", f"`{formula}`"] for name, formula in FORMULAS.items()])
+    """Return the metrics of a run: the words for them, their formulas and meanings."""
+    rows = [[f"`{name}`", each.word, f"`{each.formula}`", each.meaning] for name, each in DEFINITIONS.items()]
+    return table(["metric", "in tables and pages", "formula", "meaning"], rows)
 
 
 def recipe_table() -> str:

@@ -14,6 +14,7 @@ from cl_dist.methods import METHODS
 from cl_dist.run_config import read_run_file
 from tests.pages import markdown
 from tests.pages.markdown import GENERATED, ROOT, WIDTH, anchor, anchors, blocks, headings, inline_code, links, pages
+from tests.pages.pictures import SHOTS
 from tests.pages.settings import undescribed
 
 PAGES = sorted(pages())
@@ -26,7 +27,7 @@ BANNED = re.compile(
 )
 PATH = re.compile(rf"(?:{'|'.join(markdown.FOLDERS)})/[\w./-]+")
 NAMED = re.compile(rf"((?:{'|'.join(markdown.FOLDERS)})/[\w/-]+\.py)::([\w.]+)")
-PICTURES = ("launcher/pictures/report.png", "launcher/pictures/terminal.svg")
+PICTURES = ("launcher/pictures/terminal.svg", *(f"launcher/pictures/{name}" for name in SHOTS))
 
 
 def handwritten(page: str) -> str:

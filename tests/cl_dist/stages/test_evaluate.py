@@ -82,6 +82,27 @@ def test_predictions_stand_in_row_order_beside_their_labels_and_give_the_accurac
         assert scores[str(number)]["rows"] == 10
 
 
+def test_a_prediction_of_a_classifier_carries_its_probability(run: Run, job: Job, tmp_path: Path) -> None:
+    import numpy as np
+
+    results = scored(job, shards(job))
+    logits = [
+        np.frombuffer(bytes.fromhex(text), dtype=np.float32).astype(float)
+        for shard, found in sorted(results, key=lambda result: result[0])
+        if shard.task == 1 and not shard.without
+        for text in found["logits"]
+    ]
+    lines = [json.loads(x) for x in (run.ledger.path(LAST) / "predictions/film.jsonl").read_text().splitlines()]
+    for line, logits_K in zip(lines, logits, strict=True):
+        softmax = np.exp(logits_K) / np.exp(logits_K).sum()
+        assert line["probability"] == pytest.approx(softmax.max(), abs=1e-6)
+    (_, first), *rest = results
+    first["logits"] = [np.array([np.nan, 1.0], np.float32).tobytes().hex() for _ in first["logits"]]
+    merge(job, [(results[0][0], first), *rest], tmp_path)
+    lines = [json.loads(x) for x in (tmp_path / "predictions/food.jsonl").read_text().splitlines()]
+    assert ["probability" in line for line in lines] == [False] * 6 + [True] * 4, "diverged logits have none"
+
+
 def test_the_unit_of_work_is_science_but_rows_do_not_see_each_other(run: Run, job: Job) -> None:
     """Other batches round otherwise, and no more than that."""
     import numpy as np
