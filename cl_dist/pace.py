@@ -53,13 +53,15 @@ class Pace:
             self._current, self._loss = (run, event["stage"]), None
             self._points.clear()
             self._step = self._total = 0
-            self._began = self._last_report = now
+            self._began = now
         elif kind in ("step", "telemetry", "round", "continued") and "total_steps" in event:
             self._loss = event.get("train/loss", self._loss)
             if event["step"] < self._step:  # a restarted gang repeats steps
                 self._points.clear()
             self._step, self._total = event["step"], event["total_steps"]
             if kind == "step":
+                if not self._points:
+                    self._last_report = now  # the workers may have taken long to start
                 self._points.append((now, self._step))
                 while len(self._points) > 2 and now - self._points[1][0] >= WINDOW_S:
                     self._points.popleft()

@@ -198,7 +198,8 @@ def comparison(summaries: list[dict[str, Any]], width: int | None = None) -> Tab
     columns = {name: words[0 if is_wide else 1] for name, words in COLUMNS.items() if is_wide or words[1]}
     table = Table(title="Average over tasks, after the last one")
     names = [each["run"] + (f" ({each['method']})" if each["run"] != each["method"] else "") for each in summaries]
-    longest = max(cell_len(printable(name)) for name in names)
+    label = "always the commonest label" if is_wide else "majority"
+    longest = max(cell_len(printable(name)) for name in (*names, label))
     table.add_column("run", overflow="fold", min_width=min(longest, 40 if is_wide else 30))
     for heading in columns.values():
         table.add_column(heading, justify="right", min_width=7 if is_wide else 6)
@@ -206,7 +207,6 @@ def comparison(summaries: list[dict[str, Any]], width: int | None = None) -> Tab
         values = [summary["metrics"].get(metric, {}).get("value") for metric in columns]
         table.add_row(name, *("-" if v is None else f"{v:.{4 if is_wide else 3}f}" for v in values))
     majority = [task["majority"] for task in summaries[0]["tasks"]]
-    label = "always the commonest label" if is_wide else "majority"
     table.add_row(label, f"{sum(majority) / len(majority):.{4 if is_wide else 3}f}", *[""] * (len(columns) - 1))
     return table
 

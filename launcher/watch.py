@@ -35,8 +35,9 @@ class Watch:
     def __init__(self, screen: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._screen, self._clock = screen or console.err, clock
         self._is_live = self._screen.is_terminal and not self._screen.is_dumb_terminal
-        self._view = _View(clock)
-        self._live = Live(self._view, console=self._screen, transient=True, refresh_per_second=8)
+        self.view = _View(clock)
+        """The live part, which can be printed at any time."""
+        self._live = Live(self.view, console=self._screen, transient=True, refresh_per_second=8)
         self._stack = ExitStack()
         self._is_entered = False
         self._folder = ""
@@ -66,7 +67,7 @@ class Watch:
             if self._is_entered and not self._live.is_started:
                 self._live.start()
             self._show(event)
-            self._view.take(event)
+            self.view.take(event)
             if event["event"] != "step":
                 self._live.refresh() if self._live.is_started else None
         else:
@@ -81,15 +82,15 @@ class Watch:
         elif kind == "cluster":
             self._screen.print(_facts([("dashboard", event["dashboard"])]))
         elif kind == "plan":
-            self._view.plan(event)
+            self.view.plan(event)
         elif kind == "begin":
             self._screen.print()
-            for line in self._view.begin(event, self._screen.width):
+            for line in self.view.begin(event, self._screen.width):
                 self._screen.print(line, soft_wrap=True)
         elif kind == "continued":
             self._screen.print(f"goes on at {_step(event)}", style="yellow", soft_wrap=True)
         elif kind == "stage_done" and "accuracy" in event:
-            self._screen.print(self._view.scores(event, self._screen.width), soft_wrap=True)
+            self._screen.print(self.view.scores(event, self._screen.width), soft_wrap=True)
         elif kind in ("gang_restart", "shard_retry", "notice"):
             self._screen.print(event_line(event).replace("_", " "), style="yellow", soft_wrap=True)
 
@@ -278,7 +279,7 @@ class _View:
         if "speed" in numbers:
             unit = "steps" if self._kind == "train" else "shards"
             notes.append((f"{_speed(numbers['speed'], unit)}", 7))
-        if "stage" in numbers:
+        if numbers.get("stage"):
             notes.append((f"{duration(numbers['stage'])} left", 5))
         if "dev" in numbers:
             notes.append((f"dev accuracy {numbers['dev']:.3f}", 4))
@@ -360,7 +361,7 @@ class _Row:
         """Return the scores after a task, its own in bold, and their mean."""
         width = len(str(len(self._ids)))
         name = _fit(self._ids[task] if task < len(self._ids) else "", self._label - width - 2)
-        text = Text(f"{task + 1:>{width}} ", style="dim") + Text(name, style="cyan")
+        text = Text.assemble((f"{task + 1:>{width}} ", "dim"), (name, "cyan"))
         text.pad_right(self._label - cell_len(text.plain))
         found = [cell for cell in cells if cell is not None]
         mean = f"{math.fsum(found) / len(found):.3f}" if found else "-"

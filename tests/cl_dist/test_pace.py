@@ -80,9 +80,9 @@ def test_a_progress_event_comes_every_30_seconds_with_the_last_loss() -> None:
     at.take("main", {"event": "stage_start", "stage": "0/train"})
     at.take("main", {"event": "telemetry", "step": 1, "total_steps": 100, "train/loss": 0.5})
     found = steps(clock, at, 70, 1.0)
-    assert [event["step"] for event in found] == [30, 60]
+    assert [event["step"] for event in found] == [31, 61]
     assert found[1] == {
-        "event": "progress", "step": 60, "total_steps": 100, "loss": 0.5, "steps_per_s": 1.0, "stage_left_s": 40,
+        "event": "progress", "step": 61, "total_steps": 100, "loss": 0.5, "steps_per_s": 1.0, "stage_left_s": 39,
     }  # fmt: skip
     assert EVERY_S == 30.0
 

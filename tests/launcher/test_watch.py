@@ -63,7 +63,7 @@ class Terminal:
     def live(self) -> list[str]:
         """Return the lines of the live part."""
         screen = Console(file=io.StringIO(), width=self.columns, record=True)
-        screen.print(self.watch._view)
+        screen.print(self.watch.view)
         return self._lines(screen.export_text())
 
     def stays(self) -> list[str]:
