@@ -23,7 +23,7 @@ from launcher import console
 
 PLAIN_SKIPS = ("step", "telemetry", "plan")
 """Events without a line of their own where output is plain; `progress` comes every 30 seconds."""
-ENDINGS = ("stopped", "interrupted", "failed")
+ENDINGS = ("stopped", "interrupted")
 NAME_MAX = 24
 """Longest task name of a row before it is shortened."""
 BAR_MIN, BAR_MAX = 8, 60
@@ -37,7 +37,7 @@ class Watch:
         self._is_live = self._screen.is_terminal and not self._screen.is_dumb_terminal
         self.view = _View(clock)
         """The live part, which can be printed at any time."""
-        self._live = Live(self.view, console=self._screen, transient=True, refresh_per_second=8)
+        self._live = Live(self.view, console=self._screen, transient=True, refresh_per_second=4)
         self._stack = ExitStack()
         self._is_entered = False
         self._folder = ""
@@ -68,8 +68,8 @@ class Watch:
                 self._live.start()
             self._show(event)
             self.view.take(event)
-            if event["event"] != "step":
-                self._live.refresh() if self._live.is_started else None
+            if event["event"] != "step" and self._live.is_started:
+                self._live.refresh()
         else:
             self._plain(event)
         self._note_end(event)
@@ -91,8 +91,6 @@ class Watch:
             self._screen.print(f"goes on at {_step(event)}", style="yellow", soft_wrap=True)
         elif kind == "stage_done" and "accuracy" in event:
             self._screen.print(self.view.scores(event, self._screen.width), soft_wrap=True)
-        elif kind in ("gang_restart", "shard_retry", "notice"):
-            self._screen.print(event_line(event).replace("_", " "), style="yellow", soft_wrap=True)
 
     def _plain(self, event: Mapping[str, Any]) -> None:
         kind = event["event"]
