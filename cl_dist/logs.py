@@ -10,6 +10,7 @@ from cl_dist.errors import printable
 
 LINE = "%(asctime)s %(levelname)-5s %(name)s  %(message)s"
 _NOT_SHOWN = {"ts", "event", "stage", "task", "kind", "metrics", "tasks", "fingerprint"}
+_NOT_LOGGED = ("step", "phase", "plan")
 _events = logging.getLogger("cl_dist.run")
 
 
@@ -48,8 +49,8 @@ def event_line(event: Mapping[str, Any]) -> str:
 
 
 def log_event(event: Mapping[str, Any]) -> None:
-    """Log an event, unless it is a single optimizer step."""
-    if event["event"] != "step":
+    """Log an event, unless it is for a progress bar alone."""
+    if event["event"] not in _NOT_LOGGED:
         _events.log(logging.WARNING if "warning" in event else logging.INFO, event_line(event))
 
 

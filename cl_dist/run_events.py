@@ -9,7 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from cl_dist.errors import CheckpointError
 from cl_dist.kinds import Reader, kind_of
 from cl_dist.ledger import write_json, write_text
 from cl_dist.metrics import summarize
+from cl_dist.pace import Pace
 from cl_dist.run import Run
 from cl_dist.stage import Evaluate, Stage, StageRef, ref
 
@@ -28,6 +29,8 @@ LIBRARIES = ("cl-dist", "torch", "deepspeed", "accelerate", "transformers", "dat
 STATE = {"status": str, "command": str, "versions": dict, "attempts": list}
 ATTEMPT = {"pid": int, "host": str}
 """Fields that are read from run.json and from its attempts."""
+NOT_STORED = ("step", "phase")
+"""Events for the progress bar: one per optimizer step or shard, and what a worker does before its first one."""
 Matrix = list[list[float | None]]
 Watcher = Callable[[Mapping[str, Any]], None]
 
@@ -36,9 +39,15 @@ class Tracker:
     """Writes run.json, metrics/ and events during a run; a watcher receives the same events, for a terminal."""
 
     def __init__(
-        self, run: Run, command: str = "", watch: Watcher = lambda event: None, baselines: bool = True
+        self,
+        run: Run,
+        command: str = "",
+        watch: Watcher = lambda event: None,
+        pace: Pace | None = None,
+        baselines: bool = True,
     ) -> None:
-        self._run, self._command, self._watch, self._baselines = run, command, watch, baselines
+        self._run, self._command, self._watch, self._pace = run, command, watch, pace
+        self._baselines = baselines
         self._folder = run.config.folder
         self._stage: Stage | None = None
         self._state: dict[str, Any] = {}
@@ -50,7 +59,7 @@ class Tracker:
         """Record the start of an attempt and the stages already done."""
         (self._folder / "metrics").mkdir(parents=True, exist_ok=True)
         state = read_state(self._folder)
-        attempt = {"started": _now(), "pid": os.getpid(), "host": platform.node(), "stages_done": len(done)}
+        attempt = {"started": now(), "pid": os.getpid(), "host": platform.node(), "stages_done": len(done)}
         self._state = {
             "schema_version": 1,
             "run": self._run.config.run.name,
@@ -63,7 +72,7 @@ class Tracker:
         if not self._baselines:
             self._state["baselines"] = False  # `resume` leaves them out too
         write_json(self._folder / "run.json", self._state)
-        self.event({"event": "begin", "stages": len(stages), "done": len(done)})
+        self.event({"event": "begin", "run": self._run.config.run.name, "stages": len(stages), "done": len(done)})
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:
@@ -76,7 +85,7 @@ class Tracker:
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Append an event of the current stage to metrics/events.jsonl and pass it to the watcher."""
-        line: dict[str, Any] = {"ts": _now()}
+        line: dict[str, Any] = {"ts": now()}
         if self._stage is not None:
             line |= {
                 "stage": self._run.ledger.key(ref(self._stage)),
@@ -84,9 +93,14 @@ class Tracker:
                 "kind": self._stage.kind,
             }
         line |= event
-        if event.get("event") != "step":  # one per optimizer step, for the progress bar; telemetry is stored
+        due = None if self._pace is None else self._pace.take(str(self._folder), line)
+        if event["event"] in NOT_STORED:
+            line |= {} if self._pace is None else self._pace.estimates()
+        else:
             _append(self._folder / "metrics" / "events.jsonl", json.dumps(line))
         self._watch(line)
+        if due is not None:
+            self.event({**due, "run": self._run.config.run.name})
 
     def stage_done(self, stage: Stage) -> None:
         """Record that a stage is finished; if it has new scores, update the matrix and the summary."""
@@ -112,7 +126,7 @@ class Tracker:
         if not self._state:
             return
         self._state["status"] = status
-        self._state["attempts"][-1] |= {"ended": _now(), "seconds": round(time.monotonic() - self._began, 3)}
+        self._state["attempts"][-1] |= {"ended": now(), "seconds": round(time.monotonic() - self._began, 3)}
         if status != "finished":  # the summary may fail too, as on a full disk
             write_json(self._folder / "run.json", self._state)
         # run.json comes after R.csv and the summary: a resume repeats all of this unless run.json says finished. The
@@ -156,6 +170,51 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"{folder / 'run.json'}: damaged: {error}; remove it, since stages do not depend on it"
         ) from None
     return state
+
+
+def last_progress(folder: Path, stage: str, is_running: bool) -> dict[str, Any]:
+    """Return step, total_steps, loss and left_s of a stage without a result, as far as the run folder has them.
+
+    Of a stage that is not running, the step is that of its newest checkpoint.
+    """
+    found: dict[str, Any] = {}
+    for event in _tail(folder / "metrics" / "events.jsonl"):
+        if event.get("event") == "begin" or (event.get("event") == "stage_start" and event.get("stage") == stage):
+            found.pop("left_s", None)
+        if event.get("stage") != stage:
+            continue
+        found |= {name: event[name] for name in ("step", "total_steps") if isinstance(event.get(name), int)}
+        for name in ("loss", "train/loss"):
+            if isinstance(event.get(name), float):
+                found["loss"] = event[name]
+        if event.get("event") == "progress" and isinstance(event.get("left_s"), int):
+            age = (datetime.now(UTC) - datetime.fromisoformat(str(event["ts"]))).total_seconds()
+            found["left_s"] = max(0, round(event["left_s"] - age))
+    if not is_running:
+        steps = [int(path.parent.name.removeprefix("step-")) for path in _checkpoints(folder, stage)]
+        found = {name: found[name] for name in ("total_steps", "loss") if steps and name in found}
+        found |= {"step": max(steps)} if steps else {}
+    return found
+
+
+def _checkpoints(folder: Path, stage: str) -> list[Path]:
+    task, _, name = stage.partition("/")
+    return list((folder / "stages" / task).glob(f"{name}.partial-*/checkpoints/step-*[0-9]/checkpoint.json"))
+
+
+def _tail(path: Path, size: int = 2**18) -> Iterator[dict[str, Any]]:
+    """Yield the last events of a file, without lines that are damaged."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        with suppress(ValueError, RecursionError):  # the first is cut, a kill may have cut another
+            event = json.loads(line)
+            if isinstance(event, dict):
+                yield event
 
 
 def _has(data: Any, types: Mapping[str, type]) -> bool:
@@ -318,7 +377,8 @@ def _row(cells: Sequence[float | None] | None) -> list[float] | None:
     return None if cells is None else _floats([list(cells)])[0]
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time of an event: UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

@@ -12,10 +12,12 @@ from cl_dist.config import apply_overrides
 from cl_dist.errors import ClDistError, StoppedError
 from cl_dist.logs import driver_log, log_event
 from cl_dist.mirror import Mirror, Mirroring
+from cl_dist.pace import Pace
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig, parse_run, read_run_file
-from cl_dist.run_events import Tracker, Watcher, read_state, remember_baselines
+from cl_dist.run_events import Tracker, Watcher, now, read_state, remember_baselines
 from cl_dist.run_folder import reopen, save
+from cl_dist.session_events import opening, phase, plan, planned
 from cl_dist.sinks import Trackers
 from cl_dist.small_runs import smoke as smoke_run
 from cl_dist.small_runs import without_ray
@@ -45,7 +47,7 @@ def train(
         baselines: Also run the baselines that the run file names.
         local: Run in this process with one worker, without Ray.
         smoke: Run at most 30 rows of each split for one epoch, under the name NAME-smoke.
-        watch: Called with every event; a context manager is entered while stages are computed. None logs the events.
+        watch: Called with every event; a context manager is entered until the last stage ends. None logs the events.
         report: Called with the finished run. The command line passes a function that also writes the HTML page.
         command: The text that run.json notes as the command.
 
@@ -111,20 +113,25 @@ def _execute(
     All settings and rows are checked before anything is written or started. If no stage is missing, nothing starts.
     """
     configs = [config, *(config.baseline(name) for name in config.baselines if baselines)]
-    _fetch_mirrors(configs)
-    runs = [Run(each) for each in configs]
-    check_data(runs[0])
-    for run in runs:
-        run.ledger.check_order()
-    missing = [bool(sequence.remaining(run)) for run in runs]  # refuses conflicts before anything is written
-    for run, is_missing in zip(runs, missing, strict=True):
-        if is_missing:
-            check_tokens(run)
-            check_writing(run)
-    with _locked(configs):
-        for each in configs:
-            save(each, source if each is config else None)
-        summaries = _compute(runs, missing, watch or log_event, command, baselines)
+    watch = watch or log_event
+    with watch if isinstance(watch, AbstractContextManager) else nullcontext():
+        watch(opening(configs))
+        watch(phase("reading data"))
+        _fetch_mirrors(configs)
+        runs = [Run(each) for each in configs]
+        check_data(runs[0])
+        for run in runs:
+            run.ledger.check_order()
+        missing = [bool(sequence.remaining(run)) for run in runs]  # refuses conflicts before anything is written
+        for run, is_missing in zip(runs, missing, strict=True):
+            if is_missing:
+                watch(phase("loading torch and the tokenizer"))
+                check_tokens(run)
+                check_writing(run)
+        with _locked(configs):
+            for each in configs:
+                save(each, source if each is config else None)
+            summaries = _compute(runs, missing, watch, command, baselines)
     stored = StoredRun(runs[0], runs[1:], summaries)
     report(stored)
     return stored
@@ -134,26 +141,31 @@ def _compute(
     runs: Sequence[Run], missing: Sequence[bool], watch: Watcher, command: str, baselines: bool
 ) -> dict[Path, Mapping[str, Any]]:
     """Compute the missing stages of some runs, the main run first; return the summaries that this has computed."""
-    main, dispatcher = runs[0].config, None
-    shown: AbstractContextManager[object] = watch if isinstance(watch, AbstractContextManager) else nullcontext()
+    main, dispatcher, pace = runs[0].config, None, None
     summaries: dict[Path, Mapping[str, Any]] = {}
     with driver_log(main.folder):
         try:
             remember_baselines(main.folder, baselines)
-            with shown:
-                if any(missing):
-                    dispatcher = _dispatcher(main)
-                for run, is_missing in zip(runs, missing, strict=True):
-                    tracker = Tracker(run, command, _watchers(run.config, watch), baselines)
-                    if is_missing:
-                        _run(run, dispatcher, tracker)
-                    elif read_state(run.config.folder).get("status") != "finished":
-                        tracker.begin([], set())  # killed between the last stage and the end
-                        tracker.finish()
-                    elif run.config.run.mirror is not None:
-                        Mirror(run.config).push()  # the last one may have been killed while it copied
-                    if tracker.found is not None:
-                        summaries[run.config.folder] = tracker.found
+            if any(missing):
+                stages = {str(run.config.folder): planned(run) for run in runs}
+                pace = Pace(stages)
+                watch(plan(runs, stages))
+                watch(phase("starting Ray" if main.cluster.dispatcher == "ray" else "loading torch"))
+                dispatcher = _dispatcher(main)
+                if (address := getattr(dispatcher, "dashboard", None)) is not None:
+                    watch({"ts": now(), "event": "cluster", "dashboard": address})
+            for run, is_missing in zip(runs, missing, strict=True):
+                tracker = Tracker(run, command, _watchers(run.config, watch), pace, baselines)
+                if is_missing:
+                    _run(run, dispatcher, tracker)
+                elif read_state(run.config.folder).get("status") != "finished":
+                    tracker.begin([], set())  # killed between the last stage and the end
+                    tracker.finish()
+                elif run.config.run.mirror is not None:
+                    Mirror(run.config).push()  # the last one may have been killed while it copied
+                if tracker.found is not None:
+                    summaries[run.config.folder] = tracker.found
+            watch(phase("closing the workers"))
         finally:
             if dispatcher is not None:
                 dispatcher.close()

@@ -17,7 +17,7 @@ from cl_dist.metrics import majority_accuracy
 from cl_dist.model_lookup import answering, last_learned, number_of
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.run_events import read_state, summary, with_references
+from cl_dist.run_events import last_progress, read_state, summary, with_references
 from cl_dist.run_folder import reopen
 from cl_dist.stage import StageRef, ref
 from cl_dist.storage import written
@@ -54,6 +54,14 @@ class Progress:
     attempts: int
     seconds: float
     """Time spent in finished stages."""
+    step: int | None = None
+    """The last known step of the next stage if it is in progress, else the step that it resumes from; shards, where the
+    stage does not train."""
+    total_steps: int | None = None
+    loss: float | None = None
+    """The last reported training loss of that stage."""
+    left_s: int | None = None
+    """Estimated seconds until the run and its baselines are finished; see `cl_dist.pace`."""
 
 
 class StoredRun:
@@ -324,14 +332,16 @@ def _progress(run: Run) -> Progress:
     manifests = [run.ledger.manifest(ref(stage)) for stage in stages]
     finished = [manifest for manifest in manifests if manifest is not None]
     unfinished = (stage for stage, manifest in zip(stages, manifests, strict=True) if manifest is None)
+    following, status = next((run.ledger.key(ref(stage)) for stage in unfinished), None), status_of(state)
     return Progress(
         run=run.config.run.name,
-        status=status_of(state),
+        status=status,
         done=len(finished),
         stages=len(stages),
-        next=next((run.ledger.key(ref(stage)) for stage in unfinished), None),
+        next=following,
         attempts=len(state.get("attempts", [])),
         seconds=round(sum(manifest["seconds"] for manifest in finished), 1),
+        **({} if following is None else last_progress(run.config.folder, following, status.startswith("running"))),
     )
 
 

@@ -1,4 +1,4 @@
-"""Output for people: progress bars on a terminal, plain lines elsewhere, the table of results, and errors."""
+"""Output for people: the two streams, the log, the table of results, and errors."""
 
 import io
 import json
@@ -6,18 +6,19 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from cl_dist.errors import ClDistError, ConfigError, StorageError, printable
-from cl_dist.logs import LINE, PrintableFormatter, event_line, log_event
+from cl_dist.logs import LINE, PrintableFormatter
 from cl_dist.storage import refused
 
 INTERRUPTED = 130
@@ -124,9 +125,35 @@ def document(data: Any) -> None:
     write(json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
+class _ToScreen(logging.Handler):
+    """Prints log records above the live part of a terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        try:
+            err.print(self.format(record), soft_wrap=True)
+        except Exception:
+            self.handleError(record)
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and notices of libraries that are about to be imported; their errors stay visible.
+
+    Environment variables that the user has set win.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it too
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    if not sys.warnoptions:
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
+
+
 def start_logging(verbose: bool) -> None:
-    """Print cl-dist's warnings to stderr, or its whole log with -v."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Print cl-dist's warnings to stderr, or its whole log and the notices of libraries with -v."""
+    if not verbose:
+        quiet_libraries()
+    handler = _ToScreen()
     handler.setFormatter(PrintableFormatter(LINE, "%H:%M:%S"))
     handler.setLevel(logging.DEBUG if verbose else logging.WARNING)
     root = logging.getLogger("cl_dist")
@@ -151,90 +178,35 @@ def results_only() -> Iterator[TextIO]:
             noise.enable_progress_bar()
 
 
-class Watch:
-    """Shows the events of a run. Use as a context manager and as the tracker's watcher."""
-
-    def __init__(self) -> None:
-        self._bar: TaskID | None = None
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=err,
-            disable=not err.is_terminal,
-        )
-
-    def __enter__(self) -> "Watch":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        """Show one event."""
-        kind, stage = event["event"], event.get("stage", "")
-        if kind == "step":
-            if self._bar is not None:
-                self._progress.update(self._bar, completed=event["step"], total=event["total_steps"])
-            return
-        if kind == "stage_start":
-            note = "starting workers" if event["kind"] == "train" else ""
-            self._bar = self._progress.add_task(printable(stage), total=None, note=note)
-        elif kind == "telemetry" and self._bar is not None:
-            note = f"loss {event['train/loss']:.3f}  {_rate(event['train/tokens_per_s'])} tokens/s"
-            self._progress.update(self._bar, completed=event["step"], total=event["total_steps"], note=note)
-        elif kind == "round" and self._bar is not None:
-            note = f"loss {event['train/loss']:.3f}"
-            if "dev/accuracy" in event:
-                note += f"  dev accuracy {event['dev/accuracy']:.3f}"
-            self._progress.update(self._bar, completed=event["step"], total=event["total_steps"], note=note)
-        elif kind == "stage_done" and self._bar is not None:
-            scores = ", ".join(
-                f"{task} {value:.3f}" for task, value in event.get("accuracy", {}).items() if value is not None
-            )
-            if scores:
-                self._progress.update(self._bar, note=printable(scores))
-            self._progress.stop_task(self._bar)
-            self._bar = None
-        self._plain(event)
-
-    def _plain(self, event: Mapping[str, Any]) -> None:
-        """Write one line: to the log file always, to stderr where no bar is shown."""
-        log_event(event)
-        if not err.is_terminal and event["event"] != "telemetry":  # one line every few steps: for the log alone
-            err.print(f"{event['ts'][11:19]} {event_line(event)}", soft_wrap=True)
+COLUMNS = {
+    "cl/avg_acc": ("accuracy", "acc"),
+    "cl/f1_macro": ("macro F1", "F1"),
+    "cl/learning_acc": ("when learned", ""),
+    "cl/forgetting_max": ("forgetting", "forget"),
+    "cl/bwt": ("backward transfer", "BWT"),
+    "cl/fwt_one": ("transfer vs. own model", "vs own"),
+}
+"""Metrics of the table of results with their headings, and shorter ones for a narrow terminal; "" leaves one out."""
+WIDE = 100
+"""Width from which tables print every column with its whole heading."""
 
 
-def _rate(value: float) -> str:
-    """Return a rate in at most five characters, such as 950, 1.2k, 3.4M."""
-    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.{0 if value >= 10 * factor else 1}f}{letter}"
-    return f"{value:.0f}"
-
-
-def comparison(summaries: list[dict[str, Any]]) -> Table:
-    """Return the table of runs: the main one first, then its baselines."""
+def comparison(summaries: list[dict[str, Any]], width: int | None = None) -> Table:
+    """Return the table of runs: the main one first, then its baselines; it fits a terminal of 80 columns."""
+    is_wide = (out.width if width is None else width) >= WIDE
+    columns = {name: words[0 if is_wide else 1] for name, words in COLUMNS.items() if is_wide or words[1]}
     table = Table(title="Average over tasks, after the last one")
-    columns = {
-        "cl/avg_acc": "accuracy",
-        "cl/f1_macro": "macro F1",
-        "cl/learning_acc": "when learned",
-        "cl/forgetting_max": "forgetting",
-        "cl/bwt": "backward transfer",
-        "cl/fwt_one": "transfer vs. own model",
-    }
-    table.add_column("run")
+    names = [each["run"] + (f" ({each['method']})" if each["run"] != each["method"] else "") for each in summaries]
+    label = "always the commonest label" if is_wide else "majority"
+    longest = max(cell_len(printable(name)) for name in (*names, label))
+    table.add_column("run", overflow="fold", min_width=min(longest, 40 if is_wide else 30))
     for heading in columns.values():
-        table.add_column(heading, justify="right")
-    for summary in summaries:
-        values = [summary["metrics"].get(name, {}).get("value") for name in columns]
-        table.add_row(f"{summary['run']} ({summary['method']})", *("-" if v is None else f"{v:.4f}" for v in values))
+        table.add_column(heading, justify="right", min_width=7 if is_wide else 6)
+    for name, summary in zip(names, summaries, strict=True):
+        values = [summary["metrics"].get(metric, {}).get("value") for metric in columns]
+        table.add_row(name, *("-" if v is None else f"{v:.{4 if is_wide else 3}f}" for v in values))
     majority = [task["majority"] for task in summaries[0]["tasks"]]
-    table.add_row("always the commonest label", f"{sum(majority) / len(majority):.4f}", *[""] * (len(columns) - 1))
+    table.add_row(label, f"{sum(majority) / len(majority):.{4 if is_wide else 3}f}", *[""] * (len(columns) - 1))
     return table
 
 
@@ -245,7 +217,7 @@ def show_error(error: BaseException, verbose: bool, as_json: bool) -> int:
     if isinstance(error, ClDistError):
         code = error.exit_code
     elif isinstance(error, KeyboardInterrupt | typer.Abort):
-        code, message = INTERRUPTED, "interrupted; `cl-dist resume` continues at the first unfinished stage"
+        code, message = INTERRUPTED, "interrupted"
     elif hasattr(error, "format_message"):  # a usage error; typer brings its own copy of click's classes
         if kind == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]  # the help
@@ -259,6 +231,8 @@ def show_error(error: BaseException, verbose: bool, as_json: bool) -> int:
         document({"code": code, "kind": kind, "message": message})
     elif code == 1:
         err.print("This is a bug in cl-dist; please report it with the lines above and the output of `cl-dist env`.")
+    elif code == INTERRUPTED:
+        err.print(message, style="bold red")
     else:
         err.print(kind, style="bold red", end=": ")
         err.print(message, soft_wrap=True)

@@ -58,6 +58,8 @@ class Connection(ExitStack):
 
     folder: Path | None = None
     """The folder of a Ray that the run started."""
+    dashboard: str | None = None
+    """The address of Ray's dashboard; None if it has none."""
 
 
 def connect(cluster: ClusterConfig) -> Connection:
@@ -88,9 +90,9 @@ def connect(cluster: ClusterConfig) -> Connection:
         else:
             settings["address"] = _reachable(cluster.address)
         connection.callback(ray.shutdown)
-        _init(cluster.address, settings)
+        dashboard = _init(cluster.address, settings)
         left: Connection = connection.pop_all()
-        left.folder = connection.folder
+        left.folder, left.dashboard = connection.folder, dashboard
         return left
 
 
@@ -101,11 +103,13 @@ def _cpus(cluster: ClusterConfig) -> int:
     return max(wanted, cores)
 
 
-def _init(address: str | None, settings: dict[str, Any]) -> None:
+def _init(address: str | None, settings: dict[str, Any]) -> str | None:
+    """Start or join Ray, and return the address of its dashboard."""
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         with kept_from_children():
-            ray.init(**settings)
+            url: str | None = ray.init(**settings).dashboard_url
+        return f"http://{url}" if url else None
     except (OSError, RuntimeError, ValueError, RayError, TimeoutError) as error:
         where = address or "a local Ray"
         raise ClusterError(f"cluster.address={address!r}: cannot reach {where}: {error}") from error

@@ -37,6 +37,8 @@ class RayDispatcher:
         self._gang: Gang | None = None
         self._pool: Pool | None = None
         self._connection = connect(cluster)
+        self.dashboard = self._connection.dashboard
+        """The address of Ray's dashboard."""
         try:
             if cluster.address is not None and is_open():
                 log.warning("%s; %s", OPEN, CLOSE_IT)

@@ -105,19 +105,21 @@ class Gang:
 
     def _save_before_stop(self, number: int, tracker: Tracker) -> bool:
         """Request a checkpoint and wait for it; return whether the stage finished instead."""
-        log.warning("stopping: saving the stage, for up to cluster.stop_timeout_s=%g", self._cluster.stop_timeout_s)
-        deadline = time.monotonic() + self._cluster.stop_timeout_s
+        tracker.event({"event": "stopping", "for_at_most_s": self._cluster.stop_timeout_s})
+        deadline, is_noted = time.monotonic() + self._cluster.stop_timeout_s, False
         ignore_stops()  # schedulers repeat the signal; Ctrl-C still ends the wait
         ray.get(self._mailbox.request.remote("stop"), timeout=ACTOR_TIMEOUT_S)
         while time.monotonic() < deadline and not self._failure():
             news: dict[str, Any] = ray.get(self._mailbox.news.remote(), timeout=ACTOR_TIMEOUT_S)
             for event in news["events"]:
                 tracker.event(event)
+                is_noted = is_noted or event["event"] == "saved"
             if number in (news["saved"], news["done"]):
                 self._busy = False
                 if number == news["done"]:
                     return True
-                tracker.event({"event": "saved"})
+                if not is_noted:  # rank 0 reports it with the step
+                    tracker.event({"event": "saved"})
                 return False
             if news["error"] is not None:
                 log.error("the stage could not be saved: %s", news["error"])

@@ -68,13 +68,14 @@ def run(
     if world.rank:
         report = _ignore
 
+    report({"event": "phase", "doing": "loading the model"})
     learner = build_learner(job, partitioned=partitions(job.engine, world))
     rows, dev = _rows(job, stage, learner)
     learner.source = _nearest(job, learner, rows, world)
     prepare_learner(job, learner)
     # both from the weights that the stage starts with
     transforms, penalties = learner.gradient_transforms(), learner.penalties()
-    saved = _resume_weights(out, learner, world, report)
+    saved = _resume_weights(out, learner, world)
 
     steps_per_epoch = num_steps(len(rows), job.train.global_batch)
     schedule = Schedule(job.train.epochs * steps_per_epoch, steps_per_epoch, job.train.min_round_steps)
@@ -86,6 +87,8 @@ def run(
     guard = Guard(engine, transforms) if job.engine.verify_protection_every else None
     loop = _Loop(job, learner, engine, schedule, split, rows, dev, entered)
     loop.resume(saved)
+    if saved is not None:
+        report({"event": "continued", "step": saved.step, "total_steps": schedule.total_steps})
     parameters = dict(zip(("trainable", "total"), count_parameters(engine.module), strict=True))
     log.info("train start task=%d rows=%d steps=%d %s", stage.task, len(rows), schedule.total_steps, parameters)
 
@@ -143,6 +146,7 @@ def _optimize(
             if due:
                 writer.save(loop.state(done), loop.best, wait=due == "stop" or not job.engine.checkpoint_async)
             if due == "stop":
+                report({"event": "saved", "step": done, "total_steps": total})
                 raise StoppedError(f"stopped after step {done} of {total}, which is saved")
         heartbeat(total)
 
@@ -263,12 +267,11 @@ def prepare_learner(job: Job, learner: Learner) -> None:
         learner.freeze(units)
 
 
-def _resume_weights(out: Path, learner: Learner, world: World, report: Report) -> checkpoint.Checkpoint | None:
+def _resume_weights(out: Path, learner: Learner, world: World) -> checkpoint.Checkpoint | None:
     """Load the weights of the newest checkpoint below out into the model, and return that checkpoint. A collective."""
     saved = checkpoint.latest(out, world)
     if saved is not None:
         saved.load_weights(learner.model, world.rank)
-        report({"event": "continued", "step": saved.step})
     return saved
 
 

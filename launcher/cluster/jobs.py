@@ -77,6 +77,11 @@ class Jobs:
                 address = find_cluster()  # Ray itself would choose a cluster that a run started for itself
             self._client = JobSubmissionClient(address)
 
+    @property
+    def dashboard(self) -> str:
+        """The address of Ray's dashboard, which serves the jobs too."""
+        return str(self._client.get_address())
+
     def submit(self, config: RunConfig, job_id: str | None = None) -> tuple[str, bool]:
         """Submit a run; return the job's id, and whether the job is new. The same run file always gives the same id.
 

@@ -3,15 +3,18 @@
 import dataclasses
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from cl_dist import session
+from cl_dist.pace import duration
 from cl_dist.run_folder import latest
 from cl_dist.stopping import stop_on_signals
-from cl_dist.stored_run import load_run
+from cl_dist.stored_run import Progress, load_run
 from launcher import console, runs
 from launcher.options import (
     AddTasks,
@@ -28,6 +31,7 @@ from launcher.options import (
 )
 from launcher.verbs.quality import parse_gates
 from launcher.verbs.report import conclude
+from launcher.watch import Watch
 
 RUNS = Path("runs")
 """Folder of run folders, where `resume` and `status` look for the last one."""
@@ -53,7 +57,7 @@ def train(
         baselines=baselines,
         local=local,
         smoke=smoke,
-        watch=console.Watch(),
+        watch=Watch(),
         report=partial(conclude, gates=gates, as_json=as_json),
         command=_command(),
     )
@@ -84,7 +88,7 @@ def resume(
         add_tasks=add_tasks,
         baselines=baselines,
         local=local,
-        watch=console.Watch(),
+        watch=Watch(),
         report=partial(conclude, gates=gates, as_json=as_json),
         command=_command(),
     )
@@ -95,13 +99,27 @@ def _command() -> str:
 
 
 def status(run: RunOrLast = None, as_json: AsJson = False) -> None:
-    """Show the progress of a run and its baselines."""
+    """Show the progress of a run and its baselines: stage, step, loss, and the time that is left."""
     lines = load_run(latest(RUNS) if run is None else run).progress()
     if as_json:
         console.document([dataclasses.asdict(line) for line in lines])
         return
-    table = Table("run", "status", "stages done", "next", "attempts", "seconds in stages")
+    console.out.print(_table(lines, console.out.width))
+
+
+def _table(lines: Sequence[Progress], width: int) -> Table:
+    """Return what each run is at; below 100 columns without attempts and seconds."""
+    is_wide = width >= console.WIDE
+    table = Table(box=box.HEAVY_HEAD if is_wide else box.SIMPLE_HEAD, padding=(0, 1) if is_wide else (0, 1, 0, 0))
+    headings = ["run", "status", "stages", "next", "step", "loss", "left"]
+    for heading in [*headings, *(("attempts", "seconds in stages") if is_wide else ())]:
+        is_text = heading in ("run", "status", "next")
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     for line in lines:
-        done = f"{line.done}/{line.stages}"
-        table.add_row(line.run, line.status, done, line.next or "-", str(line.attempts), str(line.seconds))
-    console.out.print(table)
+        step = "-" if line.step is None else str(line.step)
+        step += f"/{line.total_steps}" if line.total_steps is not None else ""
+        loss = "-" if line.loss is None else f"{line.loss:.3f}"
+        left = "-" if line.left_s is None else duration(line.left_s)
+        cells = [line.run, line.status, f"{line.done}/{line.stages}", line.next or "-", step, loss, left]
+        table.add_row(*cells, *((str(line.attempts), str(line.seconds)) if is_wide else ()))
+    return table

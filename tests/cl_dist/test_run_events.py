@@ -13,7 +13,17 @@ from cl_dist.errors import CheckpointError, StoppedError
 from cl_dist.metrics import summarize
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
-from cl_dist.run_events import Tracker, Watcher, matrix, read_state, summary, with_references
+from cl_dist.run_events import (
+    NOT_STORED,
+    Tracker,
+    Watcher,
+    last_progress,
+    matrix,
+    now,
+    read_state,
+    summary,
+    with_references,
+)
 from cl_dist.sequence import run_stages
 from cl_dist.stage import StageRef
 from cl_dist.stages.stage_job import Job
@@ -220,8 +230,8 @@ def test_events_frame_each_stage_and_steps_are_shown_but_not_stored(tmp_path: Pa
         "begin", "stage_start", "telemetry", "stage_end", "stage_done",
         "stage_start", "stage_end", "stage_done", "finished",
     ]  # fmt: skip
-    assert stored == [event for event in shown if event["event"] != "step"]
-    steps = [event["step"] for event in shown if event["event"] == "step"]
+    assert stored == [event for event in shown if event["event"] not in NOT_STORED]
+    steps = [event["step"] for event in shown if event["event"] == "step" and event["kind"] == "train"]
     assert steps == [1, 2, 3]  # 20 rows in batches of 8
     training = [event for event in shown if event.get("kind") == "train"]
     assert {(event["stage"], event["task"]) for event in training} == {("00-food/train", 0)}
@@ -250,3 +260,30 @@ def test_a_damaged_run_json_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"run.json: damaged"):
         read_state(tmp_path)
+
+
+def test_progress_of_a_stage_comes_from_its_events_while_it_runs_and_from_its_checkpoint_afterwards(
+    tmp_path: Path,
+) -> None:
+    stage, other = {"stage": "01-film/train"}, {"stage": "00-food/train"}
+    numbers = {"total_steps": 24, "train/loss": 0.75}
+    lines = [
+        {"event": "telemetry", "step": 24, "total_steps": 24, "train/loss": 0.1, **other},
+        {"event": "stage_start", **stage},
+        {"event": "telemetry", "step": 10, **numbers, **stage},
+        {"event": "progress", "step": 12, "total_steps": 24, "loss": 0.5, "left_s": 10**9, "ts": now(), **stage},
+        {"event": "round", "step": 15, **numbers, **stage},
+    ]
+    (tmp_path / "metrics").mkdir()
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics/events.jsonl").write_text('a line that is cut"}\n' + text + '{"event": "st')
+    found = last_progress(tmp_path, "01-film/train", is_running=True)
+    assert found.pop("left_s") == pytest.approx(10**9, abs=5)
+    assert found == {"step": 15, "total_steps": 24, "loss": 0.75}
+    assert last_progress(tmp_path, "01-film/train", is_running=False) == {}
+    for step in (5, 14):
+        checkpoint = tmp_path / f"stages/01-film/train.partial-abc/checkpoints/step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "checkpoint.json").touch()
+    assert last_progress(tmp_path, "01-film/train", is_running=False) == {"step": 14, "total_steps": 24, "loss": 0.75}
+    assert last_progress(tmp_path / "none", "01-film/train", is_running=True) == {}

@@ -89,7 +89,7 @@ def test_a_run_is_trained_from_a_file_plain_data_or_a_config_and_resumed(tmp_pat
     plain = tree(tmp_path, science={"tasks": tree(tmp_path)["science"]["tasks"][:1]})
     path = save_run(tmp_path / "tiny.yaml", plain)
     first = train(path, watch=lambda event: events.append(event["event"]))
-    assert events[0] == "begin"
+    assert events[0] == "open"
     assert events[-1] == "finished"
     before = (first.folder / "stages/00-food/train/manifest.json").read_bytes()
     assert (first.folder / "config.source.yaml").is_file()

@@ -11,6 +11,12 @@ from cl_dist.contract import tiny
 from cl_dist.errors import ConfigError
 from cl_dist.run_config import RunConfig
 from launcher.cluster.jobs import RUN_FILE, Jobs
+from tests.launcher.commands import Cli, save_run
+
+LOG = """10:00:00 begin run=demo stages=6 done=0
+10:00:00 stage_start stage=00-food/train
+10:00:40 progress stage=00-food/train step=12 total_steps=24 loss=0.4321 steps_per_s=0.4 left_s=1500 run=demo
+"""
 
 
 class Server:
@@ -20,6 +26,12 @@ class Server:
 
     def __init__(self, address: str) -> None:
         self.sent: list[dict[str, Any]] = []
+
+    def get_address(self) -> str:
+        return "http://192.0.2.1:8265"
+
+    def get_job_logs(self, job_id: str) -> str:
+        return LOG
 
     def list_jobs(self) -> tuple[Any, ...]:
         return self.jobs
@@ -98,6 +110,34 @@ def test_a_job_that_is_there_is_not_sent_again(jobs: Jobs, here: Path, monkeypat
     there.status = "FAILED"
     with pytest.raises(ConfigError, match=rf"{job_id} is FAILED; `cl-dist job resume {job_id}"):
         jobs.submit(run)
+
+
+def test_submit_prints_the_id_and_to_stderr_how_to_watch_the_job(
+    cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Server)
+    run = save_run(here / "run.yaml", config(here).tree())
+    ended = cli("job", "submit", run, "--id", "mine", "--address", "http://192.0.2.1:8265")
+    assert (ended.code, ended.out) == (0, "mine\n"), ended.err
+    assert ended.err.splitlines() == [
+        "log        cl-dist job logs -f mine --address http://192.0.2.1:8265",
+        "status     cl-dist job status mine --address http://192.0.2.1:8265",
+        "dashboard  http://192.0.2.1:8265",
+    ]
+
+
+def test_the_status_of_a_job_has_its_stage_step_loss_and_time_left(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Server)
+    metadata = {"cl-dist-folder": "/shared/runs/demo", "cl-dist-run": "demo"}
+    job = SimpleNamespace(
+        submission_id="mine", status="RUNNING", message="", metadata=metadata, runtime_env={}, start_time=0,
+        end_time=0, driver_exit_code=None,
+    )  # fmt: skip
+    monkeypatch.setattr(Server, "jobs", (job,))
+    ended = cli("job", "status", "mine", "--address", "http://192.0.2.1:8265")
+    assert "\n00-food/train, step 12 of 24, loss 0.4321, about 25 min left\n" in ended.out
+    found = cli("job", "status", "mine", "--address", "http://192.0.2.1:8265", "--json").json()["progress"]
+    assert (found["step"], found["total_steps"], found["left_s"]) == ("12", "24", "1500")
 
 
 def test_a_relative_run_folder_and_a_path_that_leaves_are_refused(jobs: Jobs, here: Path) -> None:

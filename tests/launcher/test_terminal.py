@@ -14,7 +14,6 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.progress import Progress
 
 from cl_dist import errors
 from cl_dist.contract import tiny
@@ -22,6 +21,7 @@ from cl_dist.errors import ClDistError, printable
 from cl_dist.logs import driver_log
 from launcher import console
 from launcher.cli import EXIT_CODES
+from launcher.watch import Watch
 from tests.launcher.commands import ROOT, TASKS, Cli, Ended, save_run
 
 TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
@@ -107,8 +107,7 @@ def test_names_in_tables_titles_bars_and_logs_are_not_markup(
     console.out.rule("[/rule]\x1b")
     assert "[/run] (:cat:)" in (shown := capsys.readouterr().out)
     assert r"[/rule]\x1b" in shown
-    watch = console.Watch()
-    watch._progress = Progress(*watch._progress.columns, console=console.Screen(stderr=True))
+    watch = Watch()
     with watch:
         watch({"ts": "2026-01-01T00:00:00", "event": "stage_start", "kind": "x", "stage": "00-[/x]\x1b/train"})
         done = {"[/t]\x1b": 0.5}
@@ -118,30 +117,6 @@ def test_names_in_tables_titles_bars_and_logs_are_not_markup(
         logging.getLogger("cl_dist.run").warning("label %s", "[/x]\x1b\ud800")
     assert r"[/x]\x1b\ud800" in (tmp_path / "logs" / "driver.log").read_text(encoding="utf8")
     assert "\x1b" not in capsys.readouterr().err
-
-
-def test_a_step_shows_loss_and_speed_in_a_line_of_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    watch = console.Watch()
-    screen = console.Screen(stderr=True)
-    screen.width = 80
-    watch._progress = Progress(*watch._progress.columns, console=screen)
-    stage = {"ts": "2026-01-01T00:00:00", "stage": "18-laptops/train", "kind": "train"}
-    numbers = {"train/loss": 0.69314, "train/tokens_per_s": 123_456.7, "train/grad_norm": 1.5}
-    with watch:
-        watch(stage | {"event": "stage_start", "fingerprint": "f" * 64})
-        watch(stage | {"event": "telemetry", "step": 9990, "total_steps": 12500, **numbers})
-    lines = capsys.readouterr().err.splitlines()
-    (shown,) = [line for line in lines if line.startswith("18-laptops/train")]
-    assert shown.rstrip().endswith("loss 0.693  123k tokens/s")
-    assert "9990/12500" in shown
-    assert not any("telemetry" in line or "ffff" in line for line in lines)  # one every few steps: in the log alone
-
-
-@pytest.mark.parametrize(
-    ("rate", "text"), [(0.4, "0"), (999, "999"), (1234, "1.2k"), (99_960, "100k"), (3.4e6, "3.4M")]
-)
-def test_a_rate_needs_at_most_five_characters(rate: float, text: str) -> None:
-    assert console._rate(rate) == text
 
 
 @pytest.mark.parametrize("locale", [LATIN, ASCII])
