@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 import cl_dist
 from launcher import console
-from launcher.verbs import check, data, job, plan, reference, render, report, results, train
+from launcher.verbs import check, data, job, plan, reference, render, report, results, study, train
 
 EXIT_CODES = {
     0: "ok",
@@ -59,6 +59,7 @@ VERBS = (
     Verb("train", train.train, TRAIN, "cl-dist train run.yaml science.seed=1 run.name=seed1"),
     Verb("resume", train.resume, TRAIN, "cl-dist resume runs/seed1 cluster.workers=4"),
     Verb("status", train.status, TRAIN, "cl-dist status runs/seed1"),
+    Verb("study", study.study, TRAIN, "cl-dist study study.yaml --parallel 2"),
     Verb("report", report.report, RESULTS, "cl-dist report runs/seed1 runs/seed2"),
     Verb("predict", results.predict, RESULTS, "cl-dist predict runs/seed1 --task movies < texts.jsonl"),
     Verb("eval", results.eval_, RESULTS, "cl-dist eval runs/seed1 --split dev"),
