@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist import session
-from cl_dist.errors import ClDistError, ConfigError, RunInUseError
+from cl_dist.errors import CheckpointError, ClDistError, ClusterError, ConfigError, RunInUseError
 from cl_dist.ledger import link, write_json, write_text
 from cl_dist.run import Run
 from cl_dist.run_events import Watcher, read_state
@@ -78,16 +78,16 @@ class OpenStudy:
         """Check that finished stages fit the study file.
 
         Raises:
-            StageConflictError: If one was computed with other settings.
-            OrderError: If the tasks of a run have moved.
+            CheckpointError: If one was computed with other settings, or the tasks of a run have moved.
         """
         for name, run in self.runs.items():
             try:
                 run.ledger.check_order()
                 remaining(run)
-            except ClDistError as error:
-                log.error("run %s does not fit the study file", name)
-                raise error from None
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"run {name}: {error} For a study with other arms or orders set name=... to start a new one."
+                ) from None
 
     def missing(self, name: str) -> list[str]:
         """Return the fingerprints of the stages that a run has not finished."""
@@ -200,17 +200,19 @@ def run_study(
     if parallel < 1:
         raise ConfigError(f"--parallel {parallel}: expected 1 or more")
     opened = OpenStudy(study)
-    with run_lock(study.folder), written(study.folder):
+    with run_lock(study.folder):
         opened.check()
         found = registration.registered(study, len(opened.done()))
-        registration.write(study.folder, found)
-        write_text(study.folder / COPY, yaml_text(study.tree))
+        with written(study.folder):
+            registration.write(study.folder, found)
+            write_text(study.folder / COPY, yaml_text(study.tree))
 
         def conclude() -> Any:
             document = study_document(study, opened.runs, opened.done(), found, opened.num_stages())
-            write_json(study.folder / DOCUMENT, document)
-            if report is not None:
-                report(document, study.folder)
+            with written(study.folder):
+                write_json(study.folder / DOCUMENT, document)
+                if report is not None:
+                    report(document, study.folder)
             return document
 
         if compute:
@@ -294,6 +296,16 @@ class _Queue:
                 self.changed.wait(1.0)
             return None
 
+    def put_back(self, run: StudyRun) -> bool:
+        """Return a run to those that wait, if another one is at work; False if none is."""
+        with self.changed:
+            if len(self.busy) < 2:
+                return False
+            self.busy.pop(run.name)
+            self.waiting.insert(0, run)
+            self.changed.notify_all()
+            return True
+
     def give(self, run: StudyRun, error: BaseException | None) -> None:
         """Note that a run has ended."""
         with self.changed:
@@ -347,7 +359,10 @@ def _work(queue: _Queue, worker: "_Worker", note: Note, conclude: Callable[[], A
                 conclude()
             queue.give(run, None)
         except BaseException as error:
-            queue.give(run, error)
+            if getattr(error, "exit_code", None) == ClusterError.exit_code and queue.put_back(run):
+                note(f"run {run.name} waits: the cluster has no room for it; one run fewer at a time from now on")
+            else:
+                queue.give(run, error)
             return
 
 

@@ -46,6 +46,7 @@ def view(document: Document) -> dict[str, Any]:
         "lower_is_better": LOWER_IS_BETTER,
         "charts": charts,
         "pairs_chart": pair_chart(comparisons[0]) if comparisons[0]["pairs"] else None,
+        "tasks_chart": task_chart(comparisons[0]) if comparisons[0]["pairs"] else None,
         "measured": measured,
         "num_rows": sum(document["rows"].values()),
     }
@@ -74,11 +75,21 @@ def pair_chart(line: Document) -> Markup:
     return _intervals(rows, line["margin"], "difference of each pair of runs, in points")
 
 
+def task_chart(line: Document) -> Markup:
+    """Return the difference on each task of a comparison, and their mean."""
+    alone = {"low": None, "high": None}
+    rows: list[tuple[str, Document, str]] = [
+        (each["task"], {**each, **alone}, "pair") for each in line["by_task"] if each["value"] is not None
+    ]
+    rows.append(("mean", line, line["verdict"]))
+    return _intervals(rows, line["margin"], "difference on each task, in points")
+
+
 def _intervals(rows: Sequence[tuple[str, Document, str]], margin: float, title: str) -> Markup:
     """Return a chart of intervals on one axis, in points."""
     ends = [abs(line[name]) for _, line, _ in rows for name in ("value", "low", "high") if line[name] is not None]
     reach = max([*ends, margin]) * 1.08
-    label = 20 + 7.2 * max(len(shorten(name, 34)) for name, _, _ in rows)
+    label = 20 + 7.8 * max(len(shorten(name, 34)) for name, _, _ in rows)
     width, row, top = label + 560.0, 28, 12
     left, right, bottom = label, width - 110, top + row * len(rows)
 

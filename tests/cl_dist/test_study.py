@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from cl_dist.contract import tiny
-from cl_dist.errors import CheckpointError, ConfigError, StageConflictError
+from cl_dist.errors import CheckpointError, ConfigError
 from cl_dist.ledger import MANIFEST
 from cl_dist.stage import ref
-from cl_dist.study import read_study, registration, run_study
+from cl_dist.study import driver, read_study, registration, run_study
 from cl_dist.study.driver import OpenStudy
+from cl_dist.study.file import StudyRun
 from cl_dist.study.results import KEYS
 
 ROOT = Path(__file__).parents[2]
@@ -116,16 +117,16 @@ def test_a_study_whose_processes_are_killed_continues_to_the_same_table(
     """SIGKILL hits the driver while two worker processes compute runs."""
     path = save(tmp_path)
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    driver = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(path)], env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.DEVNULL
     )
     folder = tmp_path / "small"
     until = time.monotonic() + 80
     while len(list(folder.glob(f"runs/*/stages/*/*/{MANIFEST}"))) < 5 and time.monotonic() < until:
-        assert driver.poll() is None
+        assert process.poll() is None
         time.sleep(0.05)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     study = read_study(folder)
     assert OpenStudy(study).plan()[0].done > 0
     assert len(OpenStudy(study).done()) < 6
@@ -182,8 +183,49 @@ def test_a_damaged_registration_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_arm_that_changes_after_results_is_refused(finished: tuple[Path, Any]) -> None:
-    with pytest.raises(StageConflictError):
+    with pytest.raises(CheckpointError, match="run plain-o1-s0: 00-film/train is already done"):
         run_study(read_study(finished[0], ["arms.plain={method: {name: sequential}, train: {epochs: 3}}"]))
+
+
+class Fake:
+    """Workers that compute nothing; the first run finds no room on the cluster, and one run may fail."""
+
+    tried: list[str] = []
+    fails = ""
+
+    def __init__(self, log: Path) -> None:
+        pass
+
+    def compute(self, run: StudyRun, command: str) -> None:
+        type(self).tried.append(run.name)
+        time.sleep(0.3)  # the other worker takes a run meanwhile
+        if run.name == self.fails:
+            raise driver.StudyRunError("diverged", 5)
+        if self.tried.index(run.name) == 0 and self.tried.count(run.name) == 1:
+            raise driver.StudyRunError("no room", 4)
+
+    def stop(self) -> None:
+        pass
+
+
+def test_a_run_without_room_on_the_cluster_waits_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_Worker", Fake)
+    monkeypatch.setattr(Fake, "tried", [])
+    notes: list[str] = []
+    run_study(read_study(save(tmp_path)), parallel=2, note=notes.append)
+    assert len(Fake.tried) == 7
+    assert len(set(Fake.tried)) == 6
+    assert [line for line in notes if "has no room" in line]
+
+
+def test_a_failed_run_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_Worker", Fake)
+    monkeypatch.setattr(Fake, "tried", ["none"])
+    monkeypatch.setattr(Fake, "fails", "own-o1-s0")
+    with pytest.raises(driver.StudyRunError, match="diverged") as failed:
+        run_study(read_study(save(tmp_path)), parallel=2)
+    assert failed.value.exit_code == 5
+    assert len(Fake.tried) < 6
 
 
 class TestFile:

@@ -94,5 +94,13 @@ def test_names_cannot_leave_their_text_node(computed: tuple[Path, str], tmp_path
     assert "<b onload" not in page
 
 
+def test_a_change_of_the_margin_after_results_stands_on_the_page(cli: Cli, computed: tuple[Path, str]) -> None:
+    ended = cli("study", computed[0] / "runs/study", "primary.margin=0.05", "--no-compute")
+    assert "changed after 4 runs" in ended.out
+    page = (computed[0] / "runs/study/report/index.html").read_text(encoding="utf8")
+    assert "changed after 4 runs" in page
+    assert "margin 2.00 points" in page
+
+
 def test_p_values() -> None:
     assert [p_value(each) for each in (None, 0.00001, 0.0312, 1.0)] == ["\N{EN DASH}", "< .0001", ".0312", "1.0000"]
