@@ -141,6 +141,37 @@ class Ledger:
         self._move(partial, final)
         return True
 
+    def adopt(self, stage: Stage, folder: Path) -> bool:
+        """Publish a finished stage of another run as the result of a stage with the same fingerprint.
+
+        Its files become hard links, or copies on another file system, and are compared with their digests.
+
+        Args:
+            stage: The stage that has no result.
+            folder: Folder of the other run's finished stage.
+
+        Returns:
+            False if the other stage has another fingerprint, or is missing or damaged.
+
+        Raises:
+            CheckpointError: If one of the stage's files or folders is a symbolic link.
+        """
+        final, fingerprint = self.path(ref(stage)), self.fingerprint(stage)
+        refuse_links(_stage_paths(final))
+        try:
+            manifest = self._parsed(folder / MANIFEST, parse_manifest)
+        except (OSError, ValueError):
+            return False
+        if manifest["fingerprint"] != fingerprint:
+            return False
+        partial = _partial(final, fingerprint)
+        try:
+            for name in (*manifest["files"], MANIFEST):
+                link(folder / name, partial / name)
+        except FileNotFoundError:
+            return False
+        return self.rescue(stage)
+
     @staticmethod
     def _move(partial: Path, final: Path) -> None:
         for name in UNFINISHED:
@@ -246,6 +277,18 @@ def refuse_links(paths: Iterable[Path]) -> None:
                 f"{path}: is a symbolic link inside the run's own folder; remove the link (not its target) and resume: "
                 "missing results are computed again"
             )
+
+
+def link(source: Path, target: Path) -> None:
+    """Make a hard link, which replaces the target; copy the file where the file system has no such link."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def is_inside(name: str) -> bool:

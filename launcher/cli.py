@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 import cl_dist
 from launcher import console
-from launcher.verbs import check, data, init, job, plan, reference, render, report, results, train
+from launcher.verbs import check, data, init, job, plan, reference, render, report, results, study, train
 
 EXIT_CODES = {
     0: "ok",
@@ -60,6 +60,7 @@ VERBS = (
     Verb("plan", plan.plan, START, "cl-dist plan run.yaml --device-gib 24"),
     Verb("train", train.train, RUN, "cl-dist train run.yaml --local science.seed=1 run.name=seed1"),
     Verb("resume", train.resume, RUN, "cl-dist resume runs/seed1 cluster.workers=4"),
+    Verb("study", study.study, RUN, "cl-dist study study.yaml --parallel 2"),
     Verb("status", train.status, LOOK, "cl-dist status runs/seed1"),
     Verb("runs", reference.runs_, LOOK, "cl-dist runs runs"),
     Verb("report", report.report, LOOK, "cl-dist report runs/seed1 runs/seed2"),

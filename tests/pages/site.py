@@ -23,6 +23,7 @@ SECTIONS = {
     "Use": {
         "Command line": "launcher/README.md",
         "Run file": "launcher/RUNFILE.md",
+        "Studies": "launcher/STUDY.md",
         "Methods": "cl_dist/methods/README.md",
         "Library": "cl_dist/README.md",
     },
