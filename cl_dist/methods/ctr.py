@@ -34,6 +34,8 @@ def capabilities(config: CtrConfig, model: ModelConfig) -> Capabilities:
         isolated=config.mode == "no_forgetting",
         takes_partitioned=True,
         takes_quantized=True,
+        slow_steps=config.gate_steps,
+        slow_parts="masks and routers" if config.share and config.routing == "transfer" else "masks",
     )
 
 

@@ -4,12 +4,13 @@ Source: Serrà et al. 2018 (HAT), "Overcoming catastrophic forgetting with hard 
 Ke et al. 2021 (CTR) use it as a baseline. The mathematics is in models/gates and models/plugin; learners/hat trains.
 """
 
+from math import ceil
 from typing import Literal
 
 from pydantic import Field
 
 from cl_dist.methods.base import Capabilities, Method, MethodConfig, plan_sequential
-from cl_dist.models.config import MaskShape
+from cl_dist.models.config import MaskShape, ModelConfig
 
 
 class MaskedConfig(MethodConfig, MaskShape):
@@ -23,6 +24,16 @@ class MaskedConfig(MethodConfig, MaskShape):
     head_lr: float | None = Field(None, gt=0)
     """Learning rate of the task's head; None takes train.lr."""
 
+    @property
+    def gate_steps(self) -> int:
+        """Optimizer steps in which a gate embedding can move by mask_std, the spread of its initial values.
+
+            steps = 2 * mask_std / gate_lr
+
+        AdamW moves an embedding by at most about the learning rate in a step, and the rate falls linearly to 0.
+        """
+        return ceil(2 * self.mask_std / self.gate_lr)
+
 
 class HatConfig(MaskedConfig):
     """Settings of HAT."""
@@ -30,10 +41,22 @@ class HatConfig(MaskedConfig):
     name: Literal["hat"] = "hat"
 
 
+def capabilities(config: HatConfig, model: ModelConfig) -> Capabilities:
+    """Return what HAT can do."""
+    return Capabilities(
+        freezes_backbone=True,
+        isolated=True,
+        takes_partitioned=True,
+        takes_quantized=True,
+        slow_steps=config.gate_steps,
+        slow_parts="masks",
+    )
+
+
 METHOD = Method(
     config=HatConfig,
     plan=plan_sequential,
     learners={"classifier": "cl_dist.learners.hat:Hat"},
     about="task masks over adapters in a frozen backbone",
-    capabilities=Capabilities(freezes_backbone=True, isolated=True, takes_partitioned=True, takes_quantized=True),
+    capabilities=capabilities,
 )
