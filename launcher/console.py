@@ -19,6 +19,7 @@ from rich.text import Text
 from cl_dist.errors import ClDistError, ConfigError, StorageError, printable
 from cl_dist.logs import LINE, PrintableFormatter, event_line, log_event
 from cl_dist.storage import refused
+from launcher.scores import NARROW, score_text
 
 INTERRUPTED = 130
 
@@ -218,7 +219,8 @@ def _rate(value: float) -> str:
 
 def comparison(summaries: list[dict[str, Any]]) -> Table:
     """Return the table of runs: the main one first, then its baselines."""
-    table = Table(title="Average over tasks, after the last one")
+    title = "Average over tasks, after the last one"
+    table = Table(title=title if out.width < NARROW else f"{title} (± half of the 95 % interval over test rows)")
     columns = {
         "cl/avg_acc": "accuracy",
         "cl/f1_macro": "macro F1",
@@ -231,8 +233,9 @@ def comparison(summaries: list[dict[str, Any]]) -> Table:
     for heading in columns.values():
         table.add_column(heading, justify="right")
     for summary in summaries:
-        values = [summary["metrics"].get(name, {}).get("value") for name in columns]
-        table.add_row(f"{summary['run']} ({summary['method']})", *("-" if v is None else f"{v:.4f}" for v in values))
+        found = [summary["metrics"].get(name, {}) for name in columns]
+        cells = (score_text(metric.get("value"), metric.get("interval"), out.width) for metric in found)
+        table.add_row(f"{summary['run']} ({summary['method']})", *cells)
     majority = [task["majority"] for task in summaries[0]["tasks"]]
     table.add_row("always the commonest label", f"{sum(majority) / len(majority):.4f}", *[""] * (len(columns) - 1))
     return table
