@@ -1,11 +1,15 @@
-"""Checks of a run before it starts workers: rows, tokenizer, labels and lengths."""
+"""Checks of a run before it starts workers: rows, tokenizer, labels, lengths and numbers of steps."""
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from cl_dist.data.sampler import num_steps
 from cl_dist.data.sources import listing
 from cl_dist.errors import ConfigError, DataError
+from cl_dist.kinds import trainings
 from cl_dist.methods import capabilities_of
 from cl_dist.models.config import ModelConfig
 from cl_dist.run import Run
@@ -51,6 +55,43 @@ def check_tokens(run: Run) -> None:
             log.warning("data task=%s %s", name, warning)
     if faults:
         raise DataError("\n".join(faults))
+
+
+@dataclass(frozen=True, slots=True)
+class StepHint:
+    """Tasks with fewer optimizer steps than a part of the method needs."""
+
+    found: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.found}; {self.remedy}"
+
+
+def step_hints(run: Run) -> list[StepHint]:
+    """Return a hint for each number of optimizer steps that is too small for the method (`Capabilities.slow_steps`)."""
+    science = run.science
+    able = capabilities_of(science.method, science.model)
+    tasks: dict[tuple[int, int], list[str]] = {}
+    for number, task in enumerate(run.tasks.tasks):
+        settings = science.train_of(task)
+        for stage in trainings(run.plan(number)):
+            steps = num_steps(run.num_rows(stage), settings.global_batch)
+            if 0 < settings.epochs * steps < able.slow_steps:
+                names = tasks.setdefault((settings.epochs * steps, -(-able.slow_steps // steps)), [])
+                names += [] if task.id in names else [task.id]
+    return [
+        StepHint(
+            f"{_listed(names)}: {steps} optimizer steps; {able.slow_parts} hardly move below {able.slow_steps}",
+            f"raise train.epochs to {epochs}, or lower train.global_batch",
+        )
+        for (steps, epochs), names in tasks.items()
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"task {shown}" if len(names) == 1 else f"tasks {shown}"
 
 
 def check_model(run: Run) -> None:

@@ -46,7 +46,11 @@ def wilson(right: int, rows: int, level: float = LEVEL) -> Interval:
 
 
 def mean_interval(
-    correct_by_task: Sequence[NDArray[Any]], level: float = LEVEL, draws: int = DRAWS, seed: int = 0
+    correct_by_task: Sequence[NDArray[Any]],
+    level: float = LEVEL,
+    draws: int = DRAWS,
+    seed: int = 0,
+    is_difference: bool = False,
 ) -> Interval:
     """Return the interval of the mean over tasks of each task's mean over rows, such as cl/avg_acc.
 
@@ -65,6 +69,8 @@ def mean_interval(
         level: Share of such intervals that contain the mean over all rows of the kind of the test rows.
         draws: Number of bootstrap draws.
         seed: Seed of the draws; task j uses the stream (seed, j).
+        is_difference: Values are differences: 0 and 1 are then no wrong and right rows, and tasks where no row differs
+            have an interval of length 0.
 
     Raises:
         ValueError: If there is no task, or a task without rows.
@@ -72,7 +78,7 @@ def mean_interval(
     tasks = [np.asarray(values, dtype=np.float64) for values in correct_by_task]
     if not tasks or any(values.ndim != 1 or not values.size for values in tasks):
         raise ValueError("correct_by_task: expected one array of shape (N,) per task, each with at least one row")
-    is_share = all(((values == 0) | (values == 1)).all() for values in tasks)
+    is_share = not is_difference and all(((values == 0) | (values == 1)).all() for values in tasks)
     if is_share and len(tasks) == 1:
         return wilson(int(tasks[0].sum()), tasks[0].size, level)
     drawn = [means[:, 0] for means in resampled([values[:, None] for values in tasks], draws, seed)]

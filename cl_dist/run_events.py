@@ -22,6 +22,7 @@ from cl_dist.ledger import write_json, write_text
 from cl_dist.metrics import summarize
 from cl_dist.pace import Pace
 from cl_dist.run import Run
+from cl_dist.run_intervals import run_intervals, with_intervals
 from cl_dist.stage import Evaluate, Stage, StageRef, ref
 
 log = logging.getLogger(__name__)
@@ -252,6 +253,7 @@ def summary(run: Run) -> dict[str, Any]:
     """Return a run's results as plain data; `with_references` adds metrics that compare it with other runs."""
     config, state = run.config, read_state(run.config.folder)
     accuracy, f1 = matrix(run, "score"), matrix(run, "f1_macro")
+    intervals = run_intervals(run)
     result: dict[str, Any] = {
         "schema_version": 1,
         "run": config.run.name,
@@ -264,7 +266,8 @@ def summary(run: Run) -> dict[str, Any]:
         "cluster": config.cluster.model_dump(mode="json", include={"dispatcher", "engine", "workers", "zero_stage"}),
         "tasks": [_task_summary(run, t) for t in range(len(run.tasks))],
         "matrix": {"accuracy": accuracy, "f1_macro": f1},
-        "metrics": summarize(_floats(accuracy), _floats(f1)),
+        "intervals": {"level": intervals["level"], "accuracy": intervals["accuracy"]},
+        "metrics": with_intervals(summarize(_floats(accuracy), _floats(f1)), intervals["metrics"]),
         "references": {"individual": None, "joint": None},
         "stages": _stage_summaries(run),
     }
@@ -286,7 +289,9 @@ def with_references(
         joint: Per task, the score of one model trained on all tasks at once.
     """
     accuracy, f1 = _floats(found["matrix"]["accuracy"]), _floats(found["matrix"]["f1_macro"])
-    return {**found, "metrics": summarize(accuracy, f1, individual=_row(individual), joint=_row(joint))}
+    metrics = summarize(accuracy, f1, individual=_row(individual), joint=_row(joint))
+    intervals = {name: metric.get("interval") for name, metric in found["metrics"].items()}
+    return {**found, "metrics": with_intervals(metrics, intervals)}
 
 
 def _task_summary(run: Run, t: int) -> dict[str, Any]:
@@ -299,6 +304,7 @@ def _task_summary(run: Run, t: int) -> dict[str, Any]:
         "rows": {split: len(data.rows(split)) for split in SPLITS},
         "majority": majority_accuracy([row.label for row in data.train], [row.label for row in data.test]),
         "overlap": data.overlap,
+        "warnings": list(data.warnings),
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist import sequence
-from cl_dist.checks import check_data, check_tokens, check_writing
+from cl_dist.checks import check_data, check_tokens, check_writing, step_hints
 from cl_dist.config import apply_overrides
 from cl_dist.errors import ClDistError, StoppedError
 from cl_dist.logs import driver_log, log_event
@@ -128,6 +128,8 @@ def _execute(
                 watch(phase("loading torch and the tokenizer"))
                 check_tokens(run)
                 check_writing(run)
+                for hint in step_hints(run):
+                    log.warning("steps run=%s %s", run.config.run.name, hint)
         with _locked(configs):
             for each in configs:
                 save(each, source if each is config else None)

@@ -19,6 +19,7 @@ from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
 from cl_dist.run_events import last_progress, read_state, summary, with_references
 from cl_dist.run_folder import reopen
+from cl_dist.run_intervals import score_interval
 from cl_dist.stage import StageRef, ref
 from cl_dist.storage import written
 
@@ -218,7 +219,8 @@ class StoredRun:
             split: The rows to score.
 
         Returns:
-            Per task: task, model (a stage), rows, score, accuracy, f1_macro, majority; text tasks have more metrics.
+            Per task: task, model (a stage), rows, score, interval (95 %, of the score), accuracy, f1_macro, majority;
+            text tasks have more metrics.
 
         Raises:
             ConfigError: If a task or its model does not exist, or the split has no rows.
@@ -247,6 +249,10 @@ class StoredRun:
                     "model": run.ledger.key(stage.model),
                     "rows": len(rows),
                     **score_answers(run.tasks.tasks[number], data.labels, rows, answers[number]),
+                    "interval": score_interval(
+                        run.tasks.tasks[number],
+                        [(row.label, answer) for row, answer in zip(rows, answers[number], strict=True)],
+                    ),
                     "majority": majority_accuracy([row.label for row in data.train], [row.label for row in rows]),
                 }
         return [lines[number] for number in numbers]

@@ -20,6 +20,7 @@ from rich.text import Text
 from cl_dist.errors import ClDistError, ConfigError, StorageError, printable
 from cl_dist.logs import LINE, PrintableFormatter
 from cl_dist.storage import refused
+from launcher.scores import NARROW, score_text
 
 INTERRUPTED = 130
 
@@ -193,9 +194,11 @@ WIDE = 100
 
 def comparison(summaries: list[dict[str, Any]], width: int | None = None) -> Table:
     """Return the table of runs: the main one first, then its baselines; it fits a terminal of 80 columns."""
-    is_wide = (out.width if width is None else width) >= WIDE
+    width = out.width if width is None else width
+    is_wide = width >= WIDE
     columns = {name: words[0 if is_wide else 1] for name, words in COLUMNS.items() if is_wide or words[1]}
-    table = Table(title="Average over tasks, after the last one")
+    title = "Average over tasks, after the last one"
+    table = Table(title=title if width < NARROW else f"{title} (± half of the 95 % interval over test rows)")
     names = [each["run"] + (f" ({each['method']})" if each["run"] != each["method"] else "") for each in summaries]
     label = "always the commonest label" if is_wide else "majority"
     longest = max(cell_len(printable(name)) for name in (*names, label))
@@ -203,8 +206,9 @@ def comparison(summaries: list[dict[str, Any]], width: int | None = None) -> Tab
     for heading in columns.values():
         table.add_column(heading, justify="right", min_width=7 if is_wide else 6)
     for name, summary in zip(names, summaries, strict=True):
-        values = [summary["metrics"].get(metric, {}).get("value") for metric in columns]
-        table.add_row(name, *("-" if v is None else f"{v:.{4 if is_wide else 3}f}" for v in values))
+        found = [summary["metrics"].get(metric, {}) for metric in columns]
+        cells = (score_text(metric.get("value"), metric.get("interval"), width) for metric in found)
+        table.add_row(name, *cells)
     majority = [task["majority"] for task in summaries[0]["tasks"]]
     table.add_row(label, f"{sum(majority) / len(majority):.{4 if is_wide else 3}f}", *[""] * (len(columns) - 1))
     return table

@@ -27,6 +27,7 @@ from cl_dist.data.splits import (
     handle_overlap,
     limit_rows,
     remove_duplicates,
+    warn_of_few_rows,
     warn_of_gaps,
 )
 from cl_dist.data.tasks import DataConfig, Source, TaskConfig
@@ -54,6 +55,11 @@ class Checked:
         counted = Counter(row.label for row in self.data.rows(split))
         return {label: counted[label] for label in self.data.labels}
 
+    def label_shares(self, split: str) -> dict[str, float]:
+        """Return the fraction of a split's rows that each label has; empty for a split without rows."""
+        total = len(self.data.rows(split))
+        return {label: count / total for label, count in self.label_counts(split).items()} if total else {}
+
 
 def load_task(task: TaskConfig, data: DataConfig) -> TaskData:
     """Return the rows of a task.
@@ -76,18 +82,20 @@ def check_task(task: TaskConfig, data: DataConfig) -> Checked:
     items = _items(task, _read(task, notes), notes)
     if task.source.dedupe:
         items = remove_duplicates(items, notes)
-    splits = divide(task.source.split, items, notes)
+    splits = divide(task, items, notes)
     is_complete = not notes.faults  # otherwise a split may be empty only because of faulty rows
     check_ids(task, splits, notes)
     if task.metric == "joint_state":
         check_turns(task, splits, notes)
     labels = _labels(task, splits, notes) if task.output == "label" else ()
+    whole = dict(splits)
     limit_rows(task, splits, notes)
     overlap = handle_overlap(task, splits, data, notes)
     if task.metric == "joint_state" and task.row_id is not None:
         warn_of_gaps(splits, notes)
     if is_complete:
         check_not_empty(task.source, splits, notes)
+        warn_of_few_rows(task, splits, whole, notes)
 
     train, dev, test = (tuple(item.row for item in splits[split]) for split in SPLITS)
     digests = {

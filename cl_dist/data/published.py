@@ -29,7 +29,7 @@ from cl_dist.paths import resolve
 from cl_dist.stage import digest_of
 
 HEADER = "task.json"
-FORMAT = 1
+FORMAT = 2
 """Incremented when the file format or the checks change, which causes older files to be rewritten."""
 _BATCH = 4096
 _SCHEMA = pa.schema(

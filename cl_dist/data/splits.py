@@ -2,17 +2,21 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
 from cl_dist.config import did_you_mean
+from cl_dist.data.hash_split import hashed_splits
 from cl_dist.data.rows import SPLITS, Row
 from cl_dist.data.sources import Fault, Record
-from cl_dist.data.tasks import DataConfig, Source, Split, SplitName, TaskConfig
+from cl_dist.data.tasks import DataConfig, Source, SplitName, TaskConfig
 from cl_dist.data.text_metrics import turn_of
 from cl_dist.data.values import word
+from cl_dist.intervals import half_width, wilson
 
+FEW_TEST_ROWS = 30
+"""Fewer test rows get a warning: even at 29 rows, the 95 % interval of an accuracy of 0.5 is 0.5 -+ 0.17."""
 STEPS = ("read", "where", "label", "dedupe", "split", "rows", "overlap")
 """Loading steps, in order."""
 
@@ -52,15 +56,18 @@ def remove_duplicates(items: Sequence[Item], notes: Notes) -> list[Item]:
     return list(first.values())
 
 
-def divide(split: Split, items: Sequence[Item], notes: Notes) -> Splits:
-    """Assign items to splits."""
+def divide(task: TaskConfig, items: Sequence[Item], notes: Notes) -> Splits:
+    """Assign items to splits. Those of free text have no labels to stratify a hashed split by."""
+    split = task.source.split
     splits: Splits = {name: [] for name in SPLITS}
+    if split.by == "id_hash":
+        rows = [(item.row.id, item.row.label if task.output == "label" else "") for item in items]
+        for item, assigned in zip(items, hashed_splits(rows, split), strict=True):
+            splits[assigned].append(item)
+        return splits
     unknown: dict[str, list[Record]] = {}
     for item in items:
         record = item.record
-        if split.by == "id_hash":
-            splits[_hashed_split(item.row.id, split)].append(item)
-            continue
         if split.by == "files":
             splits[record.split or ""].append(item)
             continue
@@ -83,18 +90,12 @@ def divide(split: Split, items: Sequence[Item], notes: Notes) -> Splits:
     return splits
 
 
-def _hashed_split(row_id: str, split: Split) -> str:
-    """Return the split of an id: its hash, as a number in [0, 1), compared with the fractions."""
-    number = int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:6], "big") / 2**48
-    if number < split.train:
-        return "train"
-    return "dev" if number < split.train + split.dev else "test"
-
-
 def check_ids(task: TaskConfig, splits: Splits, notes: Notes) -> None:
-    """Report duplicate ids in a split; across splits they are allowed, since many data sets number each from 0."""
+    """Report duplicate ids in a split; across given splits they are allowed: many data sets number each from 0."""
+    first: dict[str, Record] = {}
     for split in SPLITS:
-        first: dict[str, Record] = {}
+        if task.source.split.by != "id_hash":
+            first = {}
         for item in splits[split]:
             before = first.setdefault(item.row.id, item.record)
             if before is not item.record:
@@ -150,13 +151,17 @@ def _label_set(items: Sequence[Item]) -> set[str]:
     return {item.row.label for item in items}
 
 
+def _shown(labels: Collection[str]) -> str:
+    return f"{len(labels)} labels" if len(labels) > 5 else ", ".join(map(repr, sorted(labels)))
+
+
 def limit_rows(task: TaskConfig, splits: Splits, notes: Notes) -> None:
     """Apply the limits `rows` of a task to its splits; warn of labels that lose all their rows."""
     for split in get_args(SplitName):
         drawn = _limited(task, split, splits[split])
         notes.counts["rows"] += len(splits[split]) - len(drawn)
         if task.output == "label" and (lost := _label_set(splits[split]) - _label_set(drawn)):
-            shown = f"{len(lost)} labels" if len(lost) > 5 else ", ".join(map(repr, sorted(lost)))
+            shown = _shown(lost)
             is_enough = len(drawn) >= len(_label_set(splits[split]))
             hint = f"; rows.balance=[{split}] draws every label" if is_enough else ""
             notes.warnings.append(f"rows.{split}={len(drawn)} leaves no {split} row of {shown}{hint}")
@@ -209,6 +214,32 @@ def handle_overlap(task: TaskConfig, splits: Splits, data: DataConfig, notes: No
                 message = f"{split} row with the text of train {before.unit} {before.line}"
                 notes.faults.append(item.record.fault(task.text, f"{message}; data.overlap=drop removes it"))
     return remaining
+
+
+def warn_of_few_rows(task: TaskConfig, splits: Splits, whole: Splits, notes: Notes) -> None:
+    """Warn of too few test rows, and of labels that a split lacks and another one has.
+
+    Args:
+        task: The task.
+        splits: The rows that are used.
+        whole: The rows before `task.rows` limited them; labels lost to a limit have a warning of their own.
+        notes: Receives the warnings.
+    """
+    num = len(splits["test"])
+    if 0 < num < FEW_TEST_ROWS:
+        width = half_width(wilson(num // 2, num))
+        notes.warnings.append(
+            f"only {num} test rows: the 95 % interval of an accuracy reaches up to {width:.2f} to either side; use "
+            f"{FEW_TEST_ROWS} test rows or more"
+        )
+    if task.output != "label":
+        return
+    known = {split: _label_set(items) for split, items in splits.items()}
+    for split in get_args(SplitName):
+        others = set().union(*known.values()) - known[split]
+        limited = _label_set(whole[split]) - known[split] if task.rows.of(split) is not None else set()
+        if splits[split] and (lacking := others - limited):
+            notes.warnings.append(f"no {split} row has the label {_shown(lacking)}, which other splits have")
 
 
 def check_not_empty(source: Source, splits: Splits, notes: Notes) -> None:

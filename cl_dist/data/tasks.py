@@ -15,12 +15,14 @@ SplitName = Literal["train", "dev", "test"]
 class Split(Section):
     """How rows are divided into train, dev and test.
 
-    `field`: a column has the name of the split. `id_hash`: a hash of the row id determines the split, independent of
-    other rows. `files`: the source has one path per split.
+    `field`: a column has the name of the split. `id_hash`: a hash of the row id, stratified by label: every label with
+    three rows or more is in all splits, and its rows in dev and in test differ from their fractions by at most a third
+    of the smaller one (rounded). A label within that range loses or gains no row when others are added. `files`: the
+    source has one path per split.
     """
 
     by: Literal["field", "id_hash", "files"] = "id_hash"
-    """How rows are assigned to splits: by a column, by a hash of the row id, or by files."""
+    """How rows are assigned to splits: by a column, by a hash of the row id stratified by label, or by files."""
     field: str = "split"
     """Column with the name of the split (by: field)."""
     names: dict[str, SplitName | None] = {}

@@ -134,10 +134,14 @@ def _mean_of(score: Callable[[str, str], float]) -> Callable[[Sequence[str], Seq
     return over
 
 
+ROW_METRICS: dict[str, Callable[[str, str], float]] = {
+    "exact_match": exact_match,
+    "f1": token_f1,
+    "turn_state": turn_state,
+}
+"""(truth, answer) -> score of a row, for the metrics that are means over rows."""
 TEXT_METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
-    "exact_match": _mean_of(exact_match),
-    "f1": _mean_of(token_f1),
-    "turn_state": _mean_of(turn_state),
+    **{name: _mean_of(score) for name, score in ROW_METRICS.items()},
     "rouge_l": rouge_l,
     "bleu": bleu,
 }

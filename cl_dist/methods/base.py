@@ -36,7 +36,8 @@ class TaskSequence:
 class Capabilities:
     """Facts about a method's learner which the driver checks settings by and the worker builds the model by.
 
-    The contract suite (cl_dist/contract) derives each of them from a run and names the one that is wrong.
+    The contract suite (cl_dist/contract) derives each of them from a run, except `slow_steps` and `slow_parts`, which
+    are advice, and names the one that is wrong.
     """
 
     freezes_backbone: bool = False
@@ -56,6 +57,11 @@ class Capabilities:
     """Train rows of a later task that `nearest` reads before training, on rank 0."""
     end_rows: int = 0
     """Train rows that `end_task` reads; above 0 it gets the finished model, whole on every rank."""
+    slow_steps: int = 0
+    """Optimizer steps that `slow_parts` need to move far from their initial values. A task with fewer gets a hint from
+    `check`, `plan` and `train`."""
+    slow_parts: str = ""
+    """Parts of the learner that training moves slowly, as a plural for messages: "masks and routers"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

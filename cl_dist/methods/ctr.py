@@ -43,7 +43,9 @@ def plan(config: CtrConfig, tasks: TaskSequence, t: int) -> list[Stage]:
 def capabilities(config: CtrConfig, model: ModelConfig) -> Capabilities:
     """Return what CTR can do: with backward transfer or a shared router earlier tasks go on changing."""
     shared = config.share and config.routing_scope == "shared"
-    return masked_capabilities(config, isolated=config.mode == "no_forgetting" and not shared)
+    is_routed = config.share and config.routing == "transfer"
+    parts = "masks and routers" if is_routed else "masks"
+    return masked_capabilities(config, isolated=config.mode == "no_forgetting" and not shared, slow_parts=parts)
 
 
 METHOD = Method(

@@ -4,6 +4,7 @@ Source: Serrà et al. 2018 (HAT), "Overcoming catastrophic forgetting with hard 
 Ke et al. 2021 (CTR) use it as a baseline. The mathematics is in models/gates and models/plugin; learners/hat trains.
 """
 
+from math import ceil
 from typing import Literal
 
 from pydantic import Field
@@ -23,12 +24,22 @@ class MaskedConfig(MethodConfig, MaskShape):
     head_lr: float | None = Field(None, gt=0)
     """Learning rate of the task's head; None takes train.lr."""
 
+    @property
+    def gate_steps(self) -> int:
+        """Optimizer steps in which a gate embedding can move by mask_std, the spread of its initial values.
+
+            steps = 2 * mask_std / gate_lr
+
+        AdamW moves an embedding by at most about the learning rate in a step, and the rate falls linearly to 0.
+        """
+        return ceil(2 * self.mask_std / self.gate_lr)
+
 
 START_ROWS = 128
 """Train rows that decide which earlier task is the nearest."""
 
 
-def masked_capabilities(config: MaskedConfig, *, isolated: bool = True) -> Capabilities:
+def masked_capabilities(config: MaskedConfig, *, isolated: bool = True, slow_parts: str = "masks") -> Capabilities:
     """Return what a method with task masks can do: to find the nearest task it reads the backbone before training."""
     is_nearest = config.inherit == "nearest"
     return Capabilities(
@@ -37,6 +48,8 @@ def masked_capabilities(config: MaskedConfig, *, isolated: bool = True) -> Capab
         takes_partitioned=not is_nearest,
         takes_quantized=True,
         start_rows=START_ROWS if is_nearest else 0,
+        slow_steps=config.gate_steps,
+        slow_parts=slow_parts,
     )
 
 

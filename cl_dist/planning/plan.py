@@ -150,6 +150,8 @@ class Plan:
     """Method of each baseline, by its name."""
     assumptions: tuple[str, ...] = ()
     """What the plan could not read and assumes instead."""
+    hints: tuple[str, ...] = ()
+    """Tasks with too few optimizer steps for the method."""
     step_costs: tuple[scaling.StepCost, ...] | None = None
     stage_costs: tuple[scaling.StageCost, ...] | None = None
 
@@ -164,6 +166,7 @@ class Plan:
                 "clusters": [each.document() for each in self.clusters],
             }
         document |= {"baselines": dict(self.baselines), "assumptions": list(self.assumptions)}
+        document["hints"] = list(self.hints)
         if self.step_costs is not None:
             document["scaling"] = [asdict(cost) for cost in self.step_costs]
         if self.stage_costs is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from cl_dist.checks import step_hints
 from cl_dist.errors import ConfigError
 from cl_dist.kinds import KINDS, kind_of, trainings
 from cl_dist.planning import memory, scaling
@@ -49,6 +50,7 @@ def planned(config: RunConfig, devices: Sequence[float] = DEVICES, with_memory: 
         clusters=() if sizes is None else sizes[2],
         baselines={name: config.baseline(name).science.method.name for name in config.baselines},
         assumptions=tuple(dict.fromkeys(inputs.assumptions)),
+        hints=() if inputs.missing else tuple(map(str, step_hints(opened))),
     )
 
 

@@ -176,7 +176,7 @@ def run_study(
     *,
     parallel: int = 1,
     compute: bool = True,
-    watch: Watcher | None = None,
+    watch: Callable[[], Watcher] | None = None,
     note: Note = log.info,
     report: Callable[[Any, Path], object] | None = None,
     command: str = "cl_dist.study",
@@ -189,7 +189,7 @@ def run_study(
         study: The study.
         parallel: Number of runs at a time, each in a process of its own if it is above 1.
         compute: False writes the results of the runs that are finished, and computes nothing.
-        watch: Called with every event of a run; see `session.train`. Not used with several runs at a time.
+        watch: Makes a watcher for each run; see `session.train`. Not used with several runs at a time.
         note: Called with a line when a run begins or ends.
         report: Called with the content of study.json and the study folder, after each run: it writes the page.
         command: The text that run.json notes as the command.
@@ -230,7 +230,7 @@ def _one_at_a_time(
     opened: OpenStudy,
     missing: Sequence[StudyRun],
     parallel: int,
-    watch: Watcher | None,
+    watch: Callable[[], Watcher] | None,
     note: Note,
     conclude: Callable[[], Any],
     command: str,
@@ -240,7 +240,7 @@ def _one_at_a_time(
             shared = opened.share(each.name)
             opened.share_rows(each.name)
         note(f"run {each.name} ({number} of {len(missing)}){_shared(shared)}")
-        session.train(each.config, baselines=False, watch=watch, command=command)
+        session.train(each.config, baselines=False, watch=watch and watch(), command=command)
         conclude()
 
 
@@ -318,7 +318,7 @@ def _several(
     opened: OpenStudy,
     missing: Sequence[StudyRun],
     parallel: int,
-    watch: Watcher | None,
+    watch: Callable[[], Watcher] | None,
     note: Note,
     conclude: Callable[[], Any],
     command: str,

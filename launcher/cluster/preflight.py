@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from cl_dist.checks import check_model, token_report, writing_fault
+from cl_dist.checks import check_model, step_hints, token_report, writing_fault
 from cl_dist.data.sources import listing
-from cl_dist.errors import ClDistError, ClusterError, ConfigError, printable
+from cl_dist.errors import ClDistError, ClusterError, ConfigError
 from cl_dist.mirror import Mirror
 from cl_dist.planning.planner import planned
 from cl_dist.run import Run
@@ -51,6 +51,7 @@ def preflight(config: RunConfig) -> list[Finding]:
     if not any(finding.state == "fail" for finding in findings):
         findings += _tokens(config)
         findings += _writing(config)
+        findings += _steps(config)
     findings += [*_time(config), *_mirror(config)]
     needed_gb = 0.0 if any(finding.state == "fail" for finding in findings) else _needed_gb(config)
     if config.cluster.dispatcher == "ray" and config.cluster.address is not None:
@@ -68,16 +69,15 @@ def _data(config: RunConfig) -> Iterator[Finding]:
             yield Finding("data", "fail", name, str(error), "correct the rows; `cl-dist data check` lists all faults")
             continue
         rows = f"{len(data.train)} train, {len(data.dev)} dev, {len(data.test)} test rows"
-        tested = {row.label for row in data.test}
-        untested = [label for label in data.labels if label not in tested]
-        if untested:
-            found = f"{rows}; no test row has the label {', '.join(printable(label, '') for label in untested)}"
-            yield Finding("data", "warn", name, found, "accuracy is not meaningful; change the splits")
         for warning in data.warnings:
             yield Finding(
-                "data", "warn", name, f"{rows}; {warning}", "correct the rows, or the settings that select them"
+                "data",
+                "warn",
+                name,
+                f"{rows}; {warning}",
+                "change the rows, or the settings that select and split them",
             )
-        if not untested and not data.warnings:
+        if not data.warnings:
             yield Finding("data", "ok", name, rows)
 
 
@@ -144,6 +144,15 @@ def _writing(config: RunConfig) -> list[Finding]:
             if fault is not None and finding not in found:
                 found.append(finding)
     return found
+
+
+def _steps(config: RunConfig) -> list[Finding]:
+    """Find tasks with too few optimizer steps for a method's slow parts, in a run and its baselines."""
+    found = []
+    for each in (config, *(config.baseline(name) for name in config.baselines)):
+        where = f"method {each.science.method.name}"
+        found += [Finding("steps", "warn", where, hint.found, hint.remedy) for hint in step_hints(Run(each))]
+    return list(dict.fromkeys(found))
 
 
 def _time(config: RunConfig) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from cl_dist.ledger import write_text
 from cl_dist.study.file import METRICS
 from cl_dist.study.results import LOWER_IS_BETTER, NAMES, points
 from launcher.report.figures import clean, shorten, svg, tag
-from launcher.report.page import duration, number
+from launcher.report.numbers import duration, number
 
 Document = Mapping[str, Any]
 

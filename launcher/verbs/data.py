@@ -1,10 +1,12 @@
 """The verbs `data check` and `data show`."""
 
+from collections.abc import Mapping
+
 import typer
 from rich.table import Table
 
 from cl_dist.checks import check_data, check_tokens
-from cl_dist.data.load import check_task
+from cl_dist.data.load import Checked, check_task
 from cl_dist.data.rows import SPLITS
 from cl_dist.data.sources import listing
 from cl_dist.errors import DataError
@@ -12,9 +14,15 @@ from cl_dist.run import Run
 from launcher import console, runs
 from launcher.options import AsJson, Config, Overrides
 
+MOST_LABELS = 20
+"""Labels of a task in the table of `data check`."""
+
 
 def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Check every row of every task. Prints file, line and field of each fault, and exits with 3 if there is one."""
+    """Check every row of every task, and count the labels of each split.
+
+    Prints file, line and field of each fault, and exits with 3 if there is one.
+    """
     science = runs.read(config, overrides).science
     checked = {task.id: check_task(task, science.data) for task in science.sequence().tasks}
     if as_json:
@@ -22,6 +30,8 @@ def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
             name: {
                 "rows": {split: len(task.data.rows(split)) for split in SPLITS},
                 "labels": list(task.data.labels),
+                "label_counts": {split: task.label_counts(split) for split in SPLITS},
+                "label_shares": {split: task.label_shares(split) for split in SPLITS},
                 "faults": [str(fault) for fault in task.faults],
                 "warnings": list(task.warnings),
                 "counts": task.counts,
@@ -30,17 +40,34 @@ def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
         }
         console.document(tasks)
     else:
-        table = Table("task", *SPLITS, "labels", "faults", "warnings")
+        console.out.print(_label_table(checked))
         for name, task in checked.items():
-            counts = [str(len(task.data.rows(split))) for split in SPLITS]
-            labels = ", ".join(f"{k} {n}" for k, n in task.label_counts("train").items())
-            table.add_row(name, *counts, labels, str(len(task.faults)), "\n".join(task.warnings))
-        console.out.print(table)
+            for warning in task.warnings:
+                console.out.print(f"task {name}: {warning}", soft_wrap=True)
     faults = [f"task {name}: {listing(task.faults)}" for name, task in checked.items() if task.faults]
     if faults and as_json:
         raise typer.Exit(DataError.exit_code)  # the document names them
     if faults:
         raise DataError("\n".join(faults))
+
+
+def _label_table(checked: Mapping[str, Checked]) -> Table:
+    """Return the rows of each task and split, in all and by label, with the share of each label in its split."""
+    table = Table("task", "label")
+    for heading in (*SPLITS, "faults"):
+        table.add_column(heading, justify="right")
+    for name, task in checked.items():
+        totals = [str(len(task.data.rows(split))) for split in SPLITS]
+        table.add_row(name, "all", *totals, str(len(task.faults)))
+        counts = {split: task.label_counts(split) for split in SPLITS}
+        shares = {split: task.label_shares(split) for split in SPLITS}
+        for label in task.data.labels[:MOST_LABELS]:
+            cells = (f"{counts[split][label]}  {shares[split].get(label, 0):4.0%}" for split in SPLITS)
+            table.add_row("", label, *cells, "")
+        if (more := len(task.data.labels) - MOST_LABELS) > 0:
+            table.add_row("", f"and {more} more (--json lists all)", *[""] * len(SPLITS), "")
+        table.add_section()
+    return table
 
 
 def show(config: Config, overrides: Overrides = None) -> None:

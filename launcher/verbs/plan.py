@@ -53,6 +53,8 @@ def _show(found: Plan) -> None:
         console.out.print(f"then baseline {name}: {method} on the same tasks", soft_wrap=True)
     for reason in found.assumptions:
         console.out.print(f"assumed: {reason}", soft_wrap=True)
+    for hint in found.hints:
+        console.out.print(f"hint: {hint}", soft_wrap=True)
     if found.step_costs is not None:
         _show_scaling(found.step_costs)
     if found.stage_costs is not None:

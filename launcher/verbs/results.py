@@ -19,6 +19,7 @@ from launcher import console
 from launcher.inspect.contents import inspect_path
 from launcher.inspect.tables import tables
 from launcher.options import AsJson, RunFolder, Task, Verbose
+from launcher.scores import score_text
 
 
 def predict(run: RunFolder, task: Task, verbose: Verbose = False) -> None:
@@ -76,8 +77,8 @@ def eval_(
     for heading in ("task", "model", "rows", "score", "accuracy", "macro F1", "majority"):
         table.add_column(heading, justify="left" if heading in ("task", "model") else "right")
     for line in scored:
-        values = (line[name] for name in ("score", "accuracy", "f1_macro", "majority"))
-        numbers = ("-" if value is None else f"{value:.4f}" for value in values)
+        score = score_text(line["score"], line["interval"], console.out.width)
+        numbers = (score, *(score_text(line[name]) for name in ("accuracy", "f1_macro", "majority")))
         table.add_row(str(line["task"]), str(line["model"]), str(line["rows"]), *numbers)
     console.out.print(table)
 

@@ -15,6 +15,7 @@ from cl_dist.study.file import METRICS, Study, read_study
 from cl_dist.study.results import NAMES, points
 from launcher import console, runs
 from launcher.options import AsJson, Verbose
+from launcher.watch import Watch
 
 
 def study(
@@ -54,7 +55,7 @@ def study(
         found,
         parallel=parallel,
         compute=compute,
-        watch=console.Watch(),
+        watch=Watch,
         note=lambda line: console.err.print(line, soft_wrap=True),
         report=write_page,
         command=shlex.join(["cl-dist", *sys.argv[1:]]),

@@ -90,6 +90,11 @@ def test_paired_differences_have_the_interval_of_their_mean() -> None:
     assert (low, high) == pytest.approx((0.07 - Z * error, 0.07 + Z * error), abs=0.006)
 
 
+def test_rows_that_all_agree_differ_by_nothing() -> None:
+    assert mean_interval([np.zeros(20)] * 3, is_difference=True) == (0.0, 0.0)
+    assert mean_interval([np.zeros(20)] * 3)[1] > 0.05  # three tasks without a right row
+
+
 def test_row_scores_of_any_size_are_resampled_together() -> None:
     values = np.random.default_rng(0).random((40, 2))
     values[:, 1] = 1 - values[:, 0]

@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from cl_dist import session
 from cl_dist.contract import tiny
 from cl_dist.dispatch_local import LocalDispatcher
 from cl_dist.errors import CheckpointError, StoppedError
+from cl_dist.intervals import wilson
 from cl_dist.metrics import summarize
 from cl_dist.run import Run
 from cl_dist.run_config import RunConfig
@@ -79,11 +81,39 @@ def test_metrics_of_the_summary_are_those_of_its_matrix(run: Run) -> None:
     stored = read(run, "metrics/summary.json")
     assert stored["matrix"]["accuracy"] == matrix(run, "accuracy")
     assert stored["matrix"]["f1_macro"] == matrix(run, "f1_macro")
-    assert stored["metrics"] == summarize(stored["matrix"]["accuracy"], stored["matrix"]["f1_macro"])
+    metrics = summarize(stored["matrix"]["accuracy"], stored["matrix"]["f1_macro"])
+    assert {name: metric | {"interval": stored["metrics"][name]["interval"]} for name, metric in metrics.items()} == (
+        stored["metrics"]
+    )
     # by hand: the mean of the last row
     last = stored["matrix"]["accuracy"][-1]
     assert stored["metrics"]["cl/avg_acc"]["value"] == pytest.approx(sum(last) / 3)
     assert stored["metrics"]["cl/fwt_one"]["value"] is None  # needs a reference, which this run has not
+
+
+def test_scores_of_the_summary_have_intervals(run: Run) -> None:
+    stored = read(run, "metrics/summary.json")
+    assert stored["intervals"]["level"] == 0.95
+    for scores, intervals in zip(stored["matrix"]["accuracy"], stored["intervals"]["accuracy"], strict=True):
+        for score, interval in zip(scores, intervals, strict=True):
+            assert interval == (None if score is None else list(wilson(round(score * 10), 10)))
+    for name, metric in stored["metrics"].items():
+        if metric["value"] is None or name in ("cl/fwt_one", "cl/intransigence"):
+            assert metric["interval"] is None
+        else:
+            assert metric["interval"][0] <= metric["value"] <= metric["interval"][1], name
+    kept = with_references(stored, individual=[0.5, 0.5, 0.5])["metrics"]
+    assert kept["cl/avg_acc"] == stored["metrics"]["cl/avg_acc"]
+
+
+def test_a_run_without_its_predictions_has_scores_without_intervals(run: Run, tmp_path: Path) -> None:
+    copy = shutil.copytree(run.config.folder, tmp_path / "tiny")
+    for folder in copy.rglob("predictions"):
+        shutil.rmtree(folder)
+    opened = Run(run.config.model_copy(update={"run": run.config.run.model_copy(update={"dir": str(tmp_path)})}))
+    found = summary(opened)
+    assert found["matrix"] == summary(run)["matrix"]
+    assert {metric["interval"] for metric in found["metrics"].values()} == {None}
 
 
 def test_references_fill_the_metrics_that_need_them(run: Run) -> None:
@@ -101,6 +131,7 @@ def test_the_summary_tells_tasks_and_stages(run: Run) -> None:
     assert [(task["id"], task["rows"]) for task in stored["tasks"]] == [
         (name, {"train": 20, "dev": 6, "test": 10}) for name in tiny.TASKS
     ]
+    assert all("only 10 test rows" in task["warnings"][0] for task in stored["tasks"])
     assert [stage["key"] for stage in stored["stages"]] == [
         f"{number:02d}-{task}/{kind}" for number, task in enumerate(tiny.TASKS) for kind in ("train", "evaluate")
     ]

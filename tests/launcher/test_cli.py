@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -142,6 +143,13 @@ def test_data_check_counts_rows_labels_and_faults(cli: Cli, run_file: Path) -> N
     film = ended.json()["film"]
     assert film["rows"] == {"train": 20, "dev": 6, "test": 10}
     assert (film["labels"], film["faults"]) == (["bad", "good"], [])
+    assert film["label_counts"]["test"] == {"bad": 5, "good": 5}
+    assert film["label_shares"]["test"] == {"bad": 0.5, "good": 0.5}
+
+    shown = cli("data", "check", run_file).out
+    assert re.search(r"film .* all .* 20 .* 6 .* 10 .* 0", shown)
+    assert re.search(r"bad .* 10 +50% .* 3 +50% .* 5 +50%", shown)
+    assert "task film: only 10 test rows" in shown
 
     message = wrong_label(run_file.parent)
     ended = cli("data", "check", run_file, "science.seed=1")

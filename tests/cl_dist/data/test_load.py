@@ -2,7 +2,6 @@ import json
 import logging
 import re
 from collections import Counter
-from hashlib import sha256
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 import pytest
 
 from cl_dist.config import parse
+from cl_dist.data.hash_split import hashed_splits
 from cl_dist.data.load import Checked, check_task, load_task
-from cl_dist.data.tasks import DataConfig, Source, TaskConfig
+from cl_dist.data.tasks import DataConfig, Source, Split, TaskConfig
 from cl_dist.errors import ConfigError, DataError
+from cl_dist.metrics import majority_accuracy
 from cl_dist.stage import digest_of
 
 BY_FIELD = {"by": "field"}
@@ -124,7 +125,8 @@ def test_declared_labels_keep_their_order_and_reject_others_in_every_split(path:
     checked = check(path, good(), labels=["pos", "neutral", "neg"])
     assert checked.data.labels == ("pos", "neutral", "neg")
     assert not checked.faults
-    assert checked.warnings == ("label 'neutral' is declared, but no train row has it",)
+    assert "label 'neutral' is declared, but no train row has it" in checked.warnings
+    assert not any("which other splits have" in text for text in checked.warnings)
     assert checked.label_counts("dev") == {"pos": 2, "neutral": 0, "neg": 2}
     faults = check(path, good(), labels=["pos", "nega"]).faults
     assert [fault.line for fault in faults] == [1, 5, 9]
@@ -202,8 +204,8 @@ def test_a_label_mapped_to_null_drops_its_rows_and_their_faults(path: Path) -> N
 
 
 def test_a_mapped_label_that_no_row_has_is_a_warning(path: Path) -> None:
-    (warning,) = check(path, good(), {"label_map": {"ngative": "neg"}}).warnings
-    assert "label_map: no row has the label 'ngative'" in warning
+    warnings = check(path, good(), {"label_map": {"ngative": "neg"}}).warnings
+    assert any("label_map: no row has the label 'ngative'" in text for text in warnings)
 
 
 def test_thresholds_turn_numbers_into_labels_bounds_included_and_drop_the_rest(path: Path) -> None:
@@ -298,7 +300,8 @@ def test_a_joint_state_needs_to_know_the_turns_of_each_dialogue(
 ) -> None:
     checked = check(path, turns(*ids), **WOZ, row_id=column)
     if expected is None:
-        assert (checked.faults, checked.warnings) == ((), ())
+        assert not checked.faults
+        assert not any("dialogues" in text for text in checked.warnings)
     else:
         assert re.search(expected, str(checked.faults[0])), checked.faults[0]
     assert not check(path, turns(*ids), output="text", metric="turn_state", row_id=column).faults
@@ -321,23 +324,44 @@ def test_split_names_are_translated_and_null_drops_a_split(path: Path) -> None:
     assert (len(checked.data.dev), checked.counts["split"]) == (4, 1)
 
 
-def test_a_hashed_split_depends_on_the_row_id_and_on_nothing_else(path: Path) -> None:
-    data = rows(*[("", "neg" if number % 2 else "pos", f"text {number}") for number in range(90)])
+def hashed(number: int = 90, labels: int = 2) -> list[dict[str, Any]]:
+    return rows(*[("", f"label {number % labels}", f"text {number}") for number in range(number)])
+
+
+def test_a_hashed_split_depends_on_row_ids_and_labels_and_on_nothing_else(path: Path) -> None:
+    split = {"train": 0.5, "dev": 0.25}
 
     def split_of(data: list[dict[str, Any]], **task: Any) -> dict[str, str]:
-        loaded = check(path, data, {"split": {"train": 0.5, "dev": 0.25}}, row_id="key", **task).data
+        loaded = check(path, data, {"split": split}, row_id="key", **task).data
         return {row.id: split for split in ("train", "dev", "test") for row in loaded.rows(split)}
 
-    whole = split_of(data)
-    half = split_of(data[::-2], id="another-task")
-    assert set(half) < set(whole)
-    assert half == {row_id: whole[row_id] for row_id in half}
-    for row_id, split in whole.items():  # the definition, with the hash as a fraction of its range
-        fraction = int(sha256(row_id.encode()).hexdigest(), 16) / 16**64
-        assert split == ("train" if fraction < 0.5 else "dev" if fraction < 0.75 else "test")
-    counts = Counter(whole.values())
-    assert 35 <= counts["train"] <= 55  # binomial(90, 1/2): mean 45, two standard deviations 9.5
-    assert 14 <= counts["dev"] <= 31  # binomial(90, 1/4): mean 22.5, two standard deviations 8.2
+    whole = split_of(hashed())
+    assert len(whole) == 90
+    assert split_of(hashed()[::-1], id="another-task") == whole
+    pairs = [(row["key"], row["label"]) for row in hashed()]
+    names = hashed_splits(pairs, Split(**split))
+    assert whole == {row_id: name for (row_id, _), name in zip(pairs, names, strict=True)}
+
+
+def test_a_hashed_split_of_few_rows_has_every_label_in_every_split(path: Path) -> None:
+    checked = check(path, hashed(60, labels=3), {"split": {}}, row_id="key")
+    assert [checked.label_counts(split) for split in ("train", "dev", "test")] == [
+        dict.fromkeys(("label 0", "label 1", "label 2"), count) for count in (16, 2, 2)
+    ]
+
+
+def test_answers_in_free_text_are_not_strata(path: Path) -> None:
+    data = [row | {"label": f"answer {row['key']}"} for row in hashed(60)]
+    loaded = check(path, data, {"split": {}}, row_id="key", output="text", metric="exact_match").data
+    assert [4 <= len(loaded.rows(split)) <= 8 for split in ("dev", "test")] == [True, True]
+
+
+def test_an_id_of_a_hashed_split_that_occurs_twice_is_a_fault_wherever_its_rows_are(path: Path) -> None:
+    for number in range(40):
+        data = hashed(30)
+        data[number % 30 - 1]["key"] = data[number % 30]["key"]  # one id with both labels
+        (fault,) = check(path, data, {"split": {}}, row_id="key").faults
+        assert "duplicate id" in fault.message
 
 
 def skewed(split: str) -> list[dict[str, Any]]:
@@ -389,6 +413,47 @@ def test_a_label_that_a_row_limit_leaves_out_is_a_warning(path: Path) -> None:
     assert not any("rows.test" in text for text in check(path, skewed("test"), rows={"test": 100}).warnings)
 
 
+@pytest.mark.parametrize(("number", "width"), [(29, "0.17"), (4, "0.35"), (30, None)])
+def test_few_test_rows_are_a_warning_with_the_width_of_their_interval(
+    path: Path, number: int, width: str | None
+) -> None:
+    data = [*good()[:8], *rows(*[("test", "pos" if k % 2 else "neg", f"new {k}") for k in range(number)])]
+    found = [text for text in check(path, data).warnings if "test rows" in text]
+    wanted = f"only {number} test rows: the 95 % interval of an accuracy reaches up to {width} to either side"
+    assert [text.removesuffix("; use 30 test rows or more") for text in found] == ([] if width is None else [wanted])
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_a_label_that_a_split_lacks_is_a_warning(path: Path, split: str) -> None:
+    data = [row for row in good() if (row["split"], row["label"]) != (split, "pos")]
+    assert f"no {split} row has the label 'pos', which other splits have" in check(path, data).warnings
+    assert not any("which other splits have" in text for text in check(path, good()).warnings)
+
+
+def test_a_label_lost_to_a_row_limit_or_with_overlapping_rows_has_one_warning(path: Path) -> None:
+    limited = check(path, skewed("test"), rows={"test": 10}).warnings
+    assert len([text for text in limited if "test row" in text and "'rare'" in text]) == 1
+    data = good()
+    data[10]["text"], data[11]["text"] = "text 2", "text 3"  # the test rows of pos are train rows too
+    assert "no test row has the label 'pos', which other splits have" in check(path, data, overlap="drop").warnings
+
+
+def test_the_commonest_label_is_that_of_the_rows_used(path: Path) -> None:
+    whole, limited, even = (
+        check(path, skewed("test"), rows=limits).data.test
+        for limits in ({}, {"test": 100}, {"test": 6, "balance": ["test"]})
+    )
+    counts = [Counter(row.label for row in test) for test in (whole, limited, even)]
+    assert counts == [
+        {"neg": 160, "pos": 40, "rare": 2},
+        {"neg": 79, "pos": 20, "rare": 1},
+        dict.fromkeys(counts[0], 2),
+    ]
+    train = ["neg", "neg", "pos"]
+    bars = [majority_accuracy(train, [row.label for row in test]) for test in (whole, limited, even)]
+    assert bars == [160 / 202, 0.79, 1 / 3]
+
+
 def test_a_row_limit_does_not_change_the_labels_of_a_task(path: Path) -> None:
     assert check(path, good(), rows={"train": 1}).data.labels == ("neg", "pos")
 
@@ -403,7 +468,7 @@ def test_a_dev_or_test_row_with_the_text_of_a_train_row_is_treated_as_the_policy
     assert len(checked.data.test) == left
     assert checked.data.overlap == (0 if policy == "drop" else 1)
     assert checked.counts["overlap"] == (1 if policy == "drop" else 0)
-    assert bool(checked.warnings) == (policy == "warn")
+    assert any("the text of a train row" in text for text in checked.warnings) == (policy == "warn")
     assert [fault.line for fault in checked.faults] == ([10] if policy == "error" else [])
 
 
