@@ -167,7 +167,6 @@ def _compute(
                     Mirror(run.config).push()  # the last one may have been killed while it copied
                 if tracker.found is not None:
                     summaries[run.config.folder] = tracker.found
-            watch(phase("closing the workers"))
         finally:
             if dispatcher is not None:
                 dispatcher.close()

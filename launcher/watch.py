@@ -204,7 +204,7 @@ class _View:
                 self._done[self._run["folder"], self._stage] = True
             self._stage = ""
         elif kind == "finished":
-            self._stage, self._doing = "", ""
+            self._stage, self._doing = "", "closing the workers"
         if "left_s" in event:
             self._left = event["left_s"], self._clock()
 
@@ -265,7 +265,7 @@ class _View:
         spinner = str(self._spinner.render(self._clock()))
         label = Text(self._label if self._stage else "", style="cyan")
         if self._doing or not self._stage:
-            what = self._doing or "closing the workers"
+            what = self._doing or "checking stored files"
             text = Text.assemble(spinner, " ", label, "  " if label else "", (what, "dim"))
             text.truncate(width, overflow="ellipsis")
             return _row([text])
