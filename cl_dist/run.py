@@ -205,10 +205,16 @@ def _load(task: TaskConfig, data: DataConfig, folder: Path) -> TaskData:
     key = source_key(task, data)
     if key is not None and (mapped := folder / f"{task.id}-{key[:16]}" / HEADER).exists():
         loaded = published(mapped.parent, verify=True)
-        for warning in loaded.warnings:
-            log.warning("data task=%s %s", task.id, warning)
+        _warn(mapped, task.id, loaded.warnings)
         return loaded
     return _checked(task.model_dump_json(), data.model_dump_json(), key)
+
+
+@lru_cache(maxsize=256)
+def _warn(rows: Path, task: str, warnings: tuple[str, ...]) -> None:
+    """Log the warnings of a task; cached, since a run and its baselines read the same rows."""
+    for warning in warnings:
+        log.warning("data task=%s %s", task, warning)
 
 
 @lru_cache(maxsize=256)

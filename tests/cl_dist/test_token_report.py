@@ -153,7 +153,7 @@ def test_a_text_of_no_token_is_a_fault_with_file_and_line(tmp_path: Path, split:
 def test_mostly_unknown_words_are_a_warning(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = make_run(tmp_path)
     check_tokens(found)
-    assert not caplog.records
+    assert "unknown to the tokenizer" not in caplog.text
     shutil.copytree(model, tmp_path / "other")
     path = tmp_path / "other" / "tokenizer.json"
     tokenizer = json.loads(path.read_text("utf8"))
