@@ -112,31 +112,35 @@ def _execute(
 
     All settings and rows are checked before anything is written or started. If no stage is missing, nothing starts.
     """
-    configs = [config, *(config.baseline(name) for name in config.baselines if baselines)]
     watch = watch or log_event
     with watch if isinstance(watch, AbstractContextManager) else nullcontext():
-        watch(opening(configs))
-        watch(phase("reading data"))
-        _fetch_mirrors(configs)
-        runs = [Run(each) for each in configs]
-        check_data(runs[0])
-        for run in runs:
-            run.ledger.check_order()
-        missing = [bool(sequence.remaining(run)) for run in runs]  # refuses conflicts before anything is written
-        for run, is_missing in zip(runs, missing, strict=True):
-            if is_missing:
-                watch(phase("loading torch and the tokenizer"))
-                check_tokens(run)
-                check_writing(run)
-                for hint in step_hints(run):
-                    log.warning("steps run=%s %s", run.config.run.name, hint)
-        with _locked(configs):
-            for each in configs:
-                save(each, source if each is config else None)
-            summaries = _compute(runs, missing, watch, command, baselines)
-    stored = StoredRun(runs[0], runs[1:], summaries)
+        stored = _stored(config, source, baselines, watch, command)
     report(stored)
     return stored
+
+
+def _stored(config: RunConfig, source: Path | None, baselines: bool, watch: Watcher, command: str) -> StoredRun:
+    configs = [config, *(config.baseline(name) for name in config.baselines if baselines)]
+    watch(opening(configs))
+    watch(phase("reading data"))
+    _fetch_mirrors(configs)
+    runs = [Run(each) for each in configs]
+    check_data(runs[0])
+    for run in runs:
+        run.ledger.check_order()
+    missing = [bool(sequence.remaining(run)) for run in runs]  # refuses conflicts before anything is written
+    for run, is_missing in zip(runs, missing, strict=True):
+        if is_missing:
+            watch(phase("loading torch and the tokenizer"))
+            check_tokens(run)
+            check_writing(run)
+            for hint in step_hints(run):
+                log.warning("steps run=%s %s", run.config.run.name, hint)
+    with _locked(configs):
+        for each in configs:
+            save(each, source if each is config else None)
+        summaries = _compute(runs, missing, watch, command, baselines)
+    return StoredRun(runs[0], runs[1:], summaries)
 
 
 def _compute(
