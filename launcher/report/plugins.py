@@ -143,6 +143,14 @@ def _transfer(facts: Summary, names: Sequence[str]) -> dict[str, Any]:
     return {"rows": rows, "arcs": both, "few": False}
 
 
+PARTS = {
+    "accuracy_without_ksm": "whole module off, the task's own capsule too",
+    "accuracy_without_earlier": "capsules of earlier tasks closed",
+    "accuracy_with_coin_gates": "a coin for each of their gates",
+}
+"""Keys of the summary's plugin facts, and what was switched off for them."""
+
+
 def _sharing(facts: Summary, accuracy: Sequence[Sequence[Value]], names: Sequence[str]) -> dict[str, Any] | None:
     """Return each task's score with and without the knowledge sharing module, as places on a common axis."""
     without = _padded(facts.get("accuracy_without_ksm"), len(names))
@@ -158,5 +166,12 @@ def _sharing(facts: Summary, accuracy: Sequence[Sequence[Value]], names: Sequenc
             continue
         places = [100 * (x - low) / (high - low or 1) for x in (own, bare)]
         rows.append((t + 1, name, {"own": own, "bare": bare, "at": places, "from": min(places), "drop": own - bare}))
-    drops = [own - bare for own, bare in pairs if own is not None and bare is not None]
-    return {"rows": rows, "low": low, "high": high, "mean": sum(drops) / len(drops), "count": len(drops)}
+    parts = [(label, *_change(facts, key, accuracy, len(names))) for key, label in PARTS.items()]
+    return {"rows": rows, "low": low, "high": high, "parts": [part for part in parts if part[2]]}
+
+
+def _change(facts: Summary, key: str, accuracy: Sequence[Sequence[Value]], num_tasks: int) -> tuple[float | None, int]:
+    """Return by how much accuracy changes without a part, as a mean over the tasks that were scored without it."""
+    found = [(accuracy[t][t], value) for t, value in enumerate(_padded(facts.get(key), num_tasks))]
+    changes = [bare - own for own, bare in found if own is not None and bare is not None]
+    return (sum(changes) / len(changes) if changes else None), len(changes)

@@ -42,7 +42,14 @@ def unfinished(summary: Summary, learned: int) -> Summary:
         for name, rows in summary["matrix"].items()
     }
     stages = [stage for stage in summary["stages"] if stage["task"] < learned]
-    per_task = ("mask_use", "mask_shared", "free_units", "gate_open", "accuracy_without_ksm")
+    per_task = (
+        "mask_use",
+        "mask_shared",
+        "free_units",
+        "gate_open",
+        "accuracy_without_ksm",
+        "accuracy_without_earlier",
+    )
     ctr = {key: value[:learned] if key in per_task else value for key, value in summary.get("plugins", {}).items()}
     metrics = summarize(matrix["accuracy"], matrix["f1_macro"])
     changed = {"matrix": matrix, "stages": stages, "plugins": ctr, "metrics": metrics, "status": "running"}
@@ -155,6 +162,8 @@ def _ctr(T: int, num_layers: int, diagonal: np.ndarray, rng: np.random.Generator
         "free_units": free,
         "gate_open": gates,
         "accuracy_without_ksm": [None, *without[1:]],
+        "accuracy_without_earlier": [None, *[round(x + 0.01, 4) for x in without[1:]]],
+        "accuracy_with_coin_gates": [None] * len(without),
     }
 
 

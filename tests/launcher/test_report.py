@@ -129,6 +129,11 @@ def test_what_sharing_is_worth_has_the_sign_of_the_change(html: str) -> None:
     bare, own = ctr["plugins"]["accuracy_without_ksm"][1], ctr["matrix"]["accuracy"][1][1]
     assert f"without it: {number(bare - own, sign=True)}" in section(html, "sharing")
     assert "drop" not in section(html, "sharing")
+    own = [ctr["matrix"]["accuracy"][t][t] for t in range(1, 6)]
+    for key in ("accuracy_without_ksm", "accuracy_without_earlier"):
+        mean = sum(without - score for without, score in zip(ctr["plugins"][key][1:], own, strict=True)) / 5
+        assert f"<td>{number(mean, sign=True)}</td><td>5</td>" in section(html, "sharing")
+    assert "a coin" not in section(html, "sharing")  # not measured
 
 
 def test_metrics_stand_beside_their_formulas(html: str) -> None:
