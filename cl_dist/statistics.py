@@ -90,10 +90,11 @@ def estimate(rows: Rows, tasks: Scope = "sampled", margin: float = 0.0, level: f
     """
     x = _cells(rows)
     measured = ~np.isnan(x)
-    x, rows = x[measured.any(axis=1)], [part[measured.any(axis=1)] for part in rows]
-    measured = ~np.isnan(x)
-    if not x.size:
+    if not measured.any():
         return None
+    pairs, covered = np.flatnonzero(measured.any(axis=1)), np.flatnonzero(measured.any(axis=0))
+    x, measured = x[pairs][:, covered], measured[pairs][:, covered]
+    rows = [rows[int(j)][pairs] for j in covered]
     P = len(x)
     w = measured / measured.sum(axis=1, keepdims=True) / P
     value = float(np.nansum(w * x))

@@ -23,6 +23,8 @@ METRICS: tuple[Metric, ...] = ("accuracy", "f1", "forgetting", "transfer")
 STUDY_FILE = "a mapping with the keys base, arms and primary"
 COPY = "study.yaml"
 """Name of the resolved study file in the study folder."""
+REGISTERED = "registered.json"
+"""Name of the registration in the study folder."""
 
 
 class Comparison(Section):
@@ -177,8 +179,8 @@ def read_study(
         ConfigError: With one line per fault.
     """
     if path.is_dir():
-        if not (path / COPY).is_file():
-            raise ConfigError(f"{path}: expected a study file, or a study folder, with {COPY} in it")
+        if not all((path / name).is_file() for name in (COPY, REGISTERED)):
+            raise ConfigError(f"{path}: expected a study file, or a study folder, with {COPY} and {REGISTERED} in it")
         tree = plain_yaml(path / COPY, STUDY_FILE)
         tree |= {"name": path.resolve().name, "dir": str(path.resolve().parent)}
         path = path / COPY

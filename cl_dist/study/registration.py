@@ -8,9 +8,7 @@ from typing import Any
 
 from cl_dist.errors import CheckpointError
 from cl_dist.ledger import write_json
-from cl_dist.study.file import Study
-
-FILE = "registered.json"
+from cl_dist.study.file import REGISTERED, Study
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ def registered(study: Study, finished: int) -> Registration:
 
 def write(folder: Path, found: Registration) -> None:
     """Store a registration in the study folder."""
-    write_json(folder / FILE, found.document())
+    write_json(folder / REGISTERED, found.document())
 
 
 def stored(folder: Path) -> Registration | None:
@@ -70,7 +68,7 @@ def stored(folder: Path) -> Registration | None:
     Raises:
         CheckpointError: If it is damaged.
     """
-    path = folder / FILE
+    path = folder / REGISTERED
     try:
         found = json.loads(path.read_text(encoding="utf8"))
         changes = tuple(Change(**each) for each in found["changes"])

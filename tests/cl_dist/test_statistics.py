@@ -180,6 +180,7 @@ def test_a_metric_that_leaves_out_a_task_of_each_pair() -> None:
         assert found.se > 0
     assert statistics.sign_test(rows).wins == 2
     assert estimate([np.full((2, 3), nan)]) is None
+    assert estimate([rows[0][:1], np.full((1, 2), nan)]) == estimate([rows[0][:1]], "fixed")  # one task is no sample
 
 
 def test_one_pair_decides_nothing() -> None:

@@ -18,7 +18,7 @@ from cl_dist.ledger import MANIFEST
 from cl_dist.stage import ref
 from cl_dist.study import driver, read_study, registration, run_study
 from cl_dist.study.driver import OpenStudy
-from cl_dist.study.file import StudyRun
+from cl_dist.study.file import REGISTERED, StudyRun
 from cl_dist.study.results import KEYS
 
 ROOT = Path(__file__).parents[2]
@@ -177,7 +177,7 @@ def test_a_change_of_the_primary_comparison_after_results_is_noted(finished: tup
 
 
 def test_a_damaged_registration_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / registration.FILE).write_text("{}", encoding="utf8")
+    (tmp_path / REGISTERED).write_text("{}", encoding="utf8")
     with pytest.raises(CheckpointError, match="damaged"):
         registration.stored(tmp_path)
 
