@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -74,7 +75,12 @@ def test_ranks_are_handed_the_drivers_secrets_and_jobs_are_not(monkeypatch: pyte
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HF_HOME", "/models")
     asked: list[Any] = []
-    monkeypatch.setattr(ray, "init", lambda **settings: asked.append(settings))
+
+    def init(**settings: Any) -> SimpleNamespace:
+        asked.append(settings)
+        return SimpleNamespace(dashboard_url=None)
+
+    monkeypatch.setattr(ray, "init", init)
     with cluster.connect(ClusterConfig()):
         assert asked[0]["runtime_env"]["env_vars"]["HF_HOME"] == "/models"
         assert "hf_secret" not in str(asked)
@@ -101,10 +107,11 @@ def test_sigterm_keeps_the_meaning_it_had_before_ray(monkeypatch: pytest.MonkeyP
     def stop(*_: Any) -> None:
         raise StoppedError
 
-    def init(**_: Any) -> None:
+    def init(**_: Any) -> SimpleNamespace:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
         if during_the_start:
             signal.raise_signal(signal.SIGTERM)
+        return SimpleNamespace(dashboard_url=None)
 
     signal.signal(signal.SIGTERM, stop)
     monkeypatch.setattr(ray, "init", init)

@@ -126,6 +126,10 @@ CTR: Tree = {
     "head_lr": 0.02,
     "share": False,
     "inherit": "previous",
+    "routing_scope": "shared",
+    "up_init": "zero",
+    "sharing_lr": 0.01,
+    "noise_share": 0.5,
 }
 
 

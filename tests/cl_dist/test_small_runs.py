@@ -1,6 +1,7 @@
 """Runs in one process without Ray, and runs cut down to a few rows."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,12 @@ def test_local_workers_get_the_threads_that_the_run_file_reserves(
     before = torch.get_num_threads()
     over = {"cluster": {"cpus_per_worker": 3}, "baselines": {}}
     config = tiny.tree(tmp_path, over, tasks=("food",))
-    session.train(config, watch=lambda event: seen.append(torch.get_num_threads()))
+
+    def watch(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step":
+            seen.append(torch.get_num_threads())
+
+    session.train(config, watch=watch)
     assert set(seen) == {3}
     assert torch.get_num_threads() == before
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")

@@ -39,14 +39,17 @@ def scored(job: Job, of: list[Shard]) -> list[tuple[Shard, dict[str, Any]]]:
     return [(shard, scorer.run(shard)) for shard in of]
 
 
-def test_shards_cover_every_test_row_of_every_task_once_and_the_new_task_again_without_sharing(job: Job) -> None:
+def test_shards_cover_every_test_row_of_every_task_once_and_the_new_task_again_without_parts(job: Job) -> None:
     assert shards(job) == [
         Shard(task=0, without="", start=0, stop=6),
         Shard(task=0, without="", start=6, stop=10),
         Shard(task=1, without="", start=0, stop=6),
         Shard(task=1, without="", start=6, stop=10),
-        Shard(task=1, without="sharing", start=0, stop=6),
-        Shard(task=1, without="sharing", start=6, stop=10),
+        *(
+            Shard(task=1, without=part, start=start, stop=stop)
+            for part in ("sharing", "earlier", "gates")
+            for start, stop in ((0, 6), (6, 10))
+        ),
     ]
 
 
