@@ -220,7 +220,8 @@ def test_shards_of_dead_actors_are_scored_again_and_counted_once(pool: PoolStory
     assert retries
     assert all(event["attempt"] == 2 for event in retries)
     steps = [(event["step"], event["total_steps"]) for event in pool.events if event["event"] == "step"]
-    assert steps == [(number, 8) for number in range(1, 9)]  # 3 tasks and the ablation, 10 rows in shards of 6 each
+    # three tasks and three ablations of the last one, 10 rows in shards of 6 each
+    assert steps == [(number, 12) for number in range(1, 13)]
 
 
 def test_scores_are_those_of_an_undisturbed_pool_and_of_one_worker(
