@@ -233,6 +233,16 @@ class Ledger:
             raise CheckpointError(f"{path}: missing or damaged; remove the folder {path.parent.name!r} and resume")
         return self._parsed(path)
 
+    def read_lines(self, stage: StageRef, name: str) -> list[Any]:
+        """Return the values of a file of JSON lines of a finished stage, checked against its manifest.
+
+        Raises:
+            CheckpointError: If it is missing or damaged.
+        """
+        self.verify(stage, name)
+        with (self.path(stage) / name).open(encoding="utf8", newline="\n") as file:  # texts may have other line ends
+            return [json.loads(line) for line in file]
+
     def _parsed(self, path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
         """Return the data of a JSON file, cached until the file changes; callers must not modify it."""
         stat = path.stat()
