@@ -17,6 +17,7 @@ import pytest
 
 from cl_dist.intervals import mean_interval, wilson
 from cl_dist.metrics import DEFINITIONS, summarize
+from cl_dist.run_intervals import metric_intervals
 from launcher.report.answers import answer_views
 from launcher.report.comparison import groups
 from launcher.report.index import SORT, write_index
@@ -78,10 +79,8 @@ def test_verdict_says_what_is_forgotten_and_the_distance_to_floor_and_ceiling() 
         2: Given({(1, 0): share(90), (1, 1): share(90)}),
     }
     text, note = verdict(ctr, [sequential, individual], 2, details)
-    over = mean_interval([np.array(share(90)) - share(50), np.zeros(100)])
-    below = mean_interval([np.zeros(100), np.array(share(90)) - share(80)])
-    over = (-mean_interval([share(50) - np.array(share(90)), np.zeros(100)])[1], over[1])
-    below = (-mean_interval([np.zeros(100), share(80) - np.array(share(90))])[1], below[1])
+    over = mean_interval([np.array(share(90)) - share(50), np.zeros(100)], is_difference=True)
+    below = mean_interval([np.zeros(100), np.array(share(90)) - share(80)], is_difference=True)
     assert text == (
         f"Forgets nothing; +0.200 over sequential ({span(over, sign=True)}); "
         f"0.050 below one model per task ({span(below)})."
@@ -90,6 +89,19 @@ def test_verdict_says_what_is_forgotten_and_the_distance_to_floor_and_ceiling() 
     text, _ = verdict(sequential, [ctr, individual], 2, {0: details[1], 1: details[0], 2: details[2]})
     assert text.startswith("Forgets 0.400 (0.3")
     assert "over sequential" not in text
+
+
+def test_the_verdict_on_forgetting_has_the_interval_of_backward_transfer() -> None:
+    then = [share(90), share(80), share(70)]
+    now = [share(85), share(80), share(70)]
+    table: list[list[float | None]] = [[0.9, None, None], [0.9, 0.8, None], [0.85, 0.8, 0.7]]
+    found = metric_intervals(
+        [[np.array(then[0]), None, None], [np.array(then[0]), np.array(then[1]), None], [np.array(x) for x in now]]
+    )
+    right = {(t, j): (now if t == 2 else then)[j] for t in range(3) for j in range(t + 1)}
+    text, _ = verdict(summary_of("ctr", table), [], 3, {0: Given(right)})
+    low, high = found["cl/bwt"] or (0, 0)
+    assert text.startswith(f"Forgets 0.025 ({-high:.3f} to {-low:.3f})")
 
 
 def test_verdict_sees_no_difference_where_the_interval_contains_zero() -> None:
