@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -400,6 +401,20 @@ def test_a_click_on_a_heading_sorts_the_index(tmp_path: Path) -> None:
         assert "CONSOLE" not in done.stderr
         found = re.findall(r'<th scope="row" class="left" data-key="([^"]+)"', done.stdout)
         assert order is None or found == order
+
+
+def test_the_index_says_that_a_run_was_killed(tmp_path: Path) -> None:
+    summary = summaries()[0] | {"status": "running"}
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    attempt = {"pid": gone.pid, "host": platform.node()}
+    state = {"status": "running", "command": "", "versions": {}, "attempts": [attempt]}
+    (tmp_path / "run/metrics").mkdir(parents=True)
+    (tmp_path / "run/metrics/summary.json").write_text(json.dumps(summary))
+    (tmp_path / "run/run.json").write_text(json.dumps(state))
+    assert write_index(tmp_path)[1][0]["status"] == "killed"
+    (tmp_path / "run/run.json").write_text("{")
+    assert write_index(tmp_path)[1][0]["status"] == "running"
 
 
 def test_hostile_summaries_stay_text_in_the_index(tmp_path: Path) -> None:
