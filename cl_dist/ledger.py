@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -164,13 +164,15 @@ class Ledger:
             return False
         if manifest["fingerprint"] != fingerprint:
             return False
-        partial = _partial(final, fingerprint)
-        try:
-            for name in (*manifest["files"], MANIFEST):
+        partial, names = _partial(final, fingerprint), (*manifest["files"], MANIFEST)
+        with suppress(FileNotFoundError):
+            for name in names:
                 link(folder / name, partial / name)
-        except FileNotFoundError:
-            return False
-        return self.rescue(stage)
+            if self.rescue(stage):
+                return True
+        for name in names:  # or the stage, when it is computed, would write into the other run's files
+            (partial / name).unlink(missing_ok=True)
+        return False
 
     @staticmethod
     def _move(partial: Path, final: Path) -> None:
