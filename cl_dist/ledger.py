@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -164,13 +164,15 @@ class Ledger:
             return False
         if manifest["fingerprint"] != fingerprint:
             return False
-        partial = _partial(final, fingerprint)
-        try:
-            for name in (*manifest["files"], MANIFEST):
+        partial, names = _partial(final, fingerprint), (*manifest["files"], MANIFEST)
+        with suppress(FileNotFoundError):
+            for name in names:
                 link(folder / name, partial / name)
-        except FileNotFoundError:
-            return False
-        return self.rescue(stage)
+            if self.rescue(stage):
+                return True
+        for name in names:  # or the stage, when it is computed, would write into the other run's files
+            (partial / name).unlink(missing_ok=True)
+        return False
 
     @staticmethod
     def _move(partial: Path, final: Path) -> None:
@@ -232,6 +234,16 @@ class Ledger:
         if not path.exists() or not self._is_intact(path, manifest["files"].get(name)):
             raise CheckpointError(f"{path}: missing or damaged; remove the folder {path.parent.name!r} and resume")
         return self._parsed(path)
+
+    def read_lines(self, stage: StageRef, name: str) -> list[Any]:
+        """Return the values of a file of JSON lines of a finished stage, checked against its manifest.
+
+        Raises:
+            CheckpointError: If it is missing or damaged.
+        """
+        self.verify(stage, name)
+        with (self.path(stage) / name).open(encoding="utf8", newline="\n") as file:  # texts may have other line ends
+            return [json.loads(line) for line in file]
 
     def _parsed(self, path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
         """Return the data of a JSON file, cached until the file changes; callers must not modify it."""

@@ -3,7 +3,6 @@
 Axes: N test rows of a task, T tasks, D bootstrap draws, K labels.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -132,11 +131,10 @@ def _answers(run: Run) -> list[list[Answers | None]]:
 
 
 def _read(ledger: Ledger, stage: Evaluate, task: str) -> Answers | None:
-    path = ledger.path(ref(stage)) / "predictions" / f"{task}.jsonl"
-    if not path.exists():
+    name = f"predictions/{task}.jsonl"
+    if not (ledger.path(ref(stage)) / name).exists():
         return None
-    lines = map(json.loads, path.read_text(encoding="utf8").splitlines())
-    return [(line["label"], line["prediction"]) for line in lines]
+    return [(line["label"], line["prediction"]) for line in ledger.read_lines(ref(stage), name)]
 
 
 def _last(answers: Sequence[Sequence[Answers | None]]) -> Sequence[Answers | None]:

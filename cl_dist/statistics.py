@@ -34,6 +34,8 @@ Kind = Literal["better", "worse", "equal", "undecided"]
 POWER = 0.8
 MANY = 1e5
 """Degrees of freedom from which Student's t is the normal distribution."""
+_CELLS = 2_000_000
+"""Counts drawn at once, which bounds memory to 16 MB."""
 MAX_PAIRS = 1000
 """Largest number of pairs that `further_pairs` considers."""
 
@@ -188,15 +190,27 @@ def bootstrap(
     P, J = len(rows[0]), len(rows)
     x = np.broadcast_to(_cells(rows), (draws, P, J))
     if tasks == "fixed":
-        counts = [generator.multinomial(part.shape[1], [1 / part.shape[1]] * part.shape[1], draws) for part in rows]
-        x = np.stack([c @ part.T / part.shape[1] for c, part in zip(counts, rows, strict=True)], axis=2)
+        x = np.stack([_redrawn(part, draws, generator) for part in rows], axis=2)
     else:
         x = np.take_along_axis(x, generator.integers(J, size=(draws, 1, J)), axis=2)
     x = np.take_along_axis(x, generator.integers(P, size=(draws, P, 1)), axis=1)
     known = ~np.isnan(x)
-    means = np.nan_to_num(x).sum(axis=2) / np.maximum(known.sum(axis=2), 1)
-    low, high = np.quantile(means.mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    sizes = known.sum(axis=2)  # 0 for a draw of tasks that the metric does not cover
+    means = np.nan_to_num(x).sum(axis=2) / np.maximum(sizes, 1)
+    totals = (means * (sizes > 0)).sum(axis=1) / np.maximum((sizes > 0).sum(axis=1), 1)
+    low, high = np.quantile(totals[sizes.any(axis=1)], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _redrawn(part: Array, draws: int, generator: np.random.Generator) -> Array:
+    """Return each pair's mean over rows, drawn with replacement: (pairs, rows) -> (draws, pairs)."""
+    num = part.shape[1]
+    at_once = max(1, _CELLS // num)
+    parts = [
+        generator.multinomial(num, [1 / num] * num, min(at_once, draws - first)) @ part.T / num
+        for first in range(0, draws, at_once)
+    ]
+    return np.concatenate(parts)
 
 
 def sign_test(rows: Rows) -> Counts:

@@ -20,7 +20,7 @@ from rich.text import Text
 from cl_dist.errors import ClDistError, ConfigError, StorageError, printable
 from cl_dist.logs import LINE, PrintableFormatter
 from cl_dist.storage import refused
-from launcher.scores import NARROW, score_text
+from launcher.scores import WIDE, score_text
 
 INTERRUPTED = 130
 
@@ -188,8 +188,6 @@ COLUMNS = {
     "cl/fwt_one": ("transfer vs. own model", "vs own"),
 }
 """Metrics of the table of results with their headings, and shorter ones for a narrow terminal; "" leaves one out."""
-WIDE = 100
-"""Width from which tables print every column with its whole heading."""
 
 
 def comparison(summaries: list[dict[str, Any]], width: int | None = None) -> Table:
@@ -198,7 +196,7 @@ def comparison(summaries: list[dict[str, Any]], width: int | None = None) -> Tab
     is_wide = width >= WIDE
     columns = {name: words[0 if is_wide else 1] for name, words in COLUMNS.items() if is_wide or words[1]}
     title = "Average over tasks, after the last one"
-    table = Table(title=title if width < NARROW else f"{title} (± half of the 95 % interval over test rows)")
+    table = Table(title=title if not is_wide else f"{title} (± half of the 95 % interval over test rows)")
     names = [each["run"] + (f" ({each['method']})" if each["run"] != each["method"] else "") for each in summaries]
     label = "always the commonest label" if is_wide else "majority"
     longest = max(cell_len(printable(name)) for name in (*names, label))
@@ -210,7 +208,7 @@ def comparison(summaries: list[dict[str, Any]], width: int | None = None) -> Tab
         cells = (score_text(metric.get("value"), metric.get("interval"), width) for metric in found)
         table.add_row(name, *cells)
     majority = [task["majority"] for task in summaries[0]["tasks"]]
-    table.add_row(label, f"{sum(majority) / len(majority):.{4 if is_wide else 3}f}", *[""] * (len(columns) - 1))
+    table.add_row(label, f"{sum(majority) / len(majority):.4f}", *[""] * (len(columns) - 1))
     return table
 
 

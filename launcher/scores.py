@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from cl_dist.intervals import half_width
 
-NARROW = 100
-"""Terminals of fewer columns get scores without intervals."""
+WIDE = 100
+"""Terminals of fewer columns get scores without intervals, and tables with short headings."""
 
 
-def score_text(value: float | None, interval: Sequence[float] | None = None, width: int = NARROW) -> str:
+def score_text(value: float | None, interval: Sequence[float] | None = None, width: int = WIDE) -> str:
     """Return a score for a cell: "0.8625 ±.0213" with half of the length of its 95 % interval, "-" for None.
 
     Args:
@@ -18,7 +18,7 @@ def score_text(value: float | None, interval: Sequence[float] | None = None, wid
     """
     if value is None:
         return "-"
-    if interval is None or width < NARROW:
+    if interval is None or width < WIDE:
         return f"{value:.4f}"
     low, high = interval
     return f"{value:.4f} ±{f'{half_width((low, high)):.4f}'.removeprefix('0')}"

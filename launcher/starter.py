@@ -140,8 +140,8 @@ def _trains_all(method: str) -> bool:
 
 
 def _length(guesses: Sequence[Guess], model: str, is_lm: bool) -> int:
-    """Return a limit of tokens that nineteen texts of twenty fit in, at about 3.5 characters a token."""
-    tokens = max(guess.length for guess in guesses) / 3.5 + (24 if is_lm else 4)
+    """Return a limit of tokens that nineteen texts of twenty fit in."""
+    tokens = max(guess.tokens for guess in guesses) + (24 if is_lm else 4)
     limit = max_positions(known_sizes(ModelConfig(source=model))) or LENGTHS[-1]
     return min(limit, next((each for each in LENGTHS if each >= tokens), LENGTHS[-1]))
 

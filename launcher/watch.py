@@ -32,8 +32,11 @@ BAR_MIN, BAR_MAX = 8, 60
 class Watch:
     """Shows the events of a run. Use as a context manager and as the watcher of `cl_dist.session`."""
 
-    def __init__(self, screen: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._screen, self._clock = screen or console.err, clock
+    def __init__(
+        self, screen: Console | None = None, clock: Callable[[], float] = time.monotonic, command: str = ""
+    ) -> None:
+        """Print to a terminal; `command` continues a stopped run, by default `cl-dist resume` of its folder."""
+        self._screen, self._clock, self._command = screen or console.err, clock, command
         self._is_live = self._screen.is_terminal and not self._screen.is_dumb_terminal
         self.view = _View(clock)
         """The live part, which can be printed at any time."""
@@ -119,7 +122,7 @@ class Watch:
     def _end(self, text: str) -> None:
         """Print how the run ended and how to go on; the command in a line of its own where both do not fit."""
         self._is_over = True
-        text, command = f"{text}; go on with:", f"cl-dist resume {shlex.quote(self._folder)}"
+        text, command = f"{text}; go on with:", self._command or f"cl-dist resume {shlex.quote(self._folder)}"
         is_long = self._is_live and cell_len(f"{text} {command}") > self._screen.width
         between = "\n  " if is_long else " "
         self._screen.print(f"{text}{between}{command}", style="yellow" if self._is_live else "", soft_wrap=True)

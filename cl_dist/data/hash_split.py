@@ -43,7 +43,8 @@ def _assigned(numbers: dict[str, float], split: Split) -> dict[str, str]:
     ids = sorted(numbers, key=lambda row_id: (numbers[row_id], row_id))
     num, shares = len(ids), {"dev": split.dev, "test": 1 - split.train - split.dev}
     slack = TOLERANCE * num * min(share for share in shares.values() if share > 0)
-    test = _fitted(_count(numbers.values(), split.train + split.dev, 1.0), num * shares["test"], slack, num - 1)
+    most = num - 1 - (split.dev > 0 and num > 2)  # leaves a train row, and a dev row
+    test = _fitted(_count(numbers.values(), split.train + split.dev, 1.0), num * shares["test"], slack, most)
     dev = 0
     if split.dev > 0:
         dev = _fitted(

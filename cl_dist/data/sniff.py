@@ -1,5 +1,6 @@
 """Guesses of a task's settings from its files: format, columns of text, label, id and split."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -85,8 +86,8 @@ class Guess:
     notes: dict[str, str]
     """Reasons, by the key of the task that they explain."""
     rows: int
-    length: int
-    """Characters below which nineteen texts of twenty stay."""
+    tokens: int
+    """Estimated tokens below which nineteen texts of twenty stay."""
     more: bool
     """Whether there are rows that were not looked at."""
 
@@ -198,8 +199,14 @@ def guess(files: Files, asked: Asked, *, free_text: bool = False) -> Guess:
     if copies := len(records) - len(keys):
         source["dedupe"] = True
         notes["dedupe"] = f"{copies} of {len(records)} rows repeat the text of another"
-    lengths = sorted(len(str(r.values.get(text))) + len(str(r.values.get(pair) or "")) for r in records)
+    lengths = sorted(_tokens(f"{r.values.get(text)}{r.values.get(pair) or ''}") for r in records)
     return Guess(task, list(columns.values()), notes, len(records), lengths[int(0.95 * (len(lengths) - 1))], more)
+
+
+def _tokens(text: str) -> int:
+    """Return an estimate of a text's tokens: one for 3.5 characters of ASCII, and for each of another script."""
+    num_ascii = sum(map(str.isascii, text))
+    return math.ceil(num_ascii / 3.5) + len(text) - num_ascii
 
 
 def _read(files: Files) -> tuple[Tree, list[Record], bool]:
@@ -258,7 +265,7 @@ def _column(name: str, records: Sequence[Record]) -> Column:
     if len(words) < len(values) and sum(words.values()) < len(values):
         kind = next(type(value).__name__ for value in values if word(value) is None)
         return Column(name, len(values), 0, f"{kind} values", why="neither text nor labels")
-    if len(words) <= 12 and len(words) * 2 <= len(values):
+    if len(words) == 1 or (len(words) <= 12 and len(words) * 2 <= len(values)):
         shown = ", ".join(f"{_short(found)} ({count})" for found, count in words.most_common(SHOWN))
         shown += f", ... ({len(words)} values)" if len(words) > SHOWN else ""
     else:

@@ -114,7 +114,7 @@ class Learner(ABC):
         """Prepare for scoring a task (its head, masks, adapters), with one part switched off if named."""
 
     source: int | None = None
-    """The earlier task that the stage's task starts from, as `nearest` has found it."""
+    """The earlier task that the stage's task starts from: what `nearest` has found, unless settings name one."""
 
     def nearest(self, batches: Iterable[Batch]) -> int | None:
         """Return the earlier task from whose parts the stage's task should start; None for none of them.

@@ -57,6 +57,8 @@ class Hat(Learner):
         model, task = self.model.eval(), len(self.num_labels) - 1
         rows = list(batches)
         labels_N = torch.cat([batch["label"] for batch in rows])
+        if len(labels_N.unique()) < 2:
+            return None  # nothing to predict
         scores: dict[int | None, float] = {}
         for candidate in (None, *range(task)):
             self.activate(task if candidate is None else candidate)
@@ -70,9 +72,10 @@ class Hat(Learner):
 
     def start_task(self, task: int, tasks: tuple[int, ...]) -> None:
         """Start what the task inherits, if it does; freeze what is not its own."""
-        source = task - 1 if task and self.config.inherit == "previous" else self.source
-        if source is not None:
-            self.model.inherit(task, source)
+        if task and self.config.inherit == "previous":
+            self.source = task - 1
+        if self.source is not None:
+            self.model.inherit(task, self.source)
         self.model.start_task(task, protect=False)  # the engine does it, by gradient_transforms, under any ZeRO stage
 
     def loss(self, model: Callable[[Any], Tensor], batch: Batch, progress: Progress) -> Loss:

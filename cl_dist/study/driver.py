@@ -202,7 +202,7 @@ def run_study(
     opened = OpenStudy(study)
     with run_lock(study.folder):
         opened.check()
-        found = registration.registered(study, len(opened.done()))
+        found = registration.registered(study, _num_finished(study.folder))
         with written(study.folder):
             registration.write(study.folder, found)
             write_text(study.folder / COPY, yaml_text(study.tree))
@@ -220,6 +220,12 @@ def run_study(
             each_runs = _one_at_a_time if parallel == 1 else _several
             each_runs(opened, missing, parallel, watch, note, conclude, command)
         return conclude()
+
+
+def _num_finished(folder: Path) -> int:
+    """Return the number of finished runs in a study folder, also of arms, orders and seeds that the file had before."""
+    states = (read_state(path.parent) for path in (folder / "runs").glob("*/run.json"))
+    return sum(state.get("status") == "finished" for state in states)
 
 
 def _is_finished(opened: OpenStudy, run: StudyRun) -> bool:

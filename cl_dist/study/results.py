@@ -1,6 +1,5 @@
 """Results of a study: rows of finished runs, means of arms, comparisons and their verdicts, as plain data."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -70,10 +69,7 @@ def scored(run: Run) -> Scored:
 
     def answers(u: int, where: StageRef) -> Answers:
         if (where, u) not in read:
-            name = f"predictions/{run.tasks.tasks[u].id}.jsonl"
-            run.ledger.verify(where, name)
-            lines = (run.ledger.path(where) / name).read_text(encoding="utf8").splitlines()
-            found = (json.loads(line) for line in lines)
+            found = run.ledger.read_lines(where, f"predictions/{run.tasks.tasks[u].id}.jsonl")
             read[where, u] = [(each["id"], each["label"], each["prediction"]) for each in found]
         return read[where, u]
 

@@ -5,13 +5,17 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from cl_dist.errors import ClDistError
 from cl_dist.ledger import write_text
 from cl_dist.metrics import DEFINITIONS
+from cl_dist.run_events import read_state
+from cl_dist.stored_run import status_of
 from launcher.report.comparison import ROLES, num_learned, square, value
 from launcher.report.figures import clean, heat_css
 from launcher.report.numbers import DASH, duration, number, span
@@ -82,7 +86,7 @@ def _entry(folder: Path, summary: Mapping[str, Any], path: Path) -> dict[str, An
         "method": clean(summary["method"]),
         "role": ROLES.get(summary["method"], ""),
         "seed": summary["seed"],
-        "status": clean(summary["status"]),
+        "status": clean(_status(path, summary)),
         "learned": num_learned(square(summary, "accuracy")),
         "tasks": len(summary["tasks"]),
         "model": clean(summary["model"]),
@@ -94,6 +98,14 @@ def _entry(folder: Path, summary: Mapping[str, Any], path: Path) -> dict[str, An
         "started": started,
         "when": _when(started),
     }
+
+
+def _status(path: Path, summary: Mapping[str, Any]) -> str:
+    """Return a run's present status: the summary of a killed run says "running" for ever."""
+    with suppress(ClDistError, OSError):
+        if state := read_state(path):
+            return status_of(state)
+    return str(summary["status"])
 
 
 def _when(started: str) -> str:

@@ -140,7 +140,7 @@ def _text(path: Path) -> str:
 
 def _events(path: Path) -> Iterator[Mapping[str, Any]]:
     """Yield the objects of a file of JSON lines; a line that a kill has cut off is left out."""
-    for line in _text(path).splitlines():
+    for line in _text(path).split("\n"):  # texts may have other line ends
         try:
             event = json.loads(line)
         except ValueError:

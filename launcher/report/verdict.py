@@ -128,6 +128,4 @@ def _difference(one: Scores | None, other: Scores | None, gap: float) -> tuple[f
     pairs = [a - b for a, b in zip(one, other, strict=True)]
     if abs(float(np.mean([pair.mean() for pair in pairs])) - gap) > 1e-6:
         return None
-    low, high = mean_interval(pairs)
-    least, most = mean_interval([-pair for pair in pairs])  # one of both adds the uncertainty of tasks without changes
-    return min(low, -most), max(high, -least)
+    return mean_interval(pairs, is_difference=True)

@@ -58,7 +58,7 @@ def init(
     page = starter.text(tree, guesses, rows, why)
     with written(out.parent):
         write_text(out, page)
-    faults = [f"task {each.data.id}: {listing(each.faults, 5)}" for each in rows if each.faults]
+    faults = [f"task {each.data.id}:\n{listing(each.faults, 5)}" for each in rows if each.faults]
     warnings = [f"task {each.data.id}: {line}" for each in rows for line in each.warnings]
     if as_json:
         columns = {

@@ -55,7 +55,7 @@ def study(
         found,
         parallel=parallel,
         compute=compute,
-        watch=Watch,
+        watch=lambda: Watch(command=f"cl-dist study {shlex.quote(str(found.folder))}"),
         note=lambda line: console.err.print(line, soft_wrap=True),
         report=write_page,
         command=shlex.join(["cl-dist", *sys.argv[1:]]),

@@ -29,6 +29,7 @@ from launcher.options import (
     Smoke,
     Verbose,
 )
+from launcher.scores import WIDE
 from launcher.verbs.quality import parse_gates
 from launcher.verbs.report import conclude
 from launcher.watch import Watch
@@ -109,7 +110,7 @@ def status(run: RunOrLast = None, as_json: AsJson = False) -> None:
 
 def _table(lines: Sequence[Progress], width: int) -> Table:
     """Return what each run is at; below 100 columns without attempts and seconds."""
-    is_wide = width >= console.WIDE
+    is_wide = width >= WIDE
     table = Table(box=box.HEAVY_HEAD if is_wide else box.SIMPLE_HEAD, padding=(0, 1) if is_wide else (0, 1, 0, 0))
     headings = ["run", "status", "stages", "next", "step", "loss", "left"]
     for heading in [*headings, *(("attempts", "seconds in stages") if is_wide else ())]:

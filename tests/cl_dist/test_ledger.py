@@ -123,6 +123,17 @@ def test_a_finished_file_is_read_back(make: Make) -> None:
     assert ledger.read(ref(STAGE), "train.json") == {"loss": 1}
 
 
+def test_json_lines_are_read_whatever_line_ends_their_texts_have(make: Make) -> None:
+    ledger, texts = make(), ["one\u2028two", "a\x85b", "c\rd"]
+    with ledger.publish(STAGE) as out:
+        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+        (out / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf8")
+    assert [line["text"] for line in ledger.read_lines(ref(STAGE), "rows.jsonl")] == texts
+    (ledger.path(ref(STAGE)) / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(CheckpointError, match="damaged"):
+        ledger.read_lines(ref(STAGE), "rows.jsonl")
+
+
 def test_a_stage_that_is_not_computed_is_named(make: Make) -> None:
     with pytest.raises(CheckpointError, match=r"00-food/evaluate has not been computed"):
         make().read(StageRef(task=0, stage="evaluate"), "scores.json")

@@ -251,6 +251,18 @@ def test_quantiles_of_students_t(chance: float, df: float, value: float) -> None
     assert statistics.t_quantile(chance, df) == pytest.approx(value, rel=1e-7)
 
 
+def test_the_bootstrap_leaves_tasks_out_that_a_metric_does_not_cover() -> None:
+    first, second = np.full((1, 4), 0.25), np.full((1, 4), np.nan)
+    assert statistics.bootstrap([first, second]) == (0.25, 0.25)
+
+
+def test_the_bootstrap_of_many_rows_draws_them_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, _ = made_up(np.random.default_rng(5), (3, 2, 50))
+    whole = statistics.bootstrap(rows, "fixed", draws=50)
+    monkeypatch.setattr(statistics, "_CELLS", 200)
+    assert statistics.bootstrap(rows, "fixed", draws=50) == pytest.approx(whole, abs=1e-12)
+
+
 def test_the_percentile_interval_approaches_the_interval_of_many_pairs() -> None:
     rows, _ = made_up(np.random.default_rng(5), (40, 40, 30), of_pairs=0.5, of_tasks=0.5, of_cells=0.0)
     found = estimate(rows)

@@ -145,6 +145,7 @@ def test_a_damaged_stage_of_another_run_is_not_shared(finished: tuple[Path, Any]
     ledger = opened.runs["plain-o1-s0"].ledger
     (copy / "train.json").write_text("{}", encoding="utf8")
     assert not ledger.adopt(stage, copy)
+    assert all(path.stat().st_nlink == 1 for path in copy.rglob("*") if path.is_file())  # nothing is left of the try
     assert not opened.runs["own-o1-s0"].ledger.adopt(opened.stages["own-o1-s0"][0][0], source)  # another fingerprint
     assert not ledger.adopt(stage, tmp_path / "nowhere")
     assert ledger.adopt(stage, source)
@@ -174,6 +175,9 @@ def test_a_change_of_the_primary_comparison_after_results_is_noted(finished: tup
     assert document["registered"]["changes"][0]["after_runs"] == 6
     back = run_study(read_study(path), compute=False)
     assert len(back["registered"]["changes"]) == 2
+    other = run_study(read_study(path, ["seeds=[7, 8]", "primary.margin=0.03"]), compute=False)
+    assert other["registered"]["changes"][2]["after_runs"] == 6  # runs of earlier seeds count
+    run_study(read_study(path), compute=False)
 
 
 def test_a_damaged_registration_is_an_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from cl_dist.intervals import mean_interval, wilson
 from cl_dist.metrics import DEFINITIONS, summarize
+from cl_dist.run_intervals import metric_intervals
 from launcher.report.answers import answer_views
 from launcher.report.comparison import groups
 from launcher.report.index import SORT, write_index
@@ -78,10 +80,8 @@ def test_verdict_says_what_is_forgotten_and_the_distance_to_floor_and_ceiling() 
         2: Given({(1, 0): share(90), (1, 1): share(90)}),
     }
     text, note = verdict(ctr, [sequential, individual], 2, details)
-    over = mean_interval([np.array(share(90)) - share(50), np.zeros(100)])
-    below = mean_interval([np.zeros(100), np.array(share(90)) - share(80)])
-    over = (-mean_interval([share(50) - np.array(share(90)), np.zeros(100)])[1], over[1])
-    below = (-mean_interval([np.zeros(100), share(80) - np.array(share(90))])[1], below[1])
+    over = mean_interval([np.array(share(90)) - share(50), np.zeros(100)], is_difference=True)
+    below = mean_interval([np.zeros(100), np.array(share(90)) - share(80)], is_difference=True)
     assert text == (
         f"Forgets nothing; +0.200 over sequential ({span(over, sign=True)}); "
         f"0.050 below one model per task ({span(below)})."
@@ -90,6 +90,19 @@ def test_verdict_says_what_is_forgotten_and_the_distance_to_floor_and_ceiling() 
     text, _ = verdict(sequential, [ctr, individual], 2, {0: details[1], 1: details[0], 2: details[2]})
     assert text.startswith("Forgets 0.400 (0.3")
     assert "over sequential" not in text
+
+
+def test_the_verdict_on_forgetting_has_the_interval_of_backward_transfer() -> None:
+    then = [share(90), share(80), share(70)]
+    now = [share(85), share(80), share(70)]
+    table: list[list[float | None]] = [[0.9, None, None], [0.9, 0.8, None], [0.85, 0.8, 0.7]]
+    found = metric_intervals(
+        [[np.array(then[0]), None, None], [np.array(then[0]), np.array(then[1]), None], [np.array(x) for x in now]]
+    )
+    right = {(t, j): (now if t == 2 else then)[j] for t in range(3) for j in range(t + 1)}
+    text, _ = verdict(summary_of("ctr", table), [], 3, {0: Given(right)})
+    low, high = found["cl/bwt"] or (0, 0)
+    assert text.startswith(f"Forgets 0.025 ({-high:.3f} to {-low:.3f})")
 
 
 def test_verdict_sees_no_difference_where_the_interval_contains_zero() -> None:
@@ -388,6 +401,20 @@ def test_a_click_on_a_heading_sorts_the_index(tmp_path: Path) -> None:
         assert "CONSOLE" not in done.stderr
         found = re.findall(r'<th scope="row" class="left" data-key="([^"]+)"', done.stdout)
         assert order is None or found == order
+
+
+def test_the_index_says_that_a_run_was_killed(tmp_path: Path) -> None:
+    summary = summaries()[0] | {"status": "running"}
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    attempt = {"pid": gone.pid, "host": platform.node()}
+    state = {"status": "running", "command": "", "versions": {}, "attempts": [attempt]}
+    (tmp_path / "run/metrics").mkdir(parents=True)
+    (tmp_path / "run/metrics/summary.json").write_text(json.dumps(summary))
+    (tmp_path / "run/run.json").write_text(json.dumps(state))
+    assert write_index(tmp_path)[1][0]["status"] == "killed"
+    (tmp_path / "run/run.json").write_text("{")
+    assert write_index(tmp_path)[1][0]["status"] == "running"
 
 
 def test_hostile_summaries_stay_text_in_the_index(tmp_path: Path) -> None:

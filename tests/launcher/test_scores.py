@@ -1,13 +1,13 @@
 import pytest
 
-from launcher.scores import NARROW, score_text
+from launcher.scores import WIDE, score_text
 
 
 @pytest.mark.parametrize(
     ("value", "interval", "width", "expected"),
     [
-        (0.8625, (0.8412, 0.8838), NARROW, "0.8625 ±.0213"),
-        (0.8625, [0.8412, 0.8838], NARROW - 1, "0.8625"),
+        (0.8625, (0.8412, 0.8838), WIDE, "0.8625 ±.0213"),
+        (0.8625, [0.8412, 0.8838], WIDE - 1, "0.8625"),
         (-0.02, (-1.0, 1.5), 200, "-0.0200 ±1.2500"),
         (0.5, None, 200, "0.5000"),
         (None, None, 200, "-"),

@@ -43,6 +43,14 @@ def test_a_label_differs_from_its_fractions_by_a_third_at_most(count: int, least
         assert found["train"] >= 1
 
 
+@pytest.mark.parametrize(("train", "dev"), [(0.4, 0.1), (0.5, 0.05), (0.1, 0.1), (0.1, 0.8)])
+def test_three_rows_are_in_all_splits_whatever_the_fractions(train: float, dev: float) -> None:
+    for count in range(3, 12):
+        for number in range(10):
+            found = Counter(assigned(rows({"a": count}, f"set{number}"), Split(train=train, dev=dev)).values())
+            assert min(found[split] for split in ("train", "dev", "test")) >= 1
+
+
 def test_a_label_that_fits_keeps_the_split_of_its_hash() -> None:
     split, data = Split(), rows({"often": 4000, "half": 2000})
     assert assigned(data, split) == {row: by_threshold(row[0], split) for row in data}

@@ -64,6 +64,17 @@ def test_a_byte_order_mark_and_unicode_columns_stay(tmp_path: Path) -> None:
     assert used(found) == {"text": "Überschrift", "label": "Ämter"}
 
 
+def test_tokens_of_a_script_without_spaces_are_its_characters(tmp_path: Path) -> None:
+    rows = [{"text": "机器学习" * 20 + str(n), "label": "ab"[n % 2]} for n in range(20)]
+    assert guessed(save(tmp_path / "a.jsonl", rows)).tokens == 81
+    assert guessed(save(tmp_path / "b.jsonl", [{**row, "text": "seven ch" * 7} for row in rows])).tokens == 16
+
+
+def test_a_single_row_has_one_label(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"all rows have the label a \(1\)"):
+        guessed(save(tmp_path / "a.jsonl", [{"text": "hello", "label": "a"}]))
+
+
 def test_bytes_that_are_not_utf8_are_read_as_cp1252(tmp_path: Path) -> None:
     rows = [{"text": f"café {n}", "label": str(n % 2)} for n in range(20)]
     found = guessed(save(tmp_path / "a.csv", rows, encoding="cp1252"))

@@ -346,6 +346,20 @@ def test_the_nearest_task_is_the_one_whose_sentence_vectors_predict_the_labels()
     assert learner.nearest([batch]) is None
 
 
+@pytest.mark.parametrize("size", [1, 12])
+def test_rows_of_one_label_name_no_nearest_task(size: int) -> None:
+    learner = learner_of(num_tasks=2, inherit="nearest")
+    batch = batch_of((9,) * size)
+    batch["label"] = torch.zeros(size, dtype=torch.long)
+    assert learner.nearest([batch]) is None
+
+
+def test_a_task_that_inherits_the_previous_one_names_it_as_its_source() -> None:
+    learner = learner_of(num_tasks=3, inherit="previous")
+    learner.start_task(2, (0, 1, 2))
+    assert learner.source == 1
+
+
 def test_masks_and_heads_of_ctr_and_hat_start_equal_and_those_of_other_tasks_and_seeds_do_not() -> None:
     ctr, same = learner_of(num_tasks=2), Hat(HatConfig(**MASKS), (2, 2), ModelConfig(source="."), 0)
     other, first = learner_of(num_tasks=2, seed=1), learner_of(num_tasks=1)
