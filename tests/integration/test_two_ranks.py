@@ -80,9 +80,10 @@ class Gang:
     def _start(self, method: str, select: str) -> Run:
         """Return a run whose first task is trained, on one worker."""
         settings = tiny.CTR if method == "ctr" else NEAREST if method == "nearest" else {"name": method}
+        rate = {"lr": 0.03} if method == "nearest" else {}  # the first task learns what is of use for the second
         over = {
             "run": {"name": method},
-            "science": {"method": dict(settings), "seed": SEED, "train": TRAIN | {"keep": select}},
+            "science": {"method": dict(settings), "seed": SEED, "train": TRAIN | rate | {"keep": select}},
         }
         run = tiny.make_run(self._folder, over, tasks=("food", "film"), train=39)
         first = StageRef(task=0, stage="train")
