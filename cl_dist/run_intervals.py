@@ -138,7 +138,9 @@ def _read(ledger: Ledger, stage: Evaluate, task: str) -> Answers | None:
 
 
 def _last(answers: Sequence[Sequence[Answers | None]]) -> Sequence[Answers | None]:
-    return next((row for row in reversed(answers) if any(cell is not None for cell in row)), ())
+    """Return the answers to the tasks learned so far, by the last model."""
+    learned = [t for t, row in enumerate(answers) if any(cell is not None for cell in row)]
+    return answers[learned[-1]][: learned[-1] + 1] if learned else ()
 
 
 def _known_classes(run: Run, row: Sequence[Answers | None]) -> list[Answers]:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from cl_dist.errors import ClDistError, ConfigError, StorageError, printable
 from cl_dist.logs import LINE, PrintableFormatter
+from cl_dist.metrics import DEFINITIONS
 from cl_dist.storage import refused
 from launcher.scores import WIDE, score_text
 
@@ -180,21 +181,23 @@ def results_only() -> Iterator[TextIO]:
 
 
 COLUMNS = {
-    "cl/avg_acc": ("accuracy", "acc"),
-    "cl/f1_macro": ("macro F1", "F1"),
-    "cl/learning_acc": ("when learned", ""),
-    "cl/forgetting_max": ("forgetting", "forget"),
-    "cl/bwt": ("backward transfer", "BWT"),
-    "cl/fwt_one": ("transfer vs. own model", "vs own"),
+    "cl/avg_acc": "acc",
+    "cl/f1_macro": "F1",
+    "cl/learning_acc": "",
+    "cl/forgetting_max": "forget",
+    "cl/bwt": "BWT",
+    "cl/fwt_one": "vs own",
 }
-"""Metrics of the table of results with their headings, and shorter ones for a narrow terminal; "" leaves one out."""
+"""Metrics of the table of results with their headings on a narrow terminal; "" leaves one out."""
 
 
 def comparison(summaries: list[dict[str, Any]], width: int | None = None) -> Table:
     """Return the table of runs: the main one first, then its baselines; it fits a terminal of 80 columns."""
     width = out.width if width is None else width
     is_wide = width >= WIDE
-    columns = {name: words[0 if is_wide else 1] for name, words in COLUMNS.items() if is_wide or words[1]}
+    columns = {
+        name: DEFINITIONS[name].word if is_wide else short for name, short in COLUMNS.items() if is_wide or short
+    }
     title = "Average over tasks, after the last one"
     table = Table(title=title if not is_wide else f"{title} (± half of the 95 % interval over test rows)")
     names = [each["run"] + (f" ({each['method']})" if each["run"] != each["method"] else "") for each in summaries]

@@ -63,6 +63,8 @@ class Checkpoint:
     """Time spent in the stage so far."""
     best: Best | None
     folder: Path
+    source: int | None = None
+    """The earlier task that the stage started from: see `Learner.source`."""
 
     def load_weights(self, model: nn.Module, rank: int) -> None:
         """Load the trained weights into a model before an engine takes it."""
@@ -181,7 +183,9 @@ def latest(out: Path, world: World) -> Checkpoint | None:
         return None
     index = json.loads((folder / INDEX).read_text(encoding="utf8"))
     best = None if index["best_loss"] is None else Best(index["best_loss"], folder / BEST)
-    return Checkpoint(index["step"], index["rounds"], index["sums"], index["seconds"], best, folder)
+    return Checkpoint(
+        index["step"], index["rounds"], index["sums"], index["seconds"], best, folder, index.get("source")
+    )
 
 
 def _name(step: int) -> str:

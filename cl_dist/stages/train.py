@@ -71,11 +71,13 @@ def run(
     report({"event": "phase", "doing": "loading the model"})
     learner = build_learner(job, partitioned=partitions(job.engine, world))
     rows, dev = _rows(job, stage, learner)
-    learner.source = _nearest(job, learner, rows, world)
+    saved = checkpoint.latest(out, world)
+    learner.source = _nearest(job, learner, rows, world) if saved is None else saved.source
     prepare_learner(job, learner)
     # both from the weights that the stage starts with
     transforms, penalties = learner.gradient_transforms(), learner.penalties()
-    saved = _resume_weights(out, learner, world)
+    if saved is not None:
+        saved.load_weights(learner.model, world.rank)
 
     steps_per_epoch = num_steps(len(rows), job.train.global_batch)
     schedule = Schedule(job.train.epochs * steps_per_epoch, steps_per_epoch, job.train.min_round_steps)
@@ -184,7 +186,8 @@ class _Loop:
         """Return the state of the loop for a checkpoint after `done` steps, as plain data. A collective."""
         sums = self._sums.totals(self.engine.world)
         check_finite({name: value for part in sums.values() for name, value in part.items()}, done)
-        return {"step": done, "rounds": self.rounds, "sums": sums, "seconds": self.seconds()}
+        state = {"step": done, "rounds": self.rounds, "sums": sums, "seconds": self.seconds()}
+        return state if self.learner.source is None else state | {"source": self.learner.source}
 
     def step(self, step: int, batches: Iterator[MicroBatch], telemetry: Telemetry) -> None:
         """Run one optimizer step: forward and backward of each micro-batch, then the update."""
@@ -265,14 +268,6 @@ def prepare_learner(job: Job, learner: Learner) -> None:
         units += [(layer, unit) for layer, unit in read_critical(job.folder(job.stage.frozen))["chosen"]]
     if units:
         learner.freeze(units)
-
-
-def _resume_weights(out: Path, learner: Learner, world: World) -> checkpoint.Checkpoint | None:
-    """Load the weights of the newest checkpoint below out into the model, and return that checkpoint. A collective."""
-    saved = checkpoint.latest(out, world)
-    if saved is not None:
-        saved.load_weights(learner.model, world.rank)
-    return saved
 
 
 def _rows(job: Job, stage: Train, learner: Learner) -> tuple[Rows, dict[int, Rows]]:

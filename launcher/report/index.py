@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from cl_dist.errors import ClDistError
+from cl_dist.html_table import METRICS
 from cl_dist.ledger import write_text
 from cl_dist.metrics import DEFINITIONS
 from cl_dist.run_events import read_state
@@ -21,7 +22,6 @@ from launcher.report.figures import clean, heat_css
 from launcher.report.numbers import DASH, duration, number, span
 from launcher.report.page import SCHEMA_VERSION, environment
 
-COLUMNS = ("cl/avg_acc", "cl/f1_macro", "cl/forgetting_max", "cl/bwt", "cl/fwt_one")
 SORT = """
 for (const head of document.querySelectorAll('th[data-kind]')) {
   const button = head.querySelector('button');
@@ -49,7 +49,7 @@ def write_index(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     runs.reverse()
     page = folder / "index.html"
     digest = base64.b64encode(hashlib.sha256(SORT.encode()).digest()).decode()
-    columns = [(name, DEFINITIONS[name]) for name in COLUMNS if any(run["metrics"][name] is not None for run in runs)]
+    columns = [(name, DEFINITIONS[name]) for name in METRICS if any(run["metrics"][name] is not None for run in runs)]
     text = (
         environment()
         .get_template("index.html.j2")
@@ -90,8 +90,8 @@ def _entry(folder: Path, summary: Mapping[str, Any], path: Path) -> dict[str, An
         "learned": num_learned(square(summary, "accuracy")),
         "tasks": len(summary["tasks"]),
         "model": clean(summary["model"]),
-        "metrics": {name: value(summary, name) for name in COLUMNS},
-        "texts": {name: number(value(summary, name), sign=DEFINITIONS[name].is_difference) for name in COLUMNS},
+        "metrics": {name: value(summary, name) for name in METRICS},
+        "texts": {name: number(value(summary, name), sign=DEFINITIONS[name].is_difference) for name in METRICS},
         "interval": "" if interval is None else f"95 % interval over test rows: {span(interval)}",
         "seconds": seconds,
         "time": duration(seconds) if stages else DASH,

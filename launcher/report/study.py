@@ -5,23 +5,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cl_dist.ledger import write_text
 from cl_dist.study.file import METRICS
 from cl_dist.study.results import LOWER_IS_BETTER, NAMES, points
 from launcher.report.figures import clean, shorten, svg, tag
-from launcher.report.numbers import duration, number
+from launcher.report.page import environment
 
 Document = Mapping[str, Any]
 
 
 def write_page(document: Document, folder: Path) -> Path:
     """Write report/index.html of a study folder, and return its path."""
-    env = Environment(loader=PackageLoader("launcher"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    env.lstrip_blocks = True
-    env.filters |= {"number": number, "duration": duration, "clean": clean, "points": _points, "p": p_value}
+    env = environment()
+    env.filters |= {"points": _points, "p": p_value}
     page = folder / "report" / "index.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, env.get_template("study.html.j2").render(view(document)))

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from cl_dist.intervals import mean_interval
 from launcher.report.comparison import num_learned, square, value
+from launcher.report.numbers import number
+from launcher.report.numbers import span as span_text
 from launcher.report.stored import Details
 
 Summary = Mapping[str, Any]
@@ -43,7 +45,7 @@ def verdict(main: Summary, others: Sequence[Summary], learned: int, details: Map
         majority = [task.get("majority") for task in main["tasks"][:learned]]
         if majority and None not in majority:
             gap = accuracy - sum(majority) / len(majority)
-            parts.append(f"{_signed(gap)} over always answering the commonest label")
+            parts.append(f"{number(gap, sign=True)} over always answering the commonest label")
     sentence = "; ".join(part for part in parts if part)
     sentence = f"{sentence[:1].upper()}{sentence[1:]}." if sentence else ""
     return sentence, (
@@ -69,39 +71,28 @@ def _forgetting(main: Summary, details: Details | None, T: int) -> str:
     then = _complete([_right(main, details, j, j) for j in range(T - 1)])
     now = _complete([_right(main, details, T - 1, j) for j in range(T - 1)])
     span = _difference(then, now, -change)
-    bounds = "" if span is None else f" ({_signed(span[0])} to {_signed(span[1])})"
-    if span is not None and span[0] <= 0 <= span[1]:
-        return f"no forgetting seen: {_signed(-change)}{bounds}"
+    if change == 0 or (span is not None and span[0] <= 0 <= span[1]):
+        return f"no forgetting seen: {number(-change, sign=True)}{_span(span, 1, sign=True)}"
     if change < 0:
-        return f"forgets {_plain(-change)}{_span(span, 1)}"
-    return f"old tasks gain {_plain(change)}{_span(span, -1)} after they are learned"
+        return f"forgets {number(-change)}{_span(span, 1)}"
+    return f"old tasks gain {number(change)}{_span(span, -1)} after they are learned"
 
 
 def _compared(gap: float, name: str, span: tuple[float, float] | None) -> str:
     if span is not None and span[0] <= 0 <= span[1]:
-        return f"no difference seen from {name}: {_signed(gap)} ({_signed(span[0])} to {_signed(span[1])})"
+        return f"no difference seen from {name}: {number(gap, sign=True)}{_span(span, 1, sign=True)}"
     if round(gap, 3) == 0:
         return f"level with {name}"
     if name == "sequential" and gap > 0:
-        return f"{_signed(gap)} over {name}{_span(span, 1, sign=True)}"
-    return f"{_plain(abs(gap))} {'above' if gap > 0 else 'below'} {name}{_span(span, 1 if gap > 0 else -1)}"
+        return f"{number(gap, sign=True)} over {name}{_span(span, 1, sign=True)}"
+    return f"{number(abs(gap))} {'above' if gap > 0 else 'below'} {name}{_span(span, 1 if gap > 0 else -1)}"
 
 
 def _span(span: tuple[float, float] | None, factor: int, *, sign: bool = False) -> str:
     if span is None:
         return ""
     low, high = sorted(factor * end for end in span)
-    write = _signed if sign else _plain
-    return f" ({write(low)} to {write(high)})"
-
-
-def _signed(value: float) -> str:
-    value = round(value, 3) + 0.0
-    return f"{value:{'+' if value else ''}.3f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _plain(value: float) -> str:
-    return f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
+    return f" ({span_text((low, high), sign=sign)})"
 
 
 def _right(summary: Summary, details: Details | None, t: int, j: int) -> NDArray[np.float64] | None:

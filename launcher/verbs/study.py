@@ -15,6 +15,7 @@ from cl_dist.study.file import METRICS, Study, read_study
 from cl_dist.study.results import NAMES, points
 from launcher import console, runs
 from launcher.options import AsJson, Verbose
+from launcher.scores import score_text
 from launcher.watch import Watch
 
 
@@ -165,9 +166,7 @@ def interval(metric: dict[str, Any] | None) -> str:
     """Return a mean with its interval."""
     if metric is None:
         return "-"
-    if metric["low"] is None:
-        return f"{metric['value']:.4f}"
-    return f"{metric['value']:.4f} ±{(metric['high'] - metric['low']) / 2:.3f}"
+    return score_text(metric["value"], None if metric["low"] is None else (metric["low"], metric["high"]))
 
 
 def _p(value: float | None) -> str:

@@ -15,6 +15,7 @@ from cl_dist.config import parse
 from cl_dist.contract import tiny
 from cl_dist.contract.ranks import Ranks
 from cl_dist.errors import StoppedError, TrainingError
+from cl_dist.learners.hat import Hat
 from cl_dist.parallel.config import EngineConfig
 from cl_dist.parallel.world import World
 from cl_dist.run import Run
@@ -93,6 +94,20 @@ def test_stopped_anywhere_one_worker_ends_in_the_same_bits(jobs: dict[str, Job],
             results(out)["facts"]["rounds"], results(tmp_path / "whole")["facts"]["rounds"], strict=True
         ):
             assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_continued_task_keeps_the_earlier_task_that_it_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, out = made(tmp_path, "hat"), tmp_path / "out"
+    job = replace(job, method=job.method.updated({"inherit": "nearest"}))
+    out.mkdir()
+    monkeypatch.setattr(Hat, "nearest", lambda *args: 0)
+    train_until(0, 1, job, str(out), 5)
+    monkeypatch.setattr(Hat, "nearest", lambda *args: None)  # as rounding on another machine might have it
+    train_until(0, 1, job, str(out), 7)
+    train_until(0, 1, job, str(out), None)
+    assert results(out)["facts"]["learner"]["inherited_from"] == 0
 
 
 @pytest.fixture(scope="module")
