@@ -362,9 +362,10 @@ def test_a_comparison_leaves_the_page_of_the_run_alone(run_folder: Path, cli: Cl
     assert (tmp_path / "out/matrix.png").is_file()
 
 
-def test_an_index_lists_all_runs_below_a_folder(run_folder: Path, cli: Cli) -> None:
+def test_an_index_lists_all_runs_below_a_folder(run_folder: Path, cli: Cli, tmp_path: Path) -> None:
     cli("report", run_folder)
-    ended = cli("report", "--index", run_folder.parent, "--json")
+    shutil.copytree(run_folder, tmp_path / run_folder.name)  # other tests put runs next to it
+    ended = cli("report", "--index", tmp_path, "--json")
     found = ended.json()
     assert sorted(run["path"] for run in found["runs"]) == sorted(
         [run_folder.name, f"{run_folder.name}/baselines/individual", f"{run_folder.name}/baselines/plain"]
