@@ -144,7 +144,7 @@ def _last(answers: Sequence[Sequence[Answers | None]]) -> Sequence[Answers | Non
 
 
 def _known_classes(run: Run, row: Sequence[Answers | None]) -> list[Answers]:
-    """Return the answers of the tasks of a row; those that are no label are one class, as in the score."""
+    """Return the answers of the tasks of a row; answers that are no label are one class, as in the score."""
     known = {u: set(run.data(u).labels) for u, cell in enumerate(row) if cell is not None}
     return [
         [(label, answer if answer in known[u] else "") for label, answer in cell]

@@ -173,7 +173,7 @@ def _fixed(rows: Rows, x: Array, w: Array) -> tuple[float, float, float, int]:
 
 
 def _mean(values: Array) -> Array:
-    """Return the mean over pairs, leaving out those that are nan; 0 where all are."""
+    """Return the mean over pairs, leaving out nan values; 0 where all are nan."""
     known = ~np.isnan(values)
     mean: Array = np.nan_to_num(values).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
     return mean

@@ -123,7 +123,7 @@ class OpenStudy:
                     made.rename(own / folder.name)
 
     def num_stages(self) -> dict[str, int]:
-        """Return the number of stages of all runs, and of those that have to be computed."""
+        """Return the number of stages of all runs, and of the stages to compute."""
         return {"of_runs": sum(map(len, self.stages.values())), "distinct": len(self._sources)}
 
     def plan(self) -> list[ArmPlan]:
@@ -217,8 +217,10 @@ def run_study(
 
         if compute:
             missing = [each for each in study.runs if not _is_finished(opened, each)]
-            each_runs = _one_at_a_time if parallel == 1 else _several
-            each_runs(opened, missing, parallel, watch, note, conclude, command)
+            if parallel == 1:
+                _one_at_a_time(opened, missing, watch, note, conclude, command)
+            else:
+                _several(opened, missing, parallel, note, conclude, command)
         return conclude()
 
 
@@ -235,7 +237,6 @@ def _is_finished(opened: OpenStudy, run: StudyRun) -> bool:
 def _one_at_a_time(
     opened: OpenStudy,
     missing: Sequence[StudyRun],
-    parallel: int,
     watch: Callable[[], Watcher] | None,
     note: Note,
     conclude: Callable[[], Any],
@@ -275,7 +276,7 @@ def _unlocked(run: StudyRun) -> Iterator[None]:
 
 @dataclass
 class _Queue:
-    """Runs that wait for a worker process, and those that are being computed."""
+    """Runs that wait for a worker process, and runs in progress."""
 
     opened: OpenStudy
     waiting: list[StudyRun]
@@ -303,7 +304,7 @@ class _Queue:
             return None
 
     def put_back(self, run: StudyRun) -> bool:
-        """Return a run to those that wait, if another one is at work; False if none is."""
+        """Put a run back into the queue if another one is in progress; return False otherwise."""
         with self.changed:
             if len(self.busy) < 2:
                 return False
@@ -324,7 +325,6 @@ def _several(
     opened: OpenStudy,
     missing: Sequence[StudyRun],
     parallel: int,
-    watch: Callable[[], Watcher] | None,
     note: Note,
     conclude: Callable[[], Any],
     command: str,

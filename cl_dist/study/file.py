@@ -46,7 +46,7 @@ class Primary(Comparison):
     """Differences below it do not matter: arms are "equal" if the whole interval is inside plus and minus the
     margin."""
     tasks: Scope = "sampled"
-    """sampled: the claim covers tasks of this kind, of which these are a sample; fixed: it covers these tasks only,
+    """sampled: the claim covers tasks of this kind, and these are a sample; fixed: it covers these tasks only,
     with a narrower interval. Applies to all comparisons."""
 
 
@@ -194,8 +194,8 @@ def read_study(
     file = parse(StudyFile, tree)
     base = file.base
     if isinstance(base, str):
-        beside = path.parent / home(base)
-        base = read_yaml(beside if beside.is_file() else find(base))
+        sibling = path.parent / home(base)
+        base = read_yaml(sibling if sibling.is_file() else find(base))
     base = apply_overrides({name: value for name, value in base.items() if name != "baselines"}, run_overrides)
     return expand(file, tree | {"base": base})
 
